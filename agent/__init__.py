@@ -1,0 +1,1 @@
+"""The agent: one node. Light: nothing here imports training or analysis libraries."""

@@ -1,0 +1,220 @@
+"""Instances on one node: who is warm, what they hold, and whom to evict. Pure."""
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+from tierwise.domain.function import FunctionSpec
+from tierwise.domain.ids import FunctionId, InstanceId, NodeId, RequestId
+from tierwise.domain.resources import Resources
+
+RATE_WINDOW_S = 60.0
+
+
+class InstanceState(Enum):
+    """STARTING and BUSY hold CPU and memory, IDLE holds memory only."""
+
+    STARTING = 1
+    IDLE = 2
+    BUSY = 3
+
+
+@dataclass(slots=True)
+class Instance:
+    """One worker process of a function."""
+
+    instance_id: InstanceId
+    spec: FunctionSpec
+    state: InstanceState = InstanceState.STARTING
+    cold_start_s: float = 0.0
+    idle_since_s: float = 0.0
+    run_count: int = 0
+    request_id: RequestId | None = None
+
+
+@dataclass(slots=True)
+class _Rate:
+    """Exponentially decayed arrivals per second."""
+
+    per_s: float
+    at_s: float
+
+    def at(self, now_s: float) -> float:
+        return self.per_s * math.exp((self.at_s - now_s) / RATE_WINDOW_S)
+
+
+class InstancePool:
+    """Instances and the resources that they take from a node's capacity.
+
+    Invariant: what STARTING and BUSY instances hold, plus the memory of IDLE ones, never
+    exceeds the capacity.
+    """
+
+    def __init__(self, node_id: NodeId, capacity: Resources) -> None:
+        self._node_id = node_id
+        self._capacity = capacity
+        self._free_cpus = capacity.cpus
+        self._free_memory_mib = capacity.memory_mib
+        self._free_gpu_slots = capacity.gpu_slots
+        self._instances: dict[InstanceId, Instance] = {}
+        self._idle: dict[FunctionId, list[InstanceId]] = {}
+        self._count: dict[FunctionId, int] = {}
+        self._starting: dict[FunctionId, int] = {}
+        self._rates: dict[FunctionId, _Rate] = {}
+        self._started_count = 0
+        self.warm: dict[FunctionId, int] = {}  # idle instances per function, kept current
+
+    @property
+    def free(self) -> Resources:
+        """Return what is not held; memory of idle instances counts as held."""
+        return Resources(
+            cpus=self._free_cpus, memory_mib=self._free_memory_mib, gpu_slots=self._free_gpu_slots
+        )
+
+    def __len__(self) -> int:
+        return len(self._instances)
+
+    def instances(self) -> tuple[Instance, ...]:
+        """Return all instances in order of their start."""
+        return tuple(self._instances.values())
+
+    def get(self, instance_id: InstanceId) -> Instance | None:
+        """Return an instance, or None if it is gone."""
+        return self._instances.get(instance_id)
+
+    def starting_count(self, function: FunctionId) -> int:
+        """Return how many instances of `function` are on their way."""
+        return self._starting.get(function, 0)
+
+    def has_cpu_for(self, spec: FunctionSpec) -> bool:
+        """Return whether CPU and GPU are free for one more running instance."""
+        return spec.cpus <= self._free_cpus + 1e-9 and spec.gpu_slots <= self._free_gpu_slots
+
+    def note_arrival(self, function: FunctionId, now_s: float) -> None:
+        """Count one request, for the price of evicting its function."""
+        rate = self._rates.get(function)
+        if rate is None:
+            self._rates[function] = _Rate(1.0 / RATE_WINDOW_S, now_s)
+        else:
+            rate.per_s = rate.at(now_s) + 1.0 / RATE_WINDOW_S
+            rate.at_s = now_s
+
+    def take_idle(self, function: FunctionId, request_id: RequestId) -> Instance | None:
+        """Make the most recently used idle instance busy, or return None.
+
+        The caller has checked `has_cpu_for`.
+        """
+        idle = self._idle.get(function)
+        if not idle:
+            return None
+        instance = self._instances[idle.pop()]
+        self._set_warm(function, len(idle))
+        instance.state = InstanceState.BUSY
+        instance.request_id = request_id
+        instance.run_count += 1
+        self._free_cpus -= instance.spec.cpus
+        self._free_gpu_slots -= instance.spec.gpu_slots
+        return instance
+
+    def start(self, spec: FunctionSpec, now_s: float) -> tuple[Instance, list[Instance]] | None:
+        """Reserve room for a new instance, evicting idle ones if memory must be freed.
+
+        Returns:
+            The new instance and the evicted ones (removed already), or None if the function is
+            at its instance limit or evicting every idle instance would not free enough.
+        """
+        function = spec.function_id
+        if self._count.get(function, 0) >= spec.instances_max:
+            return None
+        evicted: list[Instance] = []
+        missing_mib = spec.memory_mib - self._free_memory_mib
+        if missing_mib > 0:
+            for victim in self._by_eviction_price(now_s):
+                evicted.append(victim)
+                missing_mib -= victim.spec.memory_mib
+                if missing_mib <= 0:
+                    break
+            else:
+                return None
+        for victim in evicted:
+            self.remove(victim.instance_id)
+        self._started_count += 1
+        instance = Instance(InstanceId(f"{self._node_id}-{self._started_count}"), spec)
+        self._instances[instance.instance_id] = instance
+        self._count[function] = self._count.get(function, 0) + 1
+        self._starting[function] = self._starting.get(function, 0) + 1
+        self._free_cpus -= spec.cpus
+        self._free_gpu_slots -= spec.gpu_slots
+        self._free_memory_mib -= spec.memory_mib
+        return instance, evicted
+
+    def release(self, instance: Instance, now_s: float) -> None:
+        """Make a started or finished instance idle."""
+        function = instance.spec.function_id
+        if instance.state is InstanceState.STARTING:
+            self._starting[function] -= 1
+        instance.state = InstanceState.IDLE
+        instance.request_id = None
+        instance.idle_since_s = now_s
+        self._free_cpus += instance.spec.cpus
+        self._free_gpu_slots += instance.spec.gpu_slots
+        idle = self._idle.setdefault(function, [])
+        idle.append(instance.instance_id)
+        self._set_warm(function, len(idle))
+
+    def remove(self, instance_id: InstanceId) -> Instance | None:
+        """Forget an instance and free what it held; unknown ids give None."""
+        instance = self._instances.pop(instance_id, None)
+        if instance is None:
+            return None
+        function = instance.spec.function_id
+        if instance.state is InstanceState.IDLE:
+            idle = self._idle[function]
+            idle.remove(instance_id)
+            self._set_warm(function, len(idle))
+        else:
+            self._free_cpus += instance.spec.cpus
+            self._free_gpu_slots += instance.spec.gpu_slots
+            if instance.state is InstanceState.STARTING:
+                self._starting[function] -= 1
+        self._free_memory_mib += instance.spec.memory_mib
+        self._count[function] -= 1
+        if self._count[function] == 0:
+            for table in (self._count, self._starting, self._idle):
+                table.pop(function, None)
+        return instance
+
+    def stale(self, now_s: float) -> list[Instance]:
+        """Return idle instances that have outlived their function's keep-alive."""
+        return [
+            instance
+            for instance in self._instances.values()
+            if instance.state is InstanceState.IDLE
+            and now_s - instance.idle_since_s >= instance.spec.keep_alive_s
+        ]
+
+    def eviction_price_s_per_mib(self, now_s: float) -> float:
+        """Return the price of the cheapest idle memory; 0 if nothing is idle."""
+        if not self.warm:
+            return 0.0
+        return min(
+            self._price_s_per_mib(self._instances[idle[0]], now_s)
+            for idle in self._idle.values()
+            if idle
+        )
+
+    def _price_s_per_mib(self, instance: Instance, now_s: float) -> float:
+        """Chance that the function is called again within the window × its cold start, per MiB."""
+        rate = self._rates.get(instance.spec.function_id)
+        calls = 0.0 if rate is None else rate.at(now_s) * RATE_WINDOW_S
+        return min(1.0, calls) * instance.cold_start_s / instance.spec.memory_mib
+
+    def _by_eviction_price(self, now_s: float) -> list[Instance]:
+        idle = [i for i in self._instances.values() if i.state is InstanceState.IDLE]
+        return sorted(idle, key=lambda i: (self._price_s_per_mib(i, now_s), i.idle_since_s))
+
+    def _set_warm(self, function: FunctionId, count: int) -> None:
+        if count:
+            self.warm[function] = count
+        else:
+            self.warm.pop(function, None)

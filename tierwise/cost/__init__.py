@@ -1,0 +1,1 @@
+"""What a placement costs: predicted before the call, counted after it."""

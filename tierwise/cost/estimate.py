@@ -1,0 +1,111 @@
+"""Predict what a request would cost on each candidate node, before it is placed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tierwise.cost.money import PriceTable
+from tierwise.domain.request import Request
+from tierwise.domain.view import ClusterView, NodeView
+
+Float = NDArray[np.float64]
+
+TERMS = (
+    "transfer_s",
+    "wait_s",
+    "cold_start_s",
+    "run_s",
+    "return_s",
+    "displaced_s",
+    "money_usd",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimates:
+    """Predicted terms, one row per candidate.
+
+    `terms` has shape (k, 7), float64; columns are TERMS. Row order is that of `candidates`.
+    """
+
+    candidates: tuple[NodeView, ...]
+    terms: Float
+
+    def column(self, name: str) -> Float:
+        """Return one term, shape (k,)."""
+        return self.terms[:, TERMS.index(name)]
+
+    @property
+    def latency_s(self) -> Float:
+        """Return predicted end-to-end seconds, shape (k,)."""
+        return np.asarray(self.terms[:, :5].sum(axis=1), dtype=np.float64)
+
+
+DEFAULT_PRICES = PriceTable()
+
+
+def estimate(
+    view: ClusterView,
+    request: Request,
+    candidates: Sequence[NodeView],
+    prices: PriceTable = DEFAULT_PRICES,
+) -> Estimates:
+    """Predict latency and money of `request` on each of `candidates`.
+
+    Wait is the reading's backlog drained since it was taken, plus what the viewer itself has
+    sent there since. A node with an idle warm instance of the function starts nothing. Data that
+    lies elsewhere must be moved first.
+
+    Returns:
+        Estimates with k = len(candidates) rows; k may be 0.
+    """
+    spec = request.spec
+    function = spec.function_id
+    profile = view.profile(function)
+    run_s = profile.run_s * request.item_count
+    cold_s = profile.cold_start_s
+    response_bytes = profile.response_bytes * request.item_count
+    memory_mib = spec.memory_mib
+    origin = view.origin
+    now_s = view.now_s
+    between = view.links.between
+    data_nodes = request.data_nodes
+    rows: list[tuple[float, ...]] = []
+    for row in candidates:
+        node = row.node
+        reading = row.reading
+        if origin is None or origin.node_id == node.node_id:
+            transfer_s = return_s = 0.0
+            moved_bytes = 0
+        else:
+            link = between(origin, node)
+            transfer_s = link.transfer_s(request.request_bytes)
+            return_s = between(node, origin).transfer_s(response_bytes)
+            moved_bytes = request.request_bytes + response_bytes
+        if data_nodes and node.node_id not in data_nodes:
+            transfer_s += view.links.default.transfer_s(request.data_bytes)
+            moved_bytes += request.data_bytes
+        wait_s = reading.backlog_s
+        if wait_s > 0.0:
+            wait_s = max(0.0, wait_s - (now_s - row.received_at_s))
+        wait_s += row.pending_s
+        here_cold_s = displaced_s = 0.0
+        if reading.warm.get(function, 0) <= 0:
+            here_cold_s = cold_s / node.speed
+            missing_mib = memory_mib - reading.free.memory_mib
+            if missing_mib > 0:
+                displaced_s = missing_mib * reading.eviction_price_s_per_mib
+        here_run_s = run_s / node.speed
+        usd = prices.call_usd(
+            node.tier,
+            memory_mib=memory_mib,
+            billed_s=here_run_s,
+            moved_bytes=moved_bytes,
+            gpu_slots=spec.gpu_slots,
+            item_count=request.item_count,
+        )
+        rows.append((transfer_s, wait_s, here_cold_s, here_run_s, return_s, displaced_s, usd))
+    terms = np.array(rows, dtype=np.float64).reshape(len(rows), len(TERMS))
+    return Estimates(tuple(candidates), terms)

@@ -1,0 +1,90 @@
+"""What a policy answers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from tierwise.domain.ids import NodeId, PolicyId
+
+
+class Reason(IntEnum):
+    """Why a node cannot or did not take a request."""
+
+    NODE_LOST = 1
+    NODE_DRAINING = 2
+    NODE_UNREACHABLE = 3
+    WRONG_TIER = 4
+    PINNED_ELSEWHERE = 5
+    TOO_LITTLE_MEMORY = 6
+    TOO_FEW_CPUS = 7
+    NO_GPU = 8
+    OVER_BUDGET = 9
+    EXCLUDED = 10  # it refused or failed this request before
+    QUEUE_FULL = 11
+    UNKNOWN_FUNCTION = 12
+    EXPIRED = 13
+    TOO_MANY_HOPS = 14
+    NO_NODES = 15
+    START_FAILED = 16
+
+    @property
+    def label(self) -> str:
+        """Return the words that people read."""
+        return self.name.lower().replace("_", " ")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CandidateScore:
+    """One row of an explanation: the predicted terms of one feasible node, in seconds and USD.
+
+    `score` is the base score in second-equivalents, `residual` what the learned policy added to
+    the logit (0 for heuristics), `propensity` the probability with which it was chosen.
+    """
+
+    node_id: NodeId
+    transfer_s: float
+    wait_s: float
+    cold_start_s: float
+    run_s: float
+    return_s: float
+    displaced_s: float
+    money_usd: float
+    score: float
+    residual: float = 0.0
+    propensity: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """Everything that `tierwise explain` prints of one decision."""
+
+    policy_id: PolicyId
+    candidates: tuple[CandidateScore, ...]
+    masked: tuple[tuple[NodeId, Reason], ...]
+    heuristic_choice: NodeId | None
+    fallback: str = ""  # why the base score decided instead of the learned policy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placed:
+    """Run it on the first of `node_ids`; the others are next in line if that one refuses."""
+
+    node_ids: tuple[NodeId, ...]
+    explanation: Explanation | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotPlaced:
+    """No node may run it; `reasons` has one entry per node of the view."""
+
+    reasons: tuple[tuple[NodeId, Reason], ...]
+
+
+Decision = Placed | NotPlaced
+
+
+def summary(reasons: Sequence[tuple[NodeId, Reason]]) -> str:
+    """Return `node: reason` pairs for an error message, at most eight of them."""
+    shown = ", ".join(f"{node}: {reason.label}" for node, reason in reasons[:8])
+    more = len(reasons) - 8
+    return f"{shown} and {more} more" if more > 0 else shown or "the cluster has no nodes"

@@ -1,0 +1,73 @@
+"""Which nodes may run a request at all, with a reason for each that may not."""
+
+from tierwise.cost.estimate import DEFAULT_PRICES
+from tierwise.cost.money import PriceTable
+from tierwise.domain.decision import Reason
+from tierwise.domain.ids import NodeId
+from tierwise.domain.request import HOPS_MAX, Request
+from tierwise.domain.topology import NodeState
+from tierwise.domain.view import ClusterView, NodeView
+
+
+def feasible(
+    view: ClusterView, request: Request, prices: PriceTable = DEFAULT_PRICES
+) -> tuple[list[NodeView], list[tuple[NodeId, Reason]]]:
+    """Split the view's nodes into candidates and (node, reason) pairs, both in view order.
+
+    Only hard limits mask: whether a node could ever hold the function, may by its tier, pin or
+    budget, and is alive. Being busy does not mask: waiting is a cost.
+    """
+    candidates: list[NodeView] = []
+    masked: list[tuple[NodeId, Reason]] = []
+    for row in view.nodes:
+        reason = _reason(view, request, row, prices)
+        if reason is None:
+            candidates.append(row)
+        else:
+            masked.append((row.node.node_id, reason))
+    return candidates, masked
+
+
+def _reason(
+    view: ClusterView, request: Request, row: NodeView, prices: PriceTable
+) -> Reason | None:
+    node = row.node
+    spec = request.spec
+    is_here = view.origin is not None and view.origin.node_id == node.node_id
+    if row.state is not NodeState.READY:
+        if row.state is NodeState.DRAINING:
+            return Reason.NODE_DRAINING
+        if row.state is NodeState.LOST and not is_here:
+            return Reason.NODE_LOST
+    if request.node_id is not None and request.node_id != node.node_id:
+        return Reason.PINNED_ELSEWHERE
+    if node.node_id in request.excluded:
+        return Reason.EXCLUDED
+    if node.tier not in spec.tiers or (
+        request.tiers is not None and node.tier not in request.tiers
+    ):
+        return Reason.WRONG_TIER
+    capacity = node.capacity
+    if spec.memory_mib > capacity.memory_mib:
+        return Reason.TOO_LITTLE_MEMORY
+    if spec.cpus > capacity.cpus:
+        return Reason.TOO_FEW_CPUS
+    if spec.gpu_slots > capacity.gpu_slots:
+        return Reason.NO_GPU
+    if not is_here:
+        if not row.reachable:
+            return Reason.NODE_UNREACHABLE
+        if request.hops + 1 > HOPS_MAX:
+            return Reason.TOO_MANY_HOPS
+    if request.budget_usd is not None:
+        usd = prices.call_usd(
+            node.tier,
+            memory_mib=spec.memory_mib,
+            billed_s=view.profile(spec.function_id).run_s * request.item_count / node.speed,
+            moved_bytes=0 if is_here else request.request_bytes,
+            gpu_slots=spec.gpu_slots,
+            item_count=request.item_count,
+        )
+        if usd > request.budget_usd:
+            return Reason.OVER_BUDGET
+    return None

@@ -1,0 +1,60 @@
+"""The seam between a request and whoever decides where it runs."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+
+from tierwise.domain.decision import Decision
+from tierwise.domain.ids import PolicyId
+from tierwise.domain.request import Request
+from tierwise.domain.view import ClusterView
+from tierwise.errors import NotFound
+
+
+class Policy(Protocol):
+    """Chooses a node for one request, and does nothing else.
+
+    The same view, request and generator state give the same decision, so a policy cannot
+    tell whether the simulator or a live node is asking.
+    """
+
+    @property
+    def policy_id(self) -> PolicyId:
+        """Return `name@version`, as `tierwise get policies` lists it."""
+        ...
+
+    def decide(self, view: ClusterView, request: Request, rng: np.random.Generator) -> Decision:
+        """Return an order of feasible nodes, or the reasons why there is none."""
+        ...
+
+
+_FACTORIES: dict[str, Callable[[], Policy]] = {}
+
+
+def register(name: str, factory: Callable[[], Policy]) -> None:
+    """Make a policy available by name.
+
+    Raises:
+        ValueError: The name is taken.
+    """
+    if name in _FACTORIES:
+        raise ValueError(f"policy {name!r} is registered already")
+    _FACTORIES[name] = factory
+
+
+def names() -> list[str]:
+    """Return the registered names, sorted."""
+    return sorted(_FACTORIES)
+
+
+def create(name: str) -> Policy:
+    """Return a new policy of that name.
+
+    Raises:
+        NotFound: No policy has this name; the message lists those that exist.
+    """
+    factory = _FACTORIES.get(name)
+    if factory is None:
+        raise NotFound(f"there is no policy {name!r}; known: {', '.join(names())}")
+    return factory()
