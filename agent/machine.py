@@ -53,7 +53,7 @@ from tierwise.domain.event import (
 from tierwise.domain.ids import FunctionId, NodeId, PolicyId, RequestId
 from tierwise.domain.outcome import LatencySplit, Outcome, OutcomeState
 from tierwise.domain.request import HOPS_MAX, TRIES_MAX, Request
-from tierwise.domain.topology import Node, NodeState
+from tierwise.domain.topology import Link, Node, NodeState
 from tierwise.domain.view import ClusterView, NodeReading, NodeView, ViewTable
 
 UNREACHABLE_FOR_S = 2.0  # how long a peer that failed is left alone
@@ -203,6 +203,11 @@ class NodeMachine:
             )
         )
         return self._table.view(now_s)
+
+    def path_to(self, node_id: NodeId) -> tuple[Node, Link] | None:
+        """Return a peer and the link to it, or None if it is unknown."""
+        row = self._table.get(node_id)
+        return None if row is None else (row.node, self._table.links.between(self.node, row.node))
 
     def tickets(self) -> Iterator[Ticket]:
         """Yield the unfinished requests, oldest first."""

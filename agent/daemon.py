@@ -1,0 +1,184 @@
+"""The agent daemon: `python -m agent.daemon --config agent.toml`."""
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+import structlog
+import uvloop
+
+from agent.catalogue import CodeFolder, FunctionIndex, write_atomically
+from agent.ingress import Ingress
+from agent.machine import NodeMachine
+from agent.peers import PeerStreams
+from agent.policies import PolicySlot
+from agent.probe import Probe
+from agent.runtime.environments import Environments
+from agent.runtime.runtime import Runtime
+from agent.shell import Shell
+from agent.uplink import Uplink
+from tierwise.clock import wall_s
+from tierwise.config import AgentConfig, load
+from tierwise.domain.ids import NodeId, is_name
+from tierwise.domain.resources import Resources
+from tierwise.domain.topology import Node, parse_tier
+from tierwise.errors import FailedPrecondition, InvalidArgument, TierwiseError
+from tierwise.placement.policy import create
+from tierwise.v1 import invocation_pb2_grpc
+from tierwise.wire.channel import AuthorizationInterceptor, new_server, server_credentials
+from tierwise.wire.errors import ErrorInterceptor
+from tierwise.wire.identity import Credentials, Role, join
+from tierwise.wire.logs import configure_logs
+from tierwise.wire.serving import add_health_and_reflection
+
+log = structlog.get_logger()
+
+ROLES = {
+    "/tierwise.v1.InvocationService/Invoke": {Role.USER, Role.ADMIN, Role.NODE},
+    "/tierwise.v1.InvocationService/InvokeStream": {Role.USER, Role.ADMIN, Role.NODE},
+}
+
+
+async def serve(config: AgentConfig, token: str) -> None:
+    """Run the agent until SIGTERM or SIGINT.
+
+    Raises:
+        TierwiseError: The configuration is wrong or the node could not join.
+    """
+    state = Path(config.state_dir)
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    credentials = await _credentials(config, state, token)
+    probe = Probe()
+    host, _, port = config.listen.rpartition(":")
+
+    async with asyncio.TaskGroup() as group:
+        uplink: Uplink
+        server = new_server(
+            interceptors=[
+                ErrorInterceptor(),
+                AuthorizationInterceptor(ROLES, lambda identity: identity.uri in uplink.revoked),
+            ]
+        )
+        bound_port = server.add_secure_port(f"{host}:{port}", server_credentials(credentials))
+        node = _node(config, probe, f"{host}:{bound_port}")
+        machine = NodeMachine(
+            node, queue_max=config.queue_max, first_sequence=int(wall_s() * 1000)
+        )
+        runtime = Runtime(state_dir=state / "runtime")
+        await runtime.open()
+        policies = PolicySlot(state / "policy")
+        functions = FunctionIndex(state / "catalogue.pb")
+        peers = PeerStreams(machine, credentials, emulate=config.emulate_links, seed=config.seed)
+        shell = Shell(
+            machine,
+            runtime=runtime,
+            environments=Environments(state / "environments"),
+            code=CodeFolder(state / "code", lambda digest: uplink.fetch_code(digest)),
+            peers=peers,
+            policy=policies.last(config.policy),
+            fallback=create("ect"),
+            group=group,
+            slowdown=max(1.0, 1.0 / config.speed) if config.emulate_speed else 1.0,
+            seed=config.seed,
+        )
+        uplink = Uplink(
+            scheduler=config.scheduler,
+            credentials=credentials,
+            shell=shell,
+            functions=functions,
+            policies=policies,
+            probe=probe,
+            group=group,
+        )
+        ingress = Ingress(shell, functions, uplink.pull_function, node.node_id, group)
+        invocation_pb2_grpc.add_InvocationServiceServicer_to_server(ingress, server)
+        add_health_and_reflection(server, "tierwise.v1.InvocationService")
+        await server.start()
+        write_atomically(state / "address", node.address.encode())
+        log.info("agent.started", node_id=node.node_id, tier=node.tier.label, address=node.address)
+
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        background = [
+            group.create_task(uplink.run_forever()),
+            group.create_task(shell.tick_forever()),
+        ]
+        await stop.wait()
+        for task in background:
+            task.cancel()
+        await server.stop(grace=0.5)
+        await runtime.close()
+        await peers.close()
+        await uplink.close()
+        (state / "address").unlink(missing_ok=True)
+        log.info("agent.stopped", node_id=node.node_id)
+
+
+def _node(config: AgentConfig, probe: Probe, address: str) -> Node:
+    """Describe this node: what the file says, and what the machine has where it is silent."""
+    real = probe.capacity()
+    if not is_name(config.name):
+        raise InvalidArgument(f"name = {config.name!r}: use letters a-z, digits, '-', '.', '_'")
+    try:
+        tier = parse_tier(config.tier)
+    except ValueError as error:
+        raise InvalidArgument(f"tier: {error}") from None
+    if not 0.0 < config.speed <= 1000.0:
+        raise InvalidArgument(f"speed = {config.speed}: it must be over 0; 1.0 is the reference")
+    return Node(
+        node_id=NodeId(config.name),
+        tier=tier,
+        capacity=Resources(
+            cpus=config.cpus or real.cpus,
+            memory_mib=config.memory_mib or real.memory_mib,
+            gpu_slots=config.gpu_slots or real.gpu_slots,
+        ),
+        speed=config.speed,
+        address=config.advertise or address,
+        zone=config.zone,
+        labels=tuple(sorted(config.labels.items())),
+    )
+
+
+async def _credentials(config: AgentConfig, state: Path, token: str) -> Credentials:
+    """Return this node's certificate, joining with the token if there is none yet."""
+    folder = state / "credentials"
+    if (folder / "cert.pem").exists():
+        return Credentials.load(folder)
+    if not token or not config.join:
+        raise FailedPrecondition(
+            f"{config.name} has no certificate yet: give the scheduler's join address (join = "
+            '"host:port") and a token (`tierwise token create --role node`) in TIERWISE_TOKEN'
+        )
+    credentials, _, identity = await join(config.join, token, config.name)
+    credentials.save(folder)
+    log.info("node.joined", identity=identity.uri)
+    return credentials
+
+
+def main() -> int:
+    """Parse the command line and run; return the exit code."""
+    parser = argparse.ArgumentParser(prog="tierwise agent", description=serve.__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="agent.toml")
+    parser.add_argument("--token", default="", help="one-time join token (or TIERWISE_TOKEN)")
+    for key in ("name", "tier", "scheduler", "join", "listen", "state-dir"):
+        parser.add_argument(f"--{key}", help=f"overrides {key.replace('-', '_')} of the file")
+    flags = vars(parser.parse_args())
+    path, token = flags.pop("config"), flags.pop("token") or os.environ.pop("TIERWISE_TOKEN", "")
+    try:
+        config = load(path, AgentConfig, overrides=flags)
+        configure_logs(config.log_level)
+        uvloop.run(serve(config, token))
+    except* TierwiseError as errors:
+        error = errors.exceptions[0]
+        print(f"tierwise agent: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InvalidArgument) else 1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,221 @@
+"""The gRPC side of an agent: users and peers bring calls here."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import grpc
+
+from agent.catalogue import FunctionIndex
+from agent.shell import Shell
+from tierwise.domain.function import FunctionSpec
+from tierwise.domain.ids import NodeId
+from tierwise.errors import NotFound, Overloaded, PayloadTooLarge, TierwiseError
+from tierwise.v1 import invocation_pb2, invocation_pb2_grpc, types_pb2
+from tierwise.wire import convert
+from tierwise.wire.errors import item_from_error
+from tierwise.wire.identity import Role, peer_identity
+
+STREAM_IN_FLIGHT_MAX = 8192
+ITEMS_MAX = 4096
+BATCH_RESULTS_MAX = 256
+BATCH_BYTES_MAX = 4 << 20
+
+
+class Ingress(invocation_pb2_grpc.InvocationServiceServicer):
+    """Hands calls to the shell and answers to their callers."""
+
+    def __init__(
+        self,
+        shell: Shell,
+        functions: FunctionIndex,
+        pull: Callable[[str], Awaitable[FunctionSpec | None]],
+        node_id: NodeId,
+        group: asyncio.TaskGroup,
+    ) -> None:
+        """Serve calls.
+
+        Args:
+            shell: Runs them.
+            functions: What may be called.
+            pull: Asks the scheduler for a function that is not in `functions` yet.
+            node_id: This node.
+            group: Owns the tasks that wait for `pull`.
+        """
+        self._shell = shell
+        self._functions = functions
+        self._pull = pull
+        self._node_id = node_id
+        self._group = group
+
+    async def Invoke(
+        self,
+        request: invocation_pb2.InvokeRequest,
+        context: "grpc.aio.ServicerContext[object, object]",
+    ) -> invocation_pb2.InvokeResponse:
+        """Run one invocation; a caller that goes away cancels it."""
+        done: asyncio.Future[types_pb2.InvocationResult] = (
+            asyncio.get_running_loop().create_future()
+        )
+
+        def replied(result: types_pb2.InvocationResult) -> None:
+            if not done.done():
+                done.set_result(result)
+
+        caller = _Caller(context)
+        self._take(request.invocation, caller, replied)
+        try:
+            return invocation_pb2.InvokeResponse(result=await done)
+        except asyncio.CancelledError:
+            self._shell.cancel(request.invocation.request_id)
+            raise
+
+    async def InvokeStream(
+        self,
+        request_iterator: AsyncIterator[invocation_pb2.InvokeStreamRequest],
+        context: "grpc.aio.ServicerContext[object, object]",
+    ) -> None:
+        """Run invocations as they come, answer as they end; a broken stream cancels what is open."""
+        caller = _Caller(context)
+        replies = _Replies()
+        open_ids: set[str] = set()
+
+        def replied(result: types_pb2.InvocationResult) -> None:
+            open_ids.discard(result.request_id)
+            replies.put(result)
+
+        async with asyncio.TaskGroup() as group:
+            writer = group.create_task(replies.write_forever(context))
+            try:
+                async for message in request_iterator:
+                    for invocation in message.invocations:
+                        if len(open_ids) >= STREAM_IN_FLIGHT_MAX:
+                            error = Overloaded(
+                                f"this stream has {STREAM_IN_FLIGHT_MAX} calls in flight; "
+                                "wait for some of them",
+                                retry_after_s=0.1,
+                            )
+                            replies.put(_refusal(invocation, error))
+                            continue
+                        open_ids.add(invocation.request_id)
+                        self._take(invocation, caller, replied)
+                    for request_id in message.cancels:
+                        self._shell.cancel(request_id)
+                while open_ids:  # the caller has said all, and still listens
+                    await asyncio.sleep(0.01)
+                await replies.flushed()
+            finally:
+                writer.cancel()
+                for request_id in list(open_ids):
+                    self._shell.cancel(request_id)
+
+    def _take(
+        self,
+        invocation: types_pb2.Invocation,
+        caller: "_Caller",
+        replied: Callable[[types_pb2.InvocationResult], None],
+    ) -> None:
+        spec = self._functions.find(invocation.function)
+        if spec is None:
+            self._group.create_task(self._take_unknown(invocation, caller, replied))
+        else:
+            self._invoke(invocation, spec, caller, replied)
+
+    async def _take_unknown(
+        self,
+        invocation: types_pb2.Invocation,
+        caller: "_Caller",
+        replied: Callable[[types_pb2.InvocationResult], None],
+    ) -> None:
+        try:
+            spec = await self._pull(invocation.function)
+            if spec is None:
+                raise NotFound(
+                    f"there is no function {invocation.function!r}; "
+                    "`tierwise get functions` lists those that exist"
+                )
+        except TierwiseError as error:
+            replied(_refusal(invocation, error))
+        else:
+            self._invoke(invocation, spec, caller, replied)
+
+    def _invoke(
+        self,
+        invocation: types_pb2.Invocation,
+        spec: FunctionSpec,
+        caller: "_Caller",
+        replied: Callable[[types_pb2.InvocationResult], None],
+    ) -> None:
+        try:
+            if len(invocation.arguments) > ITEMS_MAX:
+                raise PayloadTooLarge(
+                    f"{len(invocation.arguments)} items in one call; send at most {ITEMS_MAX}"
+                )
+            if not caller.is_node:
+                invocation.hops = 0
+                invocation.lease = 0
+            origin = NodeId(invocation.origin) if caller.is_node else self._node_id
+            request = convert.request_from_invocation(invocation, spec, origin=origin)
+        except TierwiseError as error:
+            replied(_refusal(invocation, error))
+            return
+        self._shell.invoke(request, invocation.arguments, replied, caller=caller.name)
+
+
+class _Caller:
+    """Who is at the other end; read once per stream."""
+
+    def __init__(self, context: "grpc.aio.ServicerContext[object, object]") -> None:
+        identity = peer_identity(context)
+        self.name = identity.uri
+        self.is_node = identity.role is Role.NODE
+
+
+class _Replies:
+    """Results on their way to one caller: whatever is there goes out in one message."""
+
+    def __init__(self) -> None:
+        self._results: list[types_pb2.InvocationResult] = []
+        self._wake: asyncio.Future[None] | None = None
+        self._is_writing = False
+
+    def put(self, result: types_pb2.InvocationResult) -> None:
+        self._results.append(result)
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    async def write_forever(self, context: "grpc.aio.ServicerContext[object, object]") -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            while self._results:
+                count = _fitting(self._results)
+                batch, self._results = self._results[:count], self._results[count:]
+                self._is_writing = True
+                await context.write(invocation_pb2.InvokeStreamResponse(results=batch))
+                self._is_writing = False
+            self._wake = loop.create_future()
+            await self._wake
+
+    async def flushed(self) -> None:
+        """Return when everything has been written."""
+        while self._results or self._is_writing:
+            await asyncio.sleep(0.005)
+
+
+def _fitting(results: list[types_pb2.InvocationResult]) -> int:
+    """Return how many of the first results go into one message, at least one."""
+    if len(results) == 1:
+        return 1
+    size_bytes = 0
+    for index, result in enumerate(results[:BATCH_RESULTS_MAX]):
+        size_bytes += sum(len(item.value) for item in result.items)
+        if index and size_bytes > BATCH_BYTES_MAX:
+            return index
+    return min(len(results), BATCH_RESULTS_MAX)
+
+
+def _refusal(
+    invocation: types_pb2.Invocation, error: TierwiseError
+) -> types_pb2.InvocationResult:
+    item = item_from_error(error)
+    count = min(max(1, len(invocation.arguments)), ITEMS_MAX)
+    return types_pb2.InvocationResult(request_id=invocation.request_id, items=[item] * count)

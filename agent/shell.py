@@ -1,0 +1,437 @@
+"""The hands of the NodeMachine: carries out its commands and feeds back what happened.
+
+Payload bytes live here, keyed by request id; the machine never sees them.
+"""
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, assert_never
+
+import numpy as np
+import structlog
+
+from agent.machine import NodeMachine
+from agent.runtime.environments import Environments
+from agent.runtime.runtime import InstanceStartError, ItemKind, ItemResult, RunReport, Runtime
+from tierwise.clock import monotonic_s
+from tierwise.domain.command import (
+    AskPolicy,
+    CancelAt,
+    Forward,
+    KillRun,
+    NodeCommand,
+    Reply,
+    ReplyAgain,
+    Report,
+    RunOn,
+    StartInstance,
+    StopInstance,
+)
+from tierwise.domain.event import (
+    Arrived,
+    CancelAsked,
+    Decided,
+    InstanceFailed,
+    InstanceStarted,
+    NodeEvent,
+    PeerFailed,
+    PeerReplied,
+    RunFinished,
+    Ticked,
+)
+from tierwise.domain.function import FunctionSpec
+from tierwise.domain.ids import NodeId, PolicyId, RequestId
+from tierwise.domain.outcome import Outcome
+from tierwise.domain.request import Request
+from tierwise.errors import TierwiseError
+from tierwise.placement.policy import Policy
+from tierwise.v1 import types_pb2
+from tierwise.wire import convert
+
+log = structlog.get_logger()
+
+TICK_S = 0.05
+ANSWERS_BYTES_MAX = 32 << 20
+REPORTS_MAX = 10_000
+
+# What became of one item, as an error code of tierwise.errors; OK is absent.
+CODE_BY_KIND: dict[ItemKind, str] = {
+    ItemKind.RAISED: "function_raised",
+    ItemKind.OUT_OF_MEMORY: "function_out_of_memory",
+    ItemKind.BAD_ARGUMENTS: "invalid_argument",
+    ItemKind.BAD_RESULT: "result_rejected",
+    ItemKind.RESULT_TOO_LARGE: "result_rejected",
+    ItemKind.TIMED_OUT: "function_timed_out",
+    ItemKind.WORKER_EXITED: "function_died",
+    ItemKind.WORKER_DIED: "function_died",
+    ItemKind.CANCELLED: "cancelled",
+    ItemKind.NOT_RUN: "unavailable",
+}
+
+OnReply = Callable[[types_pb2.InvocationResult], None]
+
+
+class Peers(Protocol):
+    """Sends requests to other agents; every send ends in exactly one `on_result`."""
+
+    def send(
+        self,
+        node_id: NodeId,
+        invocation: types_pb2.Invocation,
+        on_result: Callable[[types_pb2.InvocationResult | None], None],
+    ) -> None:
+        """Send one invocation; None as a result means that the peer could not be reached."""
+        ...
+
+    def cancel(self, node_id: NodeId, request_id: RequestId) -> None:
+        """Tell the peer that the result is not wanted."""
+        ...
+
+
+class CodeStore(Protocol):
+    """Where code blobs come from."""
+
+    async def path(self, code_digest: str) -> Path:
+        """Return a local file with that content, fetching it if needed."""
+        ...
+
+
+@dataclass(slots=True)
+class Call:
+    """The payload side of one unfinished request."""
+
+    arguments: Sequence[bytes]
+    on_reply: list[OnReply]
+    caller: str
+    items: Sequence[types_pb2.Item] = ()
+    log: str = ""
+
+
+@dataclass(slots=True)
+class _Answers:
+    """Finished results, kept against duplicates; the oldest go first."""
+
+    results: OrderedDict[str, types_pb2.InvocationResult] = field(default_factory=OrderedDict)
+    size_bytes: int = 0
+
+    def put(self, result: types_pb2.InvocationResult) -> None:
+        old = self.results.pop(result.request_id, None)
+        if old is not None:
+            self.size_bytes -= _size_bytes(old)
+        size_bytes = _size_bytes(result)
+        if size_bytes > ANSWERS_BYTES_MAX // 8:
+            return
+        self.results[result.request_id] = result
+        self.size_bytes += size_bytes
+        while self.size_bytes > ANSWERS_BYTES_MAX:
+            self.size_bytes -= _size_bytes(self.results.popitem(last=False)[1])
+
+
+def _size_bytes(result: types_pb2.InvocationResult) -> int:
+    return sum(len(item.value) for item in result.items) + 512
+
+
+class Shell:
+    """Drives one NodeMachine with real workers, peers and callers."""
+
+    def __init__(
+        self,
+        machine: NodeMachine,
+        *,
+        runtime: Runtime,
+        environments: Environments,
+        code: CodeStore,
+        peers: Peers,
+        policy: Policy,
+        fallback: Policy,
+        group: asyncio.TaskGroup,
+        slowdown: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        """Wire the machine to its surroundings.
+
+        Args:
+            machine: The state machine.
+            runtime: Starts and runs workers.
+            environments: Interpreters per set of requirements.
+            code: Where code blobs come from.
+            peers: The way to other agents.
+            policy: Decides where requests run; `policy` may be replaced at any time.
+            fallback: Decides if `policy` raises.
+            group: Owns the tasks that start and stop instances.
+            slowdown: ≥ 1; every run is held back to take this many times as long (*emulation*).
+            seed: Of the generator that policies may draw from.
+        """
+        self.machine = machine
+        self.policy = policy
+        self.reports: deque[tuple[Outcome, str, str]] = deque()
+        self.dropped_report_count = 0
+        self._runtime = runtime
+        self._environments = environments
+        self._code = code
+        self._peers = peers
+        self._fallback = fallback
+        self._group = group
+        self._slowdown = slowdown
+        self._rng = np.random.default_rng(seed)
+        self._calls: dict[RequestId, Call] = {}
+        self._answers = _Answers()
+        self._ended = Call((), [], "")  # the call of the latest Reply; its Report follows
+        self._is_stepping = False
+        self._events: deque[NodeEvent] = deque()
+
+    def invoke(
+        self,
+        request: Request,
+        arguments: Sequence[bytes],
+        on_reply: OnReply,
+        *,
+        caller: str = "",
+    ) -> None:
+        """Take a request; `on_reply` is called once with its result, perhaps before this returns."""
+        call = self._calls.get(request.request_id)
+        if call is not None:
+            call.on_reply.append(on_reply)
+        else:
+            self._calls[request.request_id] = Call(arguments, [on_reply], caller)
+        self.feed(Arrived(request=request))
+
+    def cancel(self, request_id: str) -> None:
+        """Cancel an unfinished request; its reply follows. Unknown ids are ignored."""
+        if request_id in self._calls:
+            self.feed(CancelAsked(request_id=RequestId(request_id)))
+
+    def held_leases(self) -> list[tuple[RequestId, int]]:
+        """Return the durable requests that are unfinished here."""
+        return [
+            (ticket.request.request_id, ticket.request.lease)
+            for ticket in self.machine.tickets()
+            if ticket.request.lease
+        ]
+
+    def feed(self, event: NodeEvent) -> None:
+        """Give the machine one event and carry out what it asks for."""
+        self._events.append(event)
+        if self._is_stepping:
+            return
+        self._is_stepping = True
+        try:
+            while self._events:
+                for command in self.machine.step(self._events.popleft(), monotonic_s()):
+                    self._execute(command)
+        finally:
+            self._is_stepping = False
+
+    async def tick_forever(self) -> None:
+        """Tell the machine of the time, 20 times a second."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            self.feed(Ticked())
+
+    def _execute(self, command: NodeCommand) -> None:
+        match command:
+            case AskPolicy():
+                self._decide(command)
+            case RunOn():
+                self._run(command)
+            case Reply():
+                self._reply(command.outcome)
+            case Report():
+                self._report(command.outcome)
+            case Forward():
+                self._forward(command)
+            case StartInstance():
+                self._group.create_task(self._start(command))
+            case StopInstance():
+                self._group.create_task(self._runtime.stop(command.instance_id))
+            case KillRun():
+                self._runtime.cancel(command.instance_id)
+            case CancelAt():
+                self._peers.cancel(command.node_id, command.request_id)
+            case ReplyAgain():
+                self._reply_again(command.request_id)
+            case _:
+                assert_never(command)
+
+    def _decide(self, command: AskPolicy) -> None:
+        policy = self.policy
+        try:
+            decision = policy.decide(command.view, command.request, self._rng)
+        except Exception:  # a policy comes from outside: whatever it does, the call goes on
+            log.exception("policy.failed", policy_id=policy.policy_id)
+            policy = self._fallback
+            decision = policy.decide(command.view, command.request, self._rng)
+        self._events.appendleft(
+            Decided(
+                request_id=command.request.request_id,
+                decision=decision,
+                policy_id=PolicyId(policy.policy_id),
+            )
+        )
+
+    # -- workers --------------------------------------------------------------------------------
+
+    async def _start(self, command: StartInstance) -> None:
+        started_s = monotonic_s()
+        spec = command.spec
+        try:
+            await self._start_worker(command.instance_id, spec)
+        except InstanceStartError as error:
+            message = f"{error}\n{error.remote_traceback}".strip()
+            self.feed(
+                InstanceFailed(
+                    instance_id=command.instance_id, error_code="start_failed", message=message
+                )
+            )
+        except (TierwiseError, OSError) as error:
+            code = error.code if isinstance(error, TierwiseError) else "start_failed"
+            self.feed(
+                InstanceFailed(
+                    instance_id=command.instance_id,
+                    error_code=code,
+                    message=f"{spec.function_id} could not be started: {error}",
+                )
+            )
+        else:
+            if self.machine.pool.get(command.instance_id) is None:
+                await self._runtime.stop(command.instance_id)  # evicted while it started
+                return
+            cold_start_s = monotonic_s() - started_s
+            wait_s = cold_start_s * (self._slowdown - 1.0)
+            if wait_s > 0.0:
+                await asyncio.sleep(wait_s)
+            self.feed(
+                InstanceStarted(
+                    instance_id=command.instance_id, cold_start_s=cold_start_s + wait_s
+                )
+            )
+
+    async def _start_worker(self, instance_id: str, spec: FunctionSpec) -> None:
+        environment = await self._environments.get(spec.requirements)
+        await self._runtime.start(
+            instance_id,
+            code_digest=spec.code_digest,
+            code_path=await self._code.path(spec.code_digest),
+            environment=environment,
+            memory_mib=spec.memory_mib,
+        )
+
+    def _run(self, command: RunOn) -> None:
+        call = self._calls[command.request_id]
+
+        def finished(report: RunReport) -> None:
+            wait_s = report.run_s * (self._slowdown - 1.0)
+            if wait_s > 0.001:
+                asyncio.get_running_loop().call_later(
+                    wait_s, self._run_finished, command, call, report
+                )
+            else:
+                self._run_finished(command, call, report)
+
+        self._runtime.run(
+            command.instance_id, call.arguments, timeout_s=command.timeout_s, on_done=finished
+        )
+
+    def _run_finished(self, command: RunOn, call: Call, report: RunReport) -> None:
+        call.items = [_item(result) for result in report.items]
+        call.log = report.log
+        failed = [item for item in report.items if item.kind is not ItemKind.OK]
+        # A batch fails as a whole only if its worker went, or if it is a single call.
+        is_whole = bool(failed) and (len(report.items) == 1 or not report.instance_alive)
+        first = failed[0] if failed else None
+        self.feed(
+            RunFinished(
+                instance_id=command.instance_id,
+                request_id=command.request_id,
+                run_s=report.run_s,
+                is_instance_alive=report.instance_alive,
+                failed_item_count=len(failed),
+                peak_memory_mib=report.peak_memory_mib,
+                response_bytes=sum(len(item.value) for item in report.items),
+                error_code=CODE_BY_KIND[first.kind] if first and is_whole else "",
+                message=first.message if first else "",
+            )
+        )
+
+    # -- peers and callers ----------------------------------------------------------------------
+
+    def _forward(self, command: Forward) -> None:
+        call = self._calls[command.request.request_id]
+        request_id = command.request.request_id
+
+        def replied(result: types_pb2.InvocationResult | None) -> None:
+            if result is None:
+                self.feed(PeerFailed(request_id=request_id, node_id=command.node_id))
+                return
+            call.items = result.items
+            call.log = result.log
+            try:
+                outcome = convert.outcome_from_pb(result.outcome)
+            except TierwiseError:
+                log.exception("peer.sent_nonsense", node_id=command.node_id)
+                self.feed(PeerFailed(request_id=request_id, node_id=command.node_id))
+                return
+            self.feed(
+                PeerReplied(request_id=request_id, node_id=command.node_id, outcome=outcome)
+            )
+
+        invocation = convert.invocation_from_request(command.request, call.arguments)
+        self._peers.send(command.node_id, invocation, replied)
+
+    def _reply(self, outcome: Outcome) -> None:
+        call = self._ended = self._calls.pop(outcome.request_id)
+        items = call.items
+        if len(items) != outcome.item_count:
+            items = [
+                types_pb2.Item(
+                    error_code=outcome.error_code or "internal", message=outcome.message
+                )
+            ] * outcome.item_count
+        result = types_pb2.InvocationResult(
+            request_id=outcome.request_id,
+            items=items,
+            outcome=convert.outcome_to_pb(outcome, with_explanation=False),
+            log=call.log,
+        )
+        if outcome.reason is None:  # a refusal is no answer: the request may come back
+            self._answers.put(result)
+        for on_reply in call.on_reply:
+            on_reply(result)
+
+    def _reply_again(self, request_id: RequestId) -> None:
+        call = self._calls.pop(request_id)
+        result = self._answers.results.get(request_id)
+        if result is None:
+            item = types_pb2.Item(
+                error_code="failed_precondition",
+                message=f"call {request_id} ended before, and its result is no longer held; "
+                "send it again under a new id",
+            )
+            result = types_pb2.InvocationResult(
+                request_id=request_id, items=[item] * max(1, len(call.arguments))
+            )
+        for on_reply in call.on_reply:
+            on_reply(result)
+
+    def _report(self, outcome: Outcome) -> None:
+        if len(self.reports) >= REPORTS_MAX:
+            self.reports.popleft()
+            self.dropped_report_count += 1
+        self.reports.append((outcome, self._ended.log, self._ended.caller))
+
+
+def _item(result: ItemResult) -> types_pb2.Item:
+    if result.kind is ItemKind.OK:
+        return types_pb2.Item(value=result.value)
+    message = result.message
+    if result.kind is ItemKind.NOT_RUN:
+        message = f"not run: {message or 'its worker ended in an earlier item'}"
+    return types_pb2.Item(
+        error_code=CODE_BY_KIND[result.kind],
+        message=message,
+        remote_type=result.error_type,
+        remote_traceback=result.remote_traceback,
+    )
