@@ -1,0 +1,1 @@
+"""Generated from protos/tierwise/v1; run `make protos`."""

@@ -1,0 +1,72 @@
+# Two commands need no preparation: `make demo` and `make check`. Both make their own .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS := 1
+export OPENBLAS_NUM_THREADS := 1
+PROTOS := $(wildcard protos/tierwise/v1/*.proto)
+
+.PHONY: help demo check test bench protos train-policy clean format lint
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+demo: $(VENV)/demo.stamp ## start a local cluster, drive real work through it, print the comparison
+	@$(BIN)/python -m examples.demo
+
+check: $(VENV)/dev.stamp lint test ## everything that CI runs
+
+lint: $(VENV)/dev.stamp
+	@echo "== format and lint"; $(BIN)/ruff format --check -q . && $(BIN)/ruff check -q .
+	@echo "== types"; $(BIN)/mypy --no-error-summary
+	@echo "== protos"; $(BIN)/buf lint && $(MAKE) --no-print-directory proto-breaking proto-stale
+	@echo "== import contracts"; $(BIN)/lint-imports --no-cache | tail -n 12
+
+test: $(VENV)/dev.stamp ## the tests alone
+	@echo "== tests"; $(BIN)/pytest -q
+
+bench: $(VENV)/dev.stamp ## speed and size, as ratios against rivals in the same run
+	@$(BIN)/python -m benchmarks.bench_calls
+	@$(BIN)/python -m benchmarks.bench_agent
+	@$(BIN)/python -m benchmarks.bench_decision
+	@$(BIN)/python -m benchmarks.bench_simulator
+
+format: $(VENV)/dev.stamp ## rewrite the code in the house style
+	@$(BIN)/ruff format -q . && $(BIN)/ruff check -q --fix .
+
+protos: $(VENV)/dev.stamp ## generate tierwise/v1 from protos/
+	@$(MAKE) --no-print-directory proto-generate OUT=.
+
+.PHONY: proto-generate proto-stale proto-breaking
+proto-generate:
+	@PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -I protos \
+	  --python_out=$(OUT) --grpc_python_out=$(OUT) --mypy_out=quiet:$(OUT) --mypy_grpc_out=quiet:$(OUT) $(PROTOS)
+
+proto-stale:
+	@out=$$(mktemp -d) && $(MAKE) --no-print-directory proto-generate OUT=$$out && \
+	  for file in $$out/tierwise/v1/*; do cmp -s $$file tierwise/v1/$$(basename $$file) || \
+	  { echo "tierwise/v1/$$(basename $$file) is stale: run make protos"; rm -r $$out; exit 1; }; done; rm -r $$out
+
+# Against the newest tag, or the commit before this one; the first commit has nothing to break.
+proto-breaking:
+	@base=$$(git describe --tags --abbrev=0 2>/dev/null || git rev-parse -q --verify HEAD~1 || true); \
+	  if [ -n "$$base" ] && git ls-tree -r $$base --name-only 2>/dev/null | grep -q '^protos/.*\.proto'; then \
+	    out=$$(mktemp -d) && git archive $$base protos buf.yaml 2>/dev/null | tar -x -C $$out && \
+	    $(BIN)/buf breaking --against $$out; code=$$?; rm -r $$out; exit $$code; \
+	  else echo "nothing to compare the protos with"; fi
+
+train-policy: $(VENV)/dev.stamp ## train the policy that ships with the package
+	@$(BIN)/python -m training.ppo --preset random --seed 7 --steps 3000000 --ship
+
+$(VENV)/pip.stamp:
+	@echo "== making $(VENV)"; $(PYTHON) -m venv $(VENV) && touch $@
+
+$(VENV)/demo.stamp: pyproject.toml | $(VENV)/pip.stamp
+	@echo "== installing tierwise and what the demo needs (a minute or two)"
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.[demo]' && touch $@
+
+$(VENV)/dev.stamp: pyproject.toml | $(VENV)/pip.stamp
+	@echo "== installing tierwise with training and development tools (some minutes)"
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]' && touch $@ $(VENV)/demo.stamp
+
+clean: ## remove the environment and everything generated at run time
+	@rm -rf $(VENV) .tierwise runs dist

@@ -1,0 +1,144 @@
+"""Channels and servers with the same limits, keepalive and mTLS everywhere."""
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+import grpc
+
+from tierwise.errors import PermissionDenied, TierwiseError, Unauthenticated
+from tierwise.wire.errors import abort
+from tierwise.wire.identity import Credentials, Identity, Role, peer_identity
+
+MESSAGE_BYTES_MAX = 64 << 20
+_OPEN_METHODS = ("/grpc.health.v1.", "/grpc.reflection.")
+Options = list[tuple[str, Any]]
+
+
+def channel_options() -> Options:
+    """Return the options of every channel and server.
+
+    A peer that stops answering is noticed by ping: keepalive alone needed 40–60 s, so the
+    HTTP/2 ping timeout is set as well.
+    """
+    return [
+        ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+        ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+        ("grpc.keepalive_time_ms", 5_000),
+        ("grpc.keepalive_timeout_ms", 3_000),
+        ("grpc.http2.ping_timeout_ms", 3_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 2_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 2_000),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 2_000),
+        ("grpc.so_reuseport", 0),
+        # Each channel is its own connection, so that closing it really ends it.
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+
+
+def secure_channel(
+    address: str, credentials: Credentials, expected_dns_name: str
+) -> grpc.aio.Channel:
+    """Return an mTLS channel that accepts only a server with `expected_dns_name`."""
+    return grpc.aio.secure_channel(
+        address,
+        grpc.ssl_channel_credentials(
+            root_certificates=credentials.authority,
+            private_key=credentials.key,
+            certificate_chain=credentials.certificate,
+        ),
+        [*channel_options(), ("grpc.ssl_target_name_override", expected_dns_name)],
+    )
+
+
+def server_credentials(
+    credentials: Credentials, *, require_client: bool = True
+) -> grpc.ServerCredentials:
+    """Return a server's side of mTLS; without `require_client` nobody is asked who they are."""
+    return grpc.ssl_server_credentials(
+        [(credentials.key, credentials.certificate)],
+        root_certificates=credentials.authority if require_client else None,
+        require_client_auth=require_client,
+    )
+
+
+def new_server(interceptors: Sequence[grpc.aio.ServerInterceptor]) -> grpc.aio.Server:
+    """Return a server with the options of the house."""
+    return grpc.aio.server(interceptors=interceptors, options=channel_options())
+
+
+class AuthorizationInterceptor(grpc.aio.ServerInterceptor):
+    """Lets an RPC pass only if the caller's role may call it; what is not in the table may not."""
+
+    def __init__(
+        self, roles: Mapping[str, set[Role]], is_revoked: Callable[[Identity], bool]
+    ) -> None:
+        self._roles = roles
+        self._is_revoked = is_revoked
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        """Wrap the handler of one RPC with the check."""
+        method = handler_call_details.method
+        handler: Any = await continuation(handler_call_details)
+        if handler is None or method.startswith(_OPEN_METHODS):
+            return handler
+        kind = ("stream" if handler.request_streaming else "unary") + (
+            "_stream" if handler.response_streaming else "_unary"
+        )
+        inner = getattr(handler, kind)
+
+        async def checked(request: Any, context: Any) -> Any:
+            try:
+                self._check(method, peer_identity(context))
+            except TierwiseError as error:
+                await abort(context, error)
+            return await inner(request, context)
+
+        make = getattr(grpc, f"{kind}_rpc_method_handler")
+        wrapped: grpc.RpcMethodHandler = make(
+            checked,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+        return wrapped
+
+    def _check(self, method: str, identity: Identity) -> None:
+        if self._is_revoked(identity):
+            raise Unauthenticated(f"{identity.uri} has been revoked; join again with a new token")
+        allowed = self._roles.get(method, set())
+        if identity.role not in allowed:
+            needed = " or ".join(sorted(allowed)) or "no role"
+            raise PermissionDenied(f"{method} needs {needed}; you are {identity.uri}")
+
+
+async def diagnose(address: str, credentials: Credentials, expected_dns_name: str) -> str:
+    """Return in words why a connection to `address` fails; gRPC only says 'Socket closed'."""
+    host, _, port = address.rpartition(":")
+
+    def handshake() -> str:
+        context = ssl.create_default_context(cadata=credentials.authority.decode())
+        try:
+            with (
+                socket.create_connection((host, int(port)), timeout=3) as plain,
+                context.wrap_socket(plain, server_hostname=expected_dns_name) as tls,
+            ):
+                tls.settimeout(1)
+                return f"{address} answers TLS as {expected_dns_name}, but not gRPC"
+        except ssl.SSLCertVerificationError as error:
+            return f"the certificate of {address} is not accepted: {error.verify_message}"
+        except ssl.SSLError as error:
+            return f"{address} refused the TLS handshake: {error.reason}"
+        except OSError as error:
+            return f"nobody listens at {address}: {error.strerror or error}"
+
+    return await asyncio.to_thread(handshake)
