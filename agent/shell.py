@@ -34,6 +34,7 @@ from tierwise.domain.event import (
     Arrived,
     CancelAsked,
     Decided,
+    InstanceDied,
     InstanceFailed,
     InstanceStarted,
     NodeEvent,
@@ -43,7 +44,7 @@ from tierwise.domain.event import (
     Ticked,
 )
 from tierwise.domain.function import FunctionSpec
-from tierwise.domain.ids import NodeId, PolicyId, RequestId
+from tierwise.domain.ids import InstanceId, NodeId, PolicyId, RequestId
 from tierwise.domain.outcome import Outcome
 from tierwise.domain.request import Request
 from tierwise.errors import TierwiseError
@@ -180,6 +181,7 @@ class Shell:
         self._calls: dict[RequestId, Call] = {}
         self._answers = _Answers()
         self._ended = Call((), [], "")  # the call of the latest Reply; its Report follows
+        runtime.on_died = self._idle_instance_died
         self._is_stepping = False
         self._events: deque[NodeEvent] = deque()
 
@@ -336,6 +338,8 @@ class Shell:
         )
 
     def _run_finished(self, command: RunOn, call: Call, report: RunReport) -> None:
+        if not report.instance_alive:
+            self._group.create_task(self._runtime.stop(command.instance_id))
         call.items = [_item(result) for result in report.items]
         call.log = report.log
         failed = [item for item in report.items if item.kind is not ItemKind.OK]
@@ -355,6 +359,10 @@ class Shell:
                 message=first.message if first else "",
             )
         )
+
+    def _idle_instance_died(self, instance_id: str) -> None:
+        self._group.create_task(self._runtime.stop(instance_id))
+        self.feed(InstanceDied(instance_id=InstanceId(instance_id)))
 
     # -- peers and callers ----------------------------------------------------------------------
 

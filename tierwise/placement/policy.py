@@ -1,6 +1,7 @@
 """The seam between a request and whoever decides where it runs."""
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Protocol
 
 import numpy as np
@@ -44,7 +45,8 @@ def register(name: str, factory: Callable[[], Policy]) -> None:
 
 
 def names() -> list[str]:
-    """Return the registered names, sorted."""
+    """Return the registered names, sorted; the built-in ones are always among them."""
+    import_module("tierwise.placement.policies")
     return sorted(_FACTORIES)
 
 
@@ -54,7 +56,7 @@ def create(name: str) -> Policy:
     Raises:
         NotFound: No policy has this name; the message lists those that exist.
     """
-    factory = _FACTORIES.get(name)
-    if factory is None:
-        raise NotFound(f"there is no policy {name!r}; known: {', '.join(names())}")
-    return factory()
+    known = names()
+    if name not in known:
+        raise NotFound(f"there is no policy {name!r}; known: {', '.join(known)}")
+    return _FACTORIES[name]()

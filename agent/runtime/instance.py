@@ -1,0 +1,367 @@
+"""One worker process as the agent sees it: its socket, its log, its memory, its current call."""
+
+import asyncio
+import mmap
+import os
+import signal
+import socket
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import cast
+
+import msgspec
+
+from agent.runtime.parent import ZygoteProcess
+
+LOG_BYTES_MAX = 8 << 10
+LOG_READ_MAX = 4 << 20  # how much is read and dropped in one go before the loop gets its turn
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+DEATH_WAIT_S = 1.0
+FRAME_BYTES_MAX = 128 << 20
+_U32 = struct.Struct("<I")
+
+
+class ItemKind(IntEnum):
+    """What became of one item. The first seven are the worker's words."""
+
+    OK = 0
+    RAISED = 1
+    OUT_OF_MEMORY = 2
+    BAD_ARGUMENTS = 3
+    BAD_RESULT = 4
+    RESULT_TOO_LARGE = 5
+    WORKER_EXITED = 6
+    TIMED_OUT = 7
+    WORKER_DIED = 8
+    CANCELLED = 9
+    NOT_RUN = 10
+
+
+@dataclass(frozen=True, slots=True)
+class ItemResult:
+    """The result of one item."""
+
+    kind: ItemKind
+    value: bytes = b""
+    error_type: str = ""
+    message: str = ""
+    remote_traceback: str = ""
+
+
+NOT_RUN = ItemResult(ItemKind.NOT_RUN)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunReport:
+    """How one batch went; `items` has one entry per argument set."""
+
+    items: tuple[ItemResult, ...]
+    run_s: float
+    peak_memory_mib: float
+    log: str
+    instance_alive: bool
+
+    @classmethod
+    def never_ran(cls, count: int) -> "RunReport":
+        """Return the report of a batch whose instance was gone before it began."""
+        return cls(
+            items=(NOT_RUN,) * count, run_s=0, peak_memory_mib=0, log="", instance_alive=False
+        )
+
+
+class StartFailure(Exception):
+    """The function could not be loaded."""
+
+    def __init__(self, message: str, remote_traceback: str = "") -> None:
+        super().__init__(message)
+        self.remote_traceback = remote_traceback
+
+
+class Worker(asyncio.Protocol):
+    """Speaks the frames of worker.py; knows at most one running batch."""
+
+    def __init__(self, instance_id: str, memory_mib: int, folder: Path) -> None:
+        self.folder = folder
+        self.on_idle_death: Callable[[str], None] = lambda instance_id: None
+        self._instance_id = instance_id
+        self._memory_mib = memory_mib
+        self._zygote: ZygoteProcess | None = None
+        self._transport: asyncio.Transport | None = None
+        self._loop = asyncio.get_running_loop()
+        self._buffer = bytearray()
+        self._loaded: asyncio.Future[None] = self._loop.create_future()
+        self._pid = 0
+        self._baseline_mib = 0.0
+        self._progress = mmap.mmap(-1, 8)
+        self._log_fd = -1
+        self._log = bytearray()
+        self._dropped_bytes = 0
+        self._exit_code: int | None = None
+        self._is_ended = False
+        self._is_closing = False
+        self._killed: tuple[ItemKind, str] | None = None
+        self._results: list[ItemResult | None] = []
+        self._on_done: Callable[[RunReport], None] | None = None
+        self._started_s = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def fork(
+        self, zygote: ZygoteProcess, *, code_path: Path, code_digest: str, result_bytes_max: int
+    ) -> None:
+        """Have the zygote fork this worker, and wait until its function is loaded.
+
+        Raises:
+            StartFailure: The zygote is gone, or the code could not be loaded.
+        """
+        self._zygote = zygote
+        ours, theirs = socket.socketpair()
+        self._log_fd, log_write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        os.set_blocking(log_write_fd, True)
+        progress_fd = os.memfd_create("progress")
+        os.ftruncate(progress_fd, 8)
+        self._progress = mmap.mmap(progress_fd, 8)
+        try:
+            zygote.fork(
+                self._instance_id,
+                {
+                    "code_path": str(code_path),
+                    "code_digest": code_digest,
+                    "folder": str(self.folder),
+                    "memory_mib": self._memory_mib,
+                    "result_bytes_max": result_bytes_max,
+                },
+                [theirs.fileno(), log_write_fd, progress_fd],
+                on_forked=self._forked,
+                on_ended=self._ended,
+            )
+        except OSError as error:
+            ours.close()
+            raise StartFailure(f"the worker could not be forked: {error}") from None
+        finally:
+            theirs.close()
+            os.close(log_write_fd)
+            os.close(progress_fd)
+        ours.setblocking(False)
+        self._loop.add_reader(self._log_fd, self._read_log)
+        await self._loop.create_unix_connection(lambda: self, sock=ours)
+        await self._loaded
+        self._baseline_mib = self.memory_mib()
+
+    def run(
+        self, arguments: Sequence[bytes], timeout_s: float, on_done: Callable[[RunReport], None]
+    ) -> None:
+        """Send one batch; the instance must be idle."""
+        assert self._on_done is None, "an instance runs one batch at a time"
+        self._on_done = on_done
+        self._results = [None] * len(arguments)
+        self._log.clear()
+        self._dropped_bytes = 0
+        self._started_s = self._loop.time()
+        if self._transport is None or self._is_ended:
+            self._loop.call_soon(self._finish_dead)
+            return
+        _U32.pack_into(self._progress, 0, 0)
+        parts = [_U32.pack(len(arguments))]
+        for blob in arguments:
+            parts += (_U32.pack(len(blob)), blob)
+        body = b"".join(parts)
+        self._transport.write(_U32.pack(len(body)) + body)
+        self._timer = self._loop.call_later(timeout_s, self._timed_out, timeout_s)
+
+    def kill(self, kind: ItemKind, message: str) -> None:
+        """Kill the process; the running item ends as `kind`."""
+        if self._killed is None:
+            self._killed = (kind, message)
+        if self._zygote is not None:
+            self._zygote.kill(self._instance_id)
+
+    def memory_mib(self) -> float:
+        """Return the resident memory now; 0 if the process is gone."""
+        if not self._pid or self._is_ended:
+            return 0.0
+        try:
+            with open(f"/proc/{self._pid}/statm", "rb") as file:
+                return int(file.read().split()[1]) * PAGE_BYTES / 2**20
+        except (OSError, IndexError):
+            return 0.0
+
+    def check_memory(self) -> None:
+        """Kill the worker if it has outgrown its limit."""
+        if self._on_done is not None and self._killed is None:
+            used_mib = self.memory_mib() - self._baseline_mib
+            if used_mib > self._memory_mib:
+                self.kill(
+                    ItemKind.OUT_OF_MEMORY,
+                    f"the function used {used_mib:.0f} MiB; its limit is {self._memory_mib} MiB: "
+                    "raise memory= or send smaller inputs",
+                )
+
+    async def close(self) -> None:
+        """Kill the process and wait until it is gone."""
+        self._is_closing = True
+        self.kill(ItemKind.CANCELLED, "stopped")
+        if self._transport is not None:
+            self._transport.close()
+        for _ in range(200):
+            if self._is_ended or self._zygote is None or not self._zygote.is_alive:
+                break
+            await asyncio.sleep(0.005)
+        self._close_log()
+        if not self._loaded.done():
+            self._loaded.cancel()
+        if self._on_done is not None:
+            self._finish_dead()
+        self._progress.close()
+
+    # -- asyncio.Protocol -----------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Remember the way to the worker."""
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's does not inherit from it
+
+    def data_received(self, data: bytes) -> None:
+        """Collect frames."""
+        buffer = self._buffer
+        buffer += data
+        while len(buffer) >= 4:
+            (length,) = _U32.unpack_from(buffer)
+            if length > FRAME_BYTES_MAX:
+                self.kill(ItemKind.WORKER_DIED, "the worker sent a frame beyond all bounds")
+                return
+            if len(buffer) < 4 + length:
+                return
+            body = bytes(memoryview(buffer)[4 : 4 + length])
+            del buffer[: 4 + length]
+            try:
+                self._frame(body)
+            except (ValueError, TypeError, IndexError) as error:
+                self.kill(ItemKind.WORKER_DIED, f"the worker sent nonsense: {error}")
+                return
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """The worker ended: its exit code follows from the zygote, or never."""
+        self._transport = None
+        if not self._is_ended:
+            self._loop.call_later(DEATH_WAIT_S, self._ended, None)
+
+    # -- what the worker says -------------------------------------------------------------------
+
+    def _frame(self, body: bytes) -> None:
+        message = msgspec.msgpack.decode(body)
+        if not self._loaded.done():
+            if message is None:
+                self._loaded.set_result(None)
+            else:
+                kind, text, remote_traceback = message
+                self._loaded.set_exception(
+                    StartFailure(f"the code could not be loaded: {kind}: {text}", remote_traceback)
+                )
+            return
+        items, done = message
+        for index, kind, value, error_type, text, remote_traceback in items:
+            self._results[index] = ItemResult(
+                ItemKind(kind), value, error_type, text, remote_traceback
+            )
+        if done is not None:
+            run_s, peak_mib = done
+            has_exited = bool(items) and items[-1][1] == ItemKind.WORKER_EXITED
+            self._finish(float(run_s), float(peak_mib), is_alive=not has_exited)
+
+    def _finish(self, run_s: float, peak_mib: float, *, is_alive: bool) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        on_done, self._on_done = self._on_done, None
+        if on_done is None:
+            return
+        self._read_log()
+        printed = self._log.decode(errors="replace")
+        if self._dropped_bytes:
+            printed = f"[{self._dropped_bytes} bytes before this were dropped]\n{printed}"
+        on_done(
+            RunReport(
+                items=tuple(NOT_RUN if item is None else item for item in self._results),
+                run_s=run_s,
+                peak_memory_mib=peak_mib,
+                log=printed,
+                instance_alive=is_alive,
+            )
+        )
+
+    def _finish_dead(self) -> None:
+        """The worker went before its batch ended: the running item is to blame."""
+        if self._on_done is None:
+            return
+        (running,) = _U32.unpack_from(self._progress, 0)
+        if running < len(self._results) and self._results[running] is None:
+            kind, message = self._killed or (ItemKind.WORKER_DIED, _in_words(self._exit_code))
+            self._results[running] = ItemResult(kind, message=message)
+        self._finish(self._loop.time() - self._started_s, 0.0, is_alive=False)
+
+    def _timed_out(self, timeout_s: float) -> None:
+        self.kill(
+            ItemKind.TIMED_OUT,
+            f"the function ran longer than its {timeout_s:.3g} s and was killed: raise timeout= or "
+            "send smaller inputs",
+        )
+
+    def _forked(self, pid: int) -> None:
+        self._pid = pid
+
+    def _ended(self, code: int | None) -> None:
+        if self._is_ended:
+            return
+        self._is_ended = True
+        self._exit_code = code
+        if not self._loaded.done():
+            self._read_log()
+            printed = self._log.decode(errors="replace").strip()
+            message = f"the worker ended while loading: {_in_words(code)}"
+            self._loaded.set_exception(StartFailure(f"{message}\n{printed}".strip()))
+        elif self._on_done is not None:
+            self._finish_dead()
+        elif not self._is_closing:
+            self.on_idle_death(self._instance_id)
+        self._close_log()
+
+    # -- what the function prints ---------------------------------------------------------------
+
+    def _read_log(self) -> None:
+        """Keep the tail of what is there; a function that prints without end loses the rest."""
+        read_bytes = 0
+        while self._log_fd >= 0 and read_bytes < LOG_READ_MAX:
+            try:
+                data = os.read(self._log_fd, 65536)
+            except BlockingIOError:
+                break
+            if not data:
+                self._close_log()
+                break
+            read_bytes += len(data)
+            self._log += data
+            if len(self._log) > LOG_BYTES_MAX:
+                excess = len(self._log) - LOG_BYTES_MAX
+                self._dropped_bytes += excess
+                del self._log[:excess]
+
+    def _close_log(self) -> None:
+        if self._log_fd >= 0:
+            self._loop.remove_reader(self._log_fd)
+            os.close(self._log_fd)
+            self._log_fd = -1
+
+
+def _in_words(code: int | None) -> str:
+    if code is None:
+        return "its worker process is gone"
+    if code < 0:
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:
+            name = f"signal {-code}"
+        hint = " (perhaps the kernel, out of memory)" if name == "SIGKILL" else ""
+        return f"its worker process was killed by {name}{hint}"
+    return f"its worker process exited with code {code}"
