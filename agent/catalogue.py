@@ -2,13 +2,13 @@
 
 import asyncio
 import hashlib
-import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from tierwise.domain.function import Catalogue, FunctionSpec
 from tierwise.domain.ids import function_id, split_function_id
 from tierwise.errors import InvalidArgument, StartFailed
+from tierwise.files import write_atomically
 from tierwise.v1 import types_pb2
 from tierwise.wire import convert
 
@@ -93,13 +93,3 @@ class CodeFolder:
         self._locks.pop(code_digest, None)
         return path
 
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

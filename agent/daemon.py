@@ -10,7 +10,7 @@ from pathlib import Path
 import structlog
 import uvloop
 
-from agent.catalogue import CodeFolder, FunctionIndex, write_atomically
+from agent.catalogue import CodeFolder, FunctionIndex
 from agent.ingress import Ingress
 from agent.machine import NodeMachine
 from agent.peers import PeerStreams
@@ -26,6 +26,7 @@ from tierwise.domain.ids import NodeId, is_name
 from tierwise.domain.resources import Resources
 from tierwise.domain.topology import Node, parse_tier
 from tierwise.errors import FailedPrecondition, InvalidArgument, TierwiseError
+from tierwise.files import write_atomically
 from tierwise.placement.policy import create
 from tierwise.v1 import invocation_pb2_grpc
 from tierwise.wire.channel import AuthorizationInterceptor, new_server, server_credentials

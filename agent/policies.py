@@ -5,8 +5,8 @@ from pathlib import Path
 
 import structlog
 
-from agent.catalogue import write_atomically
 from tierwise.errors import TierwiseError
+from tierwise.files import write_atomically
 from tierwise.placement.policies import learned
 from tierwise.placement.policy import Policy, create
 

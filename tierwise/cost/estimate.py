@@ -80,8 +80,7 @@ def estimate(
             transfer_s = return_s = 0.0
             moved_bytes = 0
         else:
-            link = between(origin, node)
-            transfer_s = link.transfer_s(request.request_bytes)
+            transfer_s = between(origin, node).transfer_s(request.request_bytes)
             return_s = between(node, origin).transfer_s(response_bytes)
             moved_bytes = request.request_bytes + response_bytes
         if data_nodes and node.node_id not in data_nodes:

@@ -90,9 +90,10 @@ class LinkTable:
         """Return the path from `source` to `target`; a node reaches itself at once."""
         if source.node_id == target.node_id:
             return LOOPBACK
-        pair = self.by_pair.get((source.node_id, target.node_id))
-        if pair is not None:
-            return pair
+        if self.by_pair:
+            pair = self.by_pair.get((source.node_id, target.node_id))
+            if pair is not None:
+                return pair
         return self.by_tier.get((source.tier, target.tier), self.default)
 
 

@@ -33,21 +33,9 @@ def explain(
     propensity = [0.0] * k if propensities is None else propensities.tolist()
     score = scores.tolist()
     rows = tuple(
-        CandidateScore(
-            node_id=view.node.node_id,
-            transfer_s=terms[0],
-            wait_s=terms[1],
-            cold_start_s=terms[2],
-            run_s=terms[3],
-            return_s=terms[4],
-            displaced_s=terms[5],
-            money_usd=terms[6],
-            score=score[i],
-            residual=residual[i],
-            propensity=propensity[i],
-        )
-        for i, (view, terms) in enumerate(
-            zip(estimates.candidates, estimates.terms.tolist(), strict=True)
+        CandidateScore(view.node.node_id, *terms, s, r, p)
+        for view, terms, s, r, p in zip(
+            estimates.candidates, estimates.terms.tolist(), score, residual, propensity, strict=True
         )
     )
     best = min(range(k), key=score.__getitem__, default=None)

@@ -21,19 +21,19 @@ FEATURES = (
     "return",
     "displaced",
     "latency",  # their sum without `displaced`
-    "money",  # log10 of USD per call, shifted
-    "is_late",  # predicted to miss the deadline
-    "score_gap",  # base score minus the best one ÷ deadline, log-compressed
-    "cpu_free",  # share of the node's CPUs
-    "memory_free",  # share of the node's memory
+    "score_gap",  # base score minus the best one, likewise
+    "pending",  # run time sent there since its reading, likewise
     "queued",  # log of requests waiting per CPU
     "warm",  # log of idle instances of this function
     "age",  # log of the reading's age in seconds
-    "pending",  # what was sent there since the reading ÷ deadline, log-compressed
-    "speed",  # log2
+    "cpu_free",  # share of the node's CPUs
+    "memory_free",  # share of the node's memory
     "is_edge",
     "is_cloud",
     "is_origin",  # the node that takes the decision
+    "speed",  # log2
+    "money",  # log10 of USD per call, shifted
+    "is_late",  # predicted to miss the deadline
     "priority",  # request: 0 … 1
     "deadline",  # request: log10 of seconds
     "bytes",  # request: log10
@@ -61,41 +61,41 @@ def encode(
     profile = view.profile(request.spec.function_id)
     function = request.spec.function_id
     out = np.empty((k, len(FEATURES)), dtype=np.float64)
+    terms = estimates.terms
     latency_s = estimates.latency_s
-    out[:, 0:6] = estimates.terms[:, 0:6]
-    out[:, 6] = latency_s
-    out[:, 9] = scores - scores.min()
     origin_id = view.origin.node_id if view.origin is not None else None
     now_s = view.now_s
     rows = []
     for row in candidates:
         node, reading = row.node, row.reading
-        capacity, free = node.capacity, reading.free
-        cpus = max(capacity.cpus, 1e-9)
+        capacity, free, age_s = node.capacity, reading.free, now_s - row.received_at_s
         rows.append(
             (
-                free.cpus / cpus,
-                free.memory_mib / max(capacity.memory_mib, 1),
-                reading.queued / cpus,
-                float(reading.warm.get(function, 0)),
-                max(0.0, now_s - row.received_at_s),
                 row.pending_s,
+                reading.queued / (capacity.cpus or 1.0),
+                reading.warm.get(function, 0),
+                age_s if age_s > 0.0 else 0.0,
+                free.cpus / (capacity.cpus or 1.0),
+                free.memory_mib / (capacity.memory_mib or 1),
+                node.tier is Tier.EDGE,
+                node.tier is Tier.CLOUD,
+                node.node_id == origin_id,
                 node.speed,
-                float(node.tier is Tier.EDGE),
-                float(node.tier is Tier.CLOUD),
-                float(node.node_id == origin_id),
             )
         )
-    out[:, 10:20] = rows
-    scaled = (0, 1, 2, 3, 4, 5, 6, 9, 15)
-    out[:, scaled] = np.log1p(out[:, scaled] * (4.0 / deadline_s))
-    out[:, 7] = np.log10(np.maximum(estimates.terms[:, 6], 1e-12)) + 7.0
-    out[:, 8] = latency_s > request.deadline_s
-    out[:, 12:15] = np.log1p(out[:, 12:15])
-    out[:, 16] = np.log2(np.maximum(out[:, 16], 1e-6))
-    out[:, 20] = (int(request.priority) - 1) / 3.0
-    out[:, 21] = math.log10(deadline_s)
-    out[:, 22] = math.log10(request.request_bytes + 1.0) - 3.0
-    out[:, 23] = math.log1p(max(0.0, profile.rate_per_s))
-    np.clip(out, -BOUND, BOUND, out=out)
-    return out.astype(np.float32)
+    out[:, 0:6] = terms[:, 0:6]
+    out[:, 6] = latency_s
+    out[:, 7] = scores - scores.min()
+    out[:, 8:18] = rows
+    out[:, 0:9] *= 4.0 / deadline_s
+    np.log1p(out[:, 0:12], out=out[:, 0:12])
+    out[:, 17] = np.log2(out[:, 17])
+    out[:, 18] = np.log10(terms[:, 6] + 1e-12) + 7.0
+    out[:, 19] = latency_s > request.deadline_s
+    out[:, 20:24] = (
+        (int(request.priority) - 1) / 3.0,
+        math.log10(deadline_s),
+        math.log10(request.request_bytes + 1.0) - 3.0,
+        math.log1p(profile.rate_per_s),
+    )
+    return np.minimum(np.maximum(out, -BOUND), BOUND).astype(np.float32)

@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import os
 import ssl
 from dataclasses import dataclass
 from enum import StrEnum
@@ -17,6 +16,7 @@ from cryptography.x509.oid import NameOID
 
 from tierwise.domain.ids import is_name
 from tierwise.errors import InvalidArgument, Unauthenticated, Unavailable
+from tierwise.files import write_atomically
 from tierwise.v1 import join_pb2, join_pb2_grpc
 from tierwise.wire.errors import error_from_rpc
 
@@ -104,13 +104,7 @@ class Credentials:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         contents = {"key.pem": self.key, "ca.pem": self.authority, "cert.pem": self.certificate}
         for name, content in contents.items():
-            temporary = folder / f".{name}"
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(folder / name)
+            write_atomically(folder / name, content)
 
 
 def new_key() -> ec.EllipticCurvePrivateKey:

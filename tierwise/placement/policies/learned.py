@@ -56,7 +56,8 @@ class Network:
         shared = hidden.mean(axis=0) @ self.w3[width : 2 * width]
         shared = shared + hidden.max(axis=0) @ self.w3[2 * width :] + self.b3
         out = np.maximum(hidden @ self.w3[:width] + shared, 0.0)
-        return np.asarray(out @ self.w4 + self.b4, dtype=np.float32)
+        residual: Float32 = out @ self.w4 + self.b4
+        return residual
 
 
 class Card(msgspec.Struct, kw_only=True, frozen=True):
@@ -105,8 +106,8 @@ class LearnedPolicy:
         if len(ranking.scores) == 1:
             return ranking.placed(self.policy_id, np.zeros(1, dtype=np.intp))
         features = encode(view, request, ranking.estimates, ranking.scores)
-        outside = (features < self._low) | (features > self._high)
-        if outside.any():
+        if (features < self._low).any() or (features > self._high).any():
+            outside = (features < self._low) | (features > self._high)
             column = FEATURES[int(outside.any(axis=0).argmax())]
             return self._fall_back(ranking, f"{column} is outside the trained range")
         residuals = self.network.forward(features).astype(np.float64)

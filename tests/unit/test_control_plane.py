@@ -1,0 +1,224 @@
+"""ControlPlane: events in, commands out."""
+
+from dataclasses import replace
+
+from scheduler.machine import LOSSES_MAX, LOST_AFTER, ControlPlane
+from tierwise.domain.command import (
+    AskPolicy,
+    CancelAt,
+    ControlCommand,
+    DeadLetter,
+    Delay,
+    Dispatch,
+    NodeChanged,
+    Record,
+    TellDrain,
+)
+from tierwise.domain.decision import NotPlaced, Placed, Reason
+from tierwise.domain.event import (
+    CancelAsked,
+    Decided,
+    HeartbeatReceived,
+    NodeDrainAsked,
+    SessionClosed,
+    SessionOpened,
+    Submitted,
+    Ticked,
+    WorkFinished,
+)
+from tierwise.domain.function import FunctionSpec
+from tierwise.domain.ids import NodeId, PolicyId, RequestId
+from tierwise.domain.outcome import Outcome, OutcomeState
+from tierwise.domain.request import Request
+from tierwise.domain.resources import Resources
+from tierwise.domain.topology import Node, NodeState, Tier
+from tierwise.domain.view import NodeReading
+
+A, B = NodeId("a"), NodeId("b")
+SPEC = FunctionSpec(namespace="default", name="f", version=1, code_digest="d", retries_max=1)
+
+
+def node(name: NodeId) -> Node:
+    return Node(node_id=name, tier=Tier.FOG, capacity=Resources(cpus=1, memory_mib=512))
+
+
+def work(name: str) -> Submitted:
+    return Submitted(request=Request(request_id=RequestId(name), spec=SPEC, origin=A))
+
+
+def outcome(name: str, lease: int, **changes: object) -> Outcome:
+    base = Outcome(
+        request_id=RequestId(name),
+        function_id=SPEC.function_id,
+        state=OutcomeState.OK,
+        origin=A,
+        node_id=A,
+        lease=lease,
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def finished(name: str, lease: int, where: NodeId = A, **changes: object) -> WorkFinished:
+    return WorkFinished(node_id=where, outcome=outcome(name, lease, **changes))
+
+
+def place(plane: ControlPlane, name: str, where: NodeId, now_s: float) -> list[ControlCommand]:
+    return plane.step(
+        Decided(
+            request_id=RequestId(name),
+            decision=Placed(node_ids=(where,)),
+            policy_id=PolicyId("p"),
+        ),
+        now_s,
+    )
+
+
+def leased(now_s: float = 0.0) -> ControlPlane:
+    """A plane with nodes a and b, and work w leased to a."""
+    plane = ControlPlane()
+    plane.step(SessionOpened(node=node(A)), now_s)
+    plane.step(SessionOpened(node=node(B)), now_s)
+    plane.step(work("w"), now_s)
+    place(plane, "w", A, now_s)
+    return plane
+
+
+def test_work_waits_until_there_is_a_node_then_is_leased_once() -> None:
+    plane = ControlPlane()
+    assert plane.step(work("w"), 0.0) == []
+    commands = plane.step(SessionOpened(node=node(A)), 1.0)
+    assert [type(c) for c in commands] == [NodeChanged, AskPolicy]
+    [dispatch] = place(plane, "w", A, 1.0)
+    assert isinstance(dispatch, Dispatch)
+    assert (dispatch.node_id, dispatch.request.lease) == (A, 1)
+
+
+def test_a_result_is_recorded_once_however_often_it_comes() -> None:
+    plane = leased()
+    assert plane.step(finished("w", 1), 1.0) == [Record(outcome=outcome("w", 1))]
+    assert plane.step(finished("w", 1), 1.1) == []
+
+
+def test_a_result_of_an_old_lease_does_not_count() -> None:
+    plane = leased()
+    plane.step(Ticked(), LOST_AFTER)
+    plane.step(HeartbeatReceived(node_id=B, reading=NodeReading(sequence=1)), 12.0)
+    plane.step(Ticked(), 12.0)
+    place(plane, "w", B, 12.0)
+    assert plane.step(finished("w", 1), 13.0) == []
+    assert plane.step(finished("w", 2, B), 14.0) != []
+
+
+def test_a_failed_worker_is_retried_with_a_delay_and_then_dead_lettered() -> None:
+    plane = leased()
+    died = {"state": OutcomeState.FAILED, "error_code": "function_died", "message": "gone"}
+    [delay] = plane.step(finished("w", 1, **died), 1.0)
+    assert isinstance(delay, Delay)
+    assert delay.attempt_count == 1
+    assert isinstance(plane.step(Ticked(), 5.0)[-1], AskPolicy)
+    place(plane, "w", A, 5.0)
+    [dead] = plane.step(finished("w", 2, **died), 6.0)
+    assert isinstance(dead, DeadLetter)
+    assert dead.outcome.message == "gone"
+
+
+def test_an_error_of_the_function_itself_is_a_result_not_a_retry() -> None:
+    plane = leased()
+    raised = {"state": OutcomeState.FAILED, "error_code": "function_raised"}
+    assert isinstance(plane.step(finished("w", 1, **raised), 1.0)[0], Record)
+
+
+def test_a_refusal_goes_to_another_node_at_once_and_not_back() -> None:
+    plane = leased()
+    refused = {"state": OutcomeState.REFUSED, "reason": Reason.QUEUE_FULL}
+    [ask] = plane.step(finished("w", 1, **refused), 1.0)
+    assert isinstance(ask, AskPolicy)
+    assert A in ask.request.excluded
+
+
+def test_a_node_that_reconnects_keeps_the_work_that_it_still_holds() -> None:
+    plane = leased()
+    plane.step(SessionClosed(node_id=A), 1.0)
+    plane.step(SessionOpened(node=node(A), leases=((RequestId("w"), 1),)), 2.0)
+    assert isinstance(plane.step(finished("w", 1), 3.0)[0], Record)
+
+
+def test_work_that_a_restarted_node_has_forgotten_is_retried() -> None:
+    plane = leased()
+    commands = plane.step(SessionOpened(node=node(A), leases=()), 2.0)
+    assert any(isinstance(c, Delay) for c in commands)
+
+
+def test_work_that_keeps_losing_its_node_is_given_up_in_the_end() -> None:
+    plane = leased()
+    dead: list[ControlCommand] = []
+    for attempt in range(LOSSES_MAX + 1):
+        now_s = 100.0 * (attempt + 1)
+        commands = plane.step(SessionOpened(node=node(A)), now_s)
+        dead += [c for c in commands if isinstance(c, DeadLetter)]
+        plane.step(Ticked(), now_s + 50.0)
+        place(plane, "w", A, now_s + 50.0)
+    assert len(dead) == 1
+    assert plane.job_count == 0
+
+
+def test_silence_makes_a_node_suspect_and_then_lost_and_a_heartbeat_brings_it_back() -> None:
+    plane = ControlPlane()
+    plane.step(SessionOpened(node=node(A)), 0.0)
+    assert plane.step(Ticked(), 2.9) == []
+    assert plane.step(Ticked(), 3.0) == [NodeChanged(node_id=A, state=NodeState.SUSPECT)]
+    assert plane.step(Ticked(), 10.0) == [NodeChanged(node_id=A, state=NodeState.LOST)]
+    back = plane.step(HeartbeatReceived(node_id=A, reading=NodeReading(sequence=9)), 500.0)
+    assert back == [NodeChanged(node_id=A, state=NodeState.READY)]
+
+
+def test_waiting_work_that_is_cancelled_is_recorded_as_cancelled() -> None:
+    plane = ControlPlane()
+    plane.step(work("w"), 0.0)
+    [record] = plane.step(CancelAsked(request_id=RequestId("w")), 1.0)
+    assert isinstance(record, Record)
+    assert record.outcome.state is OutcomeState.CANCELLED
+
+
+def test_running_work_that_is_cancelled_is_stopped_where_it_runs() -> None:
+    plane = leased()
+    cancel = CancelAsked(request_id=RequestId("w"))
+    assert plane.step(cancel, 1.0) == [CancelAt(node_id=A, request_id=RequestId("w"))]
+    assert plane.step(cancel, 1.1) == []
+
+
+def test_no_node_gets_more_work_than_keeps_it_busy() -> None:
+    plane = ControlPlane()
+    plane.step(SessionOpened(node=node(A)), 0.0)
+    dispatched = 0
+    for index in range(50):
+        commands = plane.step(work(f"w{index:02}"), 0.0)
+        while any(isinstance(c, AskPolicy) for c in commands):
+            ask = next(c for c in commands if isinstance(c, AskPolicy))
+            commands = place(plane, ask.request.request_id, A, 0.0)
+            dispatched += sum(isinstance(c, Dispatch) for c in commands)
+    assert dispatched == 8
+
+
+def test_unplaceable_work_waits_and_says_why() -> None:
+    plane = ControlPlane()
+    plane.step(SessionOpened(node=node(A)), 0.0)
+    plane.step(work("w"), 0.0)
+    [delay] = plane.step(
+        Decided(
+            request_id=RequestId("w"),
+            decision=NotPlaced(reasons=((A, Reason.NO_GPU),)),
+            policy_id=PolicyId("p"),
+        ),
+        0.0,
+    )
+    assert isinstance(delay, Delay)
+    assert "a: no gpu" in delay.message
+
+
+def test_draining_is_told_to_the_node_and_told_again_when_it_reconnects() -> None:
+    plane = ControlPlane()
+    plane.step(SessionOpened(node=node(A)), 0.0)
+    commands = plane.step(NodeDrainAsked(node_id=A, is_on=True), 1.0)
+    assert TellDrain(node_id=A, is_on=True) in commands
+    assert TellDrain(node_id=A, is_on=True) in plane.step(SessionOpened(node=node(A)), 2.0)
