@@ -96,6 +96,11 @@ class Authority:
         return self._book.cluster_id
 
     @property
+    def certificate(self) -> bytes:
+        """Return the authority's certificate, PEM."""
+        return self._signer.pem
+
+    @property
     def join_credentials(self) -> Credentials:
         """Return the self-signed certificate of the join port."""
         return self._join

@@ -184,9 +184,20 @@ class ControlPlane:
             self.table.change(node_id, state=NodeState.DRAINING)
         out.append(NodeChanged(node_id=node_id, state=self._state(node_id)))
         held = dict(event.leases)
+        for request_id, lease in event.leases:
+            self._adopt(request_id, lease, node_id)
         for request_id in sorted(self._leased.get(node_id, ())):
             if held.get(request_id) != self._jobs[request_id].lease:
                 self._lost(request_id, now_s, out)  # it died with an earlier life of the node
+
+    def _adopt(self, request_id: RequestId, lease: int, node_id: NodeId) -> None:
+        """After a restart of the scheduler, leave work with the node that still holds it."""
+        job = self._jobs.get(request_id)
+        if job is not None and job.lease == lease and job.phase in (Phase.WAITING, Phase.DELAYED):
+            self._delayed.discard(request_id)
+            job.phase = Phase.LEASED
+            job.node_id = node_id
+            self._leased.setdefault(node_id, set()).add(request_id)
 
     def _heartbeat(
         self, event: HeartbeatReceived, now_s: float, out: list[ControlCommand]

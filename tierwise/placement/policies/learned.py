@@ -212,12 +212,21 @@ def from_package() -> LearnedPolicy:
     Raises:
         NotFound: This installation has none.
     """
-    folder = resources.files("tierwise.placement.policies")
+    return load(_package_file("shipped.npz"), package_card())
+
+
+def package_card() -> bytes:
+    """Return the card of the shipped policy.
+
+    Raises:
+        NotFound: This installation has none.
+    """
+    return _package_file("shipped.json")
+
+
+def _package_file(name: str) -> bytes:
     try:
-        return load(
-            folder.joinpath("shipped.npz").read_bytes(),
-            folder.joinpath("shipped.json").read_bytes(),
-        )
+        return resources.files("tierwise.placement.policies").joinpath(name).read_bytes()
     except FileNotFoundError:
         raise NotFound("this installation ships no trained policy; use ect") from None
 

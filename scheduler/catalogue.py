@@ -1,0 +1,202 @@
+"""Function versions: stored once, never changed, told to every agent. Serves FunctionService."""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy import Connection, delete, select
+
+from scheduler.store.store import Store
+from scheduler.store.tables import code, function_names, functions
+from tierwise.clock import wall_s
+from tierwise.domain.function import FunctionProfile, FunctionSpec
+from tierwise.domain.ids import FunctionId, function_id, split_function_id
+from tierwise.errors import InvalidArgument, NotFound, PayloadTooLarge
+from tierwise.v1 import function_pb2, function_pb2_grpc, types_pb2
+from tierwise.wire import convert
+
+CODE_BYTES_MAX = 32 << 20
+
+
+class FunctionCatalogue(function_pb2_grpc.FunctionServiceServicer):
+    """Every version in memory, code in the store."""
+
+    def __init__(self, store: Store, profile: Callable[[FunctionId], FunctionProfile]) -> None:
+        """Load what the store holds.
+
+        Args:
+            store: Where functions are kept.
+            profile: What has been learnt of a function.
+        """
+        self._store = store
+        self._profile = profile
+        self._specs: dict[FunctionId, FunctionSpec] = {}
+        self._created: dict[FunctionId, float] = {}
+        self.revision = 0
+        self.on_changed: Callable[[], None] = lambda: None
+        for row in store.read_now(lambda c: c.execute(select(functions)).mappings().all()):
+            spec = convert.spec_from_pb(types_pb2.FunctionSpec.FromString(row["spec"]))
+            self._specs[spec.function_id] = spec
+            self._created[spec.function_id] = row["created_unix_s"]
+
+    def find(self, function: str) -> FunctionSpec:
+        """Return the version that `name`, `ns/name` or `ns/name@version` means.
+
+        Raises:
+            InvalidArgument: It is no function name.
+            NotFound: There is no such function.
+        """
+        namespace, name, version = _split(function)
+        if version is not None:
+            spec = self._specs.get(function_id(namespace, name, version))
+        else:
+            spec = max(self._versions(namespace, name), key=lambda s: s.version, default=None)
+        if spec is None:
+            raise NotFound(
+                f"there is no function {function!r}; `tierwise get functions` lists those that exist"
+            )
+        return spec
+
+    def to_pb(self) -> types_pb2.Catalogue:
+        """Return the whole catalogue as agents get it."""
+        return types_pb2.Catalogue(
+            revision=self.revision,
+            functions=[convert.spec_to_pb(spec) for spec in self._specs.values()],
+            profiles={str(key): convert.profile_to_pb(self._profile(key)) for key in self._specs},
+        )
+
+    # -- RPCs -----------------------------------------------------------------------------------
+
+    async def DeployFunction(
+        self, request: function_pb2.DeployFunctionRequest, context: Any
+    ) -> function_pb2.DeployFunctionResponse:
+        content = request.code
+        if not content:
+            raise InvalidArgument("code is empty")
+        if len(content) > CODE_BYTES_MAX:
+            raise PayloadTooLarge(
+                f"the code has {len(content)} bytes, the limit is {CODE_BYTES_MAX}: keep data out "
+                "of the function and pass it as an argument"
+            )
+        digest = hashlib.sha256(content).hexdigest()
+        wanted = request.spec
+        wanted.code_digest = digest
+        wanted.version = 1
+        asked = convert.spec_from_pb(wanted)  # checks every field
+        for known in self._versions(asked.namespace, asked.name):
+            wanted.version = known.version
+            if convert.spec_from_pb(wanted) == known:
+                return function_pb2.DeployFunctionResponse(spec=convert.spec_to_pb(known))
+
+        def insert(connection: Connection) -> int:
+            names = function_names
+            where = (names.c.namespace == asked.namespace) & (names.c.name == asked.name)
+            version = (connection.scalar(select(names.c.last_version).where(where)) or 0) + 1
+            connection.execute(
+                self._store.insert(names)
+                .values(namespace=asked.namespace, name=asked.name, last_version=version)
+                .on_conflict_do_update(
+                    index_elements=["namespace", "name"], set_={"last_version": version}
+                )
+            )
+            connection.execute(
+                self._store.insert(code)
+                .values(digest=digest, content=content)
+                .on_conflict_do_nothing()
+            )
+            wanted.version = version
+            connection.execute(
+                functions.insert().values(
+                    namespace=asked.namespace,
+                    name=asked.name,
+                    version=version,
+                    spec=wanted.SerializeToString(),
+                    created_unix_s=wall_s(),
+                )
+            )
+            return version
+
+        wanted.version = await self._store.write(insert)
+        spec = convert.spec_from_pb(wanted)
+        self._specs[spec.function_id] = spec
+        self._created[spec.function_id] = wall_s()
+        self._changed()
+        return function_pb2.DeployFunctionResponse(spec=convert.spec_to_pb(spec), is_new=True)
+
+    async def ListFunctions(
+        self, request: function_pb2.ListFunctionsRequest, context: Any
+    ) -> function_pb2.ListFunctionsResponse:
+        newest: dict[tuple[str, str], FunctionSpec] = {}
+        for spec in sorted(self._specs.values(), key=lambda s: s.version):
+            if request.namespace in ("", spec.namespace):
+                newest[spec.namespace, spec.name] = spec
+        return function_pb2.ListFunctionsResponse(
+            functions=[self._describe(newest[key]) for key in sorted(newest)]
+        )
+
+    async def GetFunction(
+        self, request: function_pb2.GetFunctionRequest, context: Any
+    ) -> function_pb2.GetFunctionResponse:
+        return self._describe(self.find(request.function))
+
+    async def ListFunctionVersions(
+        self, request: function_pb2.ListFunctionVersionsRequest, context: Any
+    ) -> function_pb2.ListFunctionVersionsResponse:
+        newest = self.find(request.function)
+        versions = self._versions(newest.namespace, newest.name)
+        versions.sort(key=lambda spec: -spec.version)
+        return function_pb2.ListFunctionVersionsResponse(
+            versions=[convert.spec_to_pb(spec) for spec in versions]
+        )
+
+    async def DeleteFunction(
+        self, request: function_pb2.DeleteFunctionRequest, context: Any
+    ) -> function_pb2.DeleteFunctionResponse:
+        namespace, name, version = _split(request.function)
+        gone = [s for s in self._versions(namespace, name) if version in (None, s.version)]
+
+        def remove(connection: Connection) -> None:
+            for spec in gone:
+                connection.execute(
+                    delete(functions)
+                    .where(functions.c.namespace == spec.namespace)
+                    .where(functions.c.name == spec.name)
+                    .where(functions.c.version == spec.version)
+                )
+
+        if gone:
+            await self._store.write(remove)
+            for spec in gone:
+                self._specs.pop(spec.function_id, None)
+            self._changed()
+        return function_pb2.DeleteFunctionResponse(deleted_count=len(gone))
+
+    async def GetCode(
+        self, request: function_pb2.GetCodeRequest, context: Any
+    ) -> function_pb2.GetCodeResponse:
+        query = select(code.c.content).where(code.c.digest == request.code_digest)
+        content = await self._store.read(lambda c: c.scalar(query))
+        if content is None:
+            raise NotFound(f"there is no code {request.code_digest[:12]}…")
+        return function_pb2.GetCodeResponse(code=content)
+
+    def _describe(self, spec: FunctionSpec) -> function_pb2.GetFunctionResponse:
+        return function_pb2.GetFunctionResponse(
+            spec=convert.spec_to_pb(spec),
+            profile=convert.profile_to_pb(self._profile(spec.function_id)),
+            created_unix_s=self._created.get(spec.function_id, 0.0),
+        )
+
+    def _versions(self, namespace: str, name: str) -> list[FunctionSpec]:
+        return [s for s in self._specs.values() if s.namespace == namespace and s.name == name]
+
+    def _changed(self) -> None:
+        self.revision += 1
+        self.on_changed()
+
+
+def _split(function: str) -> tuple[str, str, int | None]:
+    try:
+        return split_function_id(function)
+    except ValueError as error:
+        raise InvalidArgument(str(error)) from None

@@ -1,0 +1,133 @@
+"""The hands of the ControlPlane: carries out its commands and feeds back what happened."""
+
+import asyncio
+from collections import deque
+from typing import Protocol, assert_never
+
+import numpy as np
+import structlog
+
+from scheduler.machine import ControlPlane
+from tierwise.clock import monotonic_s
+from tierwise.domain.command import (
+    AskPolicy,
+    CancelAt,
+    ControlCommand,
+    DeadLetter,
+    Delay,
+    Dispatch,
+    NodeChanged,
+    Record,
+    TellDrain,
+)
+from tierwise.domain.event import ControlEvent, Decided, Ticked
+from tierwise.domain.ids import NodeId, RequestId
+from tierwise.domain.outcome import Outcome
+from tierwise.placement.policy import Policy
+
+log = structlog.get_logger()
+TICK_S = 0.1
+
+
+class WorkSide(Protocol):
+    """Where durable work is kept; the commands of one request arrive in order."""
+
+    def dispatch(self, command: Dispatch) -> None:
+        """Store the lease, then send the work."""
+        ...
+
+    def record(self, outcome: Outcome, *, is_dead: bool) -> None:
+        """Store how the work ended, if its lease is still the newest."""
+        ...
+
+    def delay(self, command: Delay) -> None:
+        """Store that an attempt failed."""
+        ...
+
+
+class NodeSide(Protocol):
+    """The open sessions."""
+
+    def cancel(self, node_id: NodeId, request_id: RequestId) -> None:
+        """Tell a node to stop a piece of work."""
+        ...
+
+    def drain(self, node_id: NodeId, *, is_on: bool) -> None:
+        """Tell a node to drain."""
+        ...
+
+    def changed(self) -> None:
+        """The view has changed; agents should hear of it."""
+        ...
+
+
+class Dispatcher:
+    """Drives one ControlPlane. All calls come from the event loop."""
+
+    work: WorkSide
+    nodes: NodeSide
+
+    def __init__(self, plane: ControlPlane, policy: Policy, fallback: Policy, seed: int = 0) -> None:
+        self.plane = plane
+        self.policy = policy
+        self._fallback = fallback
+        self._rng = np.random.default_rng(seed)
+        self._events: deque[ControlEvent] = deque()
+        self._is_stepping = False
+
+    def feed(self, event: ControlEvent) -> None:
+        """Give the machine one event and carry out what it asks for."""
+        self._events.append(event)
+        if self._is_stepping:
+            return
+        self._is_stepping = True
+        try:
+            while self._events:
+                for command in self.plane.step(self._events.popleft(), monotonic_s()):
+                    self._execute(command)
+        finally:
+            self._is_stepping = False
+
+    async def tick_forever(self) -> None:
+        """Tell the machine of the time, ten times a second."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            self.feed(Ticked())
+
+    def _execute(self, command: ControlCommand) -> None:
+        match command:
+            case AskPolicy():
+                self._decide(command)
+            case Dispatch():
+                self.work.dispatch(command)
+            case Record():
+                self.work.record(command.outcome, is_dead=False)
+            case DeadLetter():
+                self.work.record(command.outcome, is_dead=True)
+            case Delay():
+                self.work.delay(command)
+            case CancelAt():
+                self.nodes.cancel(command.node_id, command.request_id)
+            case TellDrain():
+                self.nodes.drain(command.node_id, is_on=command.is_on)
+            case NodeChanged():
+                log.info("node.changed", node_id=command.node_id, state=command.state.name.lower())
+                self.nodes.changed()
+            case _:
+                assert_never(command)
+
+    def _decide(self, command: AskPolicy) -> None:
+        policy = self.policy
+        try:
+            decision = policy.decide(command.view, command.request, self._rng)
+        except Exception:  # a policy comes from outside: whatever it does, the work goes on
+            log.exception("policy.failed", policy_id=policy.policy_id)
+            policy = self._fallback
+            decision = policy.decide(command.view, command.request, self._rng)
+        self._events.appendleft(
+            Decided(
+                request_id=command.request.request_id,
+                decision=decision,
+                policy_id=policy.policy_id,
+            )
+        )

@@ -1,0 +1,252 @@
+"""What finished calls teach: records, bills, and how functions behave. Serves CallService."""
+
+import asyncio
+import datetime
+import math
+from typing import Any
+
+import structlog
+from sqlalchemy import Connection, delete, func, select
+
+from scheduler.store.store import Store
+from scheduler.store.tables import calls, profiles, usage
+from tierwise.clock import monotonic_s, wall_s
+from tierwise.domain.function import PRIOR, FunctionProfile
+from tierwise.domain.ids import FunctionId, NodeId, split_function_id
+from tierwise.domain.outcome import Outcome, OutcomeState
+from tierwise.domain.view import ViewTable
+from tierwise.errors import InvalidArgument, NotFound, TierwiseError
+from tierwise.v1 import call_pb2, call_pb2_grpc, node_pb2, types_pb2
+from tierwise.wire import convert
+
+log = structlog.get_logger()
+
+SMOOTHING = 0.1  # weight of the newest call, once there were ten
+RATE_WINDOW_S = 60.0
+STORE_INTERVAL_S = 5.0
+
+
+class Telemetry(call_pb2_grpc.CallServiceServicer):
+    """Takes call reports, learns profiles, answers questions about calls."""
+
+    def __init__(
+        self, store: Store, table: ViewTable, *, records_max: int, group: asyncio.TaskGroup
+    ) -> None:
+        """Load the profiles that were learnt before.
+
+        Args:
+            store: Where records are kept.
+            table: The view, for the speed of nodes; its profiles are replaced as they change.
+            records_max: Older records are removed.
+            group: Owns the tasks that wait for the store.
+        """
+        self._store = store
+        self._table = table
+        self._records_max = records_max
+        self._group = group
+        self._profiles: dict[FunctionId, FunctionProfile] = {}
+        self._counted_at_s: dict[FunctionId, float] = {}
+        self._unstored: set[FunctionId] = set()
+        for row in store.read_now(lambda c: c.execute(select(profiles)).mappings().all()):
+            stored = types_pb2.FunctionProfile.FromString(row["profile"])
+            self._profiles[FunctionId(row["function_id"])] = convert.profile_from_pb(stored)
+        table.profiles = dict(self._profiles)
+
+    def profile(self, function: FunctionId) -> FunctionProfile:
+        """Return what is known of a function."""
+        return self._profiles.get(function, PRIOR)
+
+    def take(self, node_id: NodeId, reports: list[node_pb2.CallReport], dropped_count: int) -> None:
+        """Store and learn from the calls of one heartbeat."""
+        if dropped_count:
+            log.warning("calls.dropped", node_id=node_id, call_count=dropped_count)
+        taken: list[tuple[Outcome, node_pb2.CallReport]] = []
+        for report in reports:
+            try:
+                taken.append((convert.outcome_from_pb(report.outcome), report))
+            except TierwiseError as error:
+                log.warning("call.refused", node_id=node_id, cause=str(error))
+        for outcome, _ in taken:
+            self._learn(outcome)
+        self._table.profiles = dict(self._profiles)
+
+        async def store() -> None:
+            try:
+                await self._store.write(lambda connection: self._insert(connection, taken))
+            except TierwiseError as error:
+                log.error("calls.not_stored", call_count=len(taken), cause=str(error))
+
+        self._group.create_task(store())
+
+    async def store_forever(self) -> None:
+        """Keep profiles, and prune old records, every few seconds."""
+        while True:
+            await asyncio.sleep(STORE_INTERVAL_S)
+            changed, self._unstored = self._unstored, set()
+            try:
+                await self._store.write(lambda c, names=changed: self._store_profiles(c, names))
+            except TierwiseError as error:
+                self._unstored |= changed
+                log.error("profiles.not_stored", cause=str(error))
+
+    # -- RPCs -----------------------------------------------------------------------------------
+
+    async def ListCalls(
+        self, request: call_pb2.ListCallsRequest, context: Any
+    ) -> call_pb2.ListCallsResponse:
+        query = select(calls).order_by(calls.c.sequence.desc())
+        if request.function:
+            try:
+                namespace, name, version = split_function_id(request.function)
+            except ValueError as error:
+                raise InvalidArgument(str(error)) from None
+            exact = f"{namespace}/{name}@{version if version is not None else '%'}"
+            query = query.where(calls.c.function_id.like(exact.replace("_", r"\_"), escape="\\"))
+        if request.node_id:
+            query = query.where(calls.c.node_id == request.node_id)
+        query = query.limit(min(request.limit or 50, 10_000))
+        rows = await self._store.read(lambda c: c.execute(query).mappings().all())
+        return call_pb2.ListCallsResponse(calls=[_call(row) for row in rows])
+
+    async def GetCall(
+        self, request: call_pb2.GetCallRequest, context: Any
+    ) -> call_pb2.GetCallResponse:
+        prefix = request.request_id
+        if len(prefix) < 4:
+            raise InvalidArgument("give at least 4 characters of the call's id")
+        query = (
+            select(calls)
+            .where(calls.c.request_id >= prefix)
+            .where(calls.c.request_id < prefix + "\U0010ffff")
+            .order_by(calls.c.sequence.desc())
+            .limit(2)
+        )
+        rows = await self._store.read(lambda c: c.execute(query).mappings().all())
+        if not rows:
+            raise NotFound(
+                f"there is no record of call {prefix!r} (the newest {self._records_max} are kept, "
+                "and agents report once per heartbeat); `tierwise get calls` lists them"
+            )
+        if len({row["request_id"] for row in rows}) > 1:
+            raise InvalidArgument(f"more than one call starts with {prefix!r}: give more characters")
+        return call_pb2.GetCallResponse(call=_call(rows[0]))
+
+    async def GetUsage(
+        self, request: call_pb2.GetUsageRequest, context: Any
+    ) -> call_pb2.GetUsageResponse:
+        columns = [c for c in usage.c if c.name not in ("namespace", "function", "day")]
+        query = (
+            select(
+                usage.c.namespace, usage.c.function, *(func.sum(c).label(c.name) for c in columns)
+            )
+            .group_by(usage.c.namespace, usage.c.function)
+            .order_by(usage.c.namespace, usage.c.function)
+        )
+        if request.namespace:
+            query = query.where(usage.c.namespace == request.namespace)
+        rows = await self._store.read(lambda c: c.execute(query).mappings().all())
+        return call_pb2.GetUsageResponse(usage=[call_pb2.Usage(**row) for row in rows])
+
+    # -- learning -------------------------------------------------------------------------------
+
+    def _learn(self, outcome: Outcome) -> None:
+        """Move the function's profile towards what this call showed, at speed 1.0."""
+        function = outcome.function_id
+        old = self.profile(function)
+        now_s = monotonic_s()
+        gap_s = now_s - self._counted_at_s.get(function, now_s)
+        self._counted_at_s[function] = now_s
+        rate = old.rate_per_s * math.exp(-gap_s / RATE_WINDOW_S)
+        rate += outcome.item_count / RATE_WINDOW_S
+        count = old.call_count + outcome.item_count
+        run_s, cold_s, response_bytes = old.run_s, old.cold_start_s, old.response_bytes
+        row = self._table.get(outcome.node_id) if outcome.node_id is not None else None
+        if outcome.state is OutcomeState.OK and row is not None:
+            weight = max(SMOOTHING, 1.0 / (old.call_count + 1))
+            speed = row.node.speed
+            items = max(1, outcome.item_count)
+            run_s += weight * (outcome.latency.run_s * speed / items - run_s)
+            response_bytes += int(weight * (outcome.response_bytes / items - response_bytes))
+            if outcome.is_cold:
+                cold_s += max(weight, 0.3) * (outcome.latency.cold_start_s * speed - cold_s)
+        self._profiles[function] = FunctionProfile(
+            run_s=run_s,
+            cold_start_s=cold_s,
+            response_bytes=max(0, response_bytes),
+            rate_per_s=rate,
+            call_count=count,
+        )
+        self._unstored.add(function)
+
+    # -- storage --------------------------------------------------------------------------------
+
+    def _insert(
+        self, connection: Connection, taken: list[tuple[Outcome, node_pb2.CallReport]]
+    ) -> None:
+        ended_unix_s = wall_s()
+        day = datetime.datetime.fromtimestamp(ended_unix_s, datetime.UTC).date().isoformat()
+        sums: dict[tuple[str, str], dict[str, float]] = {}
+        rows = []
+        for outcome, report in taken:
+            rows.append(
+                {
+                    "request_id": outcome.request_id,
+                    "function_id": outcome.function_id,
+                    "node_id": outcome.node_id or "",
+                    "outcome": report.outcome.SerializeToString(),
+                    "log": report.log,
+                    "caller": report.caller,
+                    "ended_unix_s": ended_unix_s,
+                }
+            )
+            namespace, name, _ = split_function_id(outcome.function_id)
+            total = sums.setdefault((namespace, name), {})
+            for key, value in _amounts(outcome).items():
+                total[key] = total.get(key, 0) + value
+        if rows:
+            connection.execute(calls.insert(), rows)
+        for (namespace, name), amounts in sums.items():
+            insert = self._store.insert(usage).values(
+                namespace=namespace, function=name, day=day, **amounts
+            )
+            connection.execute(
+                insert.on_conflict_do_update(
+                    index_elements=["namespace", "function", "day"],
+                    set_={key: usage.c[key] + insert.excluded[key] for key in amounts},
+                )
+            )
+
+    def _store_profiles(self, connection: Connection, names: set[FunctionId]) -> None:
+        for function in names:
+            blob = convert.profile_to_pb(self._profiles[function]).SerializeToString()
+            connection.execute(
+                self._store.insert(profiles)
+                .values(function_id=function, profile=blob)
+                .on_conflict_do_update(index_elements=["function_id"], set_={"profile": blob})
+            )
+        newest = connection.scalar(select(func.max(calls.c.sequence))) or 0
+        connection.execute(delete(calls).where(calls.c.sequence <= newest - self._records_max))
+
+
+def _amounts(outcome: Outcome) -> dict[str, float]:
+    """Return what one call adds to the bill and the counts."""
+    run_s = outcome.latency.run_s
+    return {
+        "call_count": 1,
+        "item_count": outcome.item_count,
+        "gb_s": outcome.memory_mib / 1024.0 * run_s,
+        "cpu_s": run_s,
+        "money_usd": outcome.money_usd,
+        "missed_count": int(outcome.is_missed),
+        "failed_count": int(outcome.state is not OutcomeState.OK),
+        "cold_count": int(outcome.is_cold),
+    }
+
+
+def _call(row: Any) -> call_pb2.Call:
+    return call_pb2.Call(
+        outcome=types_pb2.Outcome.FromString(row["outcome"]),
+        log=row["log"],
+        ended_unix_s=row["ended_unix_s"],
+        caller=row["caller"],
+    )
