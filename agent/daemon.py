@@ -32,7 +32,7 @@ from tierwise.v1 import invocation_pb2_grpc
 from tierwise.wire.channel import AuthorizationInterceptor, new_server, server_credentials
 from tierwise.wire.errors import ErrorInterceptor
 from tierwise.wire.identity import Credentials, Role, join
-from tierwise.wire.logs import configure_logs
+from tierwise.wire.daemon import configure_logs, follow_parent
 from tierwise.wire.serving import add_health_and_reflection
 
 log = structlog.get_logger()
@@ -163,6 +163,7 @@ async def _credentials(config: AgentConfig, state: Path, token: str) -> Credenti
 
 def main() -> int:
     """Parse the command line and run; return the exit code."""
+    follow_parent()
     parser = argparse.ArgumentParser(prog="tierwise agent", description=serve.__doc__)
     parser.add_argument("--config", type=Path, required=True, help="agent.toml")
     parser.add_argument("--token", default="", help="one-time join token (or TIERWISE_TOKEN)")

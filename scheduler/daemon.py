@@ -37,7 +37,7 @@ from tierwise.v1 import (
 from tierwise.wire.channel import AuthorizationInterceptor, new_server, server_credentials
 from tierwise.wire.errors import ErrorInterceptor
 from tierwise.wire.identity import Identity, Role
-from tierwise.wire.logs import configure_logs
+from tierwise.wire.daemon import configure_logs, follow_parent
 from tierwise.wire.serving import add_health_and_reflection
 
 log = structlog.get_logger()
@@ -193,6 +193,7 @@ def _write_admin_context(folder: Path, authority: Authority, address: str) -> No
 
 def main() -> int:
     """Parse the command line and run; return the exit code."""
+    follow_parent()
     parser = argparse.ArgumentParser(prog="tierwise scheduler", description=serve.__doc__)
     parser.add_argument("--config", type=Path, help="scheduler.toml")
     for key in ("state-dir", "listen", "join-listen", "advertise", "database", "policy"):

@@ -1,0 +1,1 @@
+"""What users write against: functions, calls, durable work, local clusters."""

@@ -1,0 +1,173 @@
+"""Functions as their authors write them."""
+
+import functools
+import operator
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from tierwise.config import parse_duration_s, parse_memory_mib
+from tierwise.domain.function import ALL_TIERS, FunctionSpec, Priority
+from tierwise.domain.ids import is_name
+from tierwise.errors import InvalidArgument
+from tierwise.sdk.client import default_client
+from tierwise.sdk.code import pack
+from tierwise.sdk.connection import Options
+from tierwise.sdk.remote import RemoteFunction, Verb, parse_priority, parse_tiers
+from tierwise.wire import convert
+
+if TYPE_CHECKING:
+    from tierwise.sdk.client import Client
+
+
+class Function(RemoteFunction):
+    """A function with its code: calling it runs it here, `.remote` runs it on the cluster.
+
+    It is deployed at its first remote use, and again whenever code or declaration have changed.
+    """
+
+    def __init__(
+        self,
+        app: "App",
+        code: Callable[..., Any],
+        spec: FunctionSpec,
+        options: Options | None = None,
+    ) -> None:
+        super().__init__(app.client, f"{spec.namespace}/{spec.name}", options)
+        self.app = app
+        self.code = code
+        self.spec = spec
+        self.deploy: Verb[[], FunctionSpec] = Verb(app.client, self._deploy)
+        self._packed: bytes | None = None
+        functools.update_wrapper(self, code)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the function in this process."""
+        return self.code(*args, **kwargs)
+
+    def local(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the function in this process."""
+        return self.code(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        """Travel as the plain function, so that functions can call each other in a worker."""
+        return operator.itemgetter(0), ((self.code,),)  # nothing of tierwise: workers lack it
+
+    async def resolve(self) -> tuple[str, FunctionSpec | None]:
+        """Deploy if need be; return the exact version."""
+        spec = await self._deploy()
+        return spec.function_id, spec
+
+    def _with(self, options: Options) -> RemoteFunction:
+        changed = Function(self.app, self.code, self.spec, options)
+        changed._packed = self._packed
+        return changed
+
+    async def _deploy(self) -> FunctionSpec:
+        if self._packed is None:
+            self._packed = pack(self.code)
+        return await self.app.client().deploy(self.spec, self._packed)
+
+
+class App:
+    """A group of functions that belong together: `app = tierwise.App("vision")`."""
+
+    def __init__(
+        self, name: str = "app", *, namespace: str = "default", client: "Client | None" = None
+    ) -> None:
+        """Make an app.
+
+        Args:
+            name: For people; functions are named by themselves.
+            namespace: Where its functions live and are billed.
+            client: The cluster to use; default: that of `tierwise.connect`, or the usual context.
+
+        Raises:
+            InvalidArgument: A name is none.
+        """
+        for label, text in (("name", name), ("namespace", namespace)):
+            if not is_name(text):
+                raise InvalidArgument(f"{label} {text!r}: use a-z, 0-9, '-', '.', '_'")
+        self.name = name
+        self.namespace = namespace
+        self.functions: dict[str, Function] = {}
+        self._client = client
+        self.deploy: Verb[[], list[FunctionSpec]] = Verb(self.client, self._deploy)
+
+    def client(self) -> "Client":
+        """Return the client that this app's functions use."""
+        return self._client or default_client()
+
+    def use(self, client: "Client") -> None:
+        """Use this client from now on."""
+        self._client = client
+
+    def function(
+        self,
+        code: Callable[..., Any] | None = None,
+        *,
+        name: str = "",
+        memory: str | int = "256MiB",
+        cpus: float = 1.0,
+        gpu: int = 0,
+        deadline: str | float = "1s",
+        timeout: str | float = "60s",
+        priority: str | Priority = "normal",
+        tier: str | Iterable[str] | None = None,
+        requirements: Iterable[str] = (),
+        max_instances: int = 16,
+        keep_alive: str | float = "5m",
+        budget_usd: float | None = None,
+        retries: int = 2,
+    ) -> Any:
+        """Declare a function. Use as `@app.function` or `@app.function(memory="1GiB", …)`.
+
+        Args:
+            code: The function, when used without parentheses.
+            name: Default: the function's name, with `_` as `-`.
+            memory: What one instance may use; it is killed beyond that.
+            cpus: What one running call takes.
+            gpu: GPU slots that one running call takes.
+            deadline: How soon a result should be there; placement works for it, misses count.
+            timeout: A call that runs longer is killed.
+            priority: low, normal, high or critical.
+            tier: Where it may run: edge, fog, cloud or several; default: anywhere.
+            requirements: pip requirements; none of them means the packages of the agent's host.
+            max_instances: At most this many at a time on one node.
+            keep_alive: How long an idle instance is kept warm.
+            budget_usd: Nodes where one call would cost more are not used.
+            retries: How often durable work is tried again when the platform fails it.
+
+        Raises:
+            InvalidArgument: A value is not understood.
+        """
+
+        def declare(function: Callable[..., Any]) -> Function:
+            spec = FunctionSpec(
+                namespace=self.namespace,
+                name=name or function.__name__.lower().replace("_", "-").strip("-"),
+                version=1,
+                code_digest="",
+                requirements=tuple(requirements),
+                memory_mib=parse_memory_mib(memory),
+                cpus=cpus,
+                gpu_slots=gpu,
+                timeout_s=parse_duration_s(timeout),
+                deadline_s=parse_duration_s(deadline),
+                priority=parse_priority(priority),
+                tiers=parse_tiers(tier) if tier is not None else ALL_TIERS,
+                instances_max=max_instances,
+                keep_alive_s=parse_duration_s(keep_alive),
+                budget_usd=budget_usd,
+                retries_max=retries,
+                description=(function.__doc__ or "").strip().partition("\n")[0],
+            )
+            convert.spec_from_pb(convert.spec_to_pb(spec))  # the scheduler's checks, early
+            made = Function(self, function, spec)
+            self.functions[spec.name] = made
+            return made
+
+        return declare if code is None else declare(code)
+
+    async def _deploy(self) -> list[FunctionSpec]:
+        """Deploy every function of the app; return their exact versions."""
+        return [await function.deploy.aio() for function in self.functions.values()]
