@@ -115,7 +115,13 @@ async def serve(config: SchedulerConfig) -> None:
                 on_result=lambda node_id, result: work.finished(node_id, result),
             )
             work = WorkQueue(
-                store, dispatcher, sessions, functions, queue_max=config.work_queue_max, group=group
+                store,
+                dispatcher,
+                sessions,
+                functions,
+                queue_max=config.work_queue_max,
+                group=group,
+                on_ended=telemetry.take_work,
             )
             dispatcher.work, dispatcher.nodes = work, sessions
 

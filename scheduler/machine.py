@@ -5,15 +5,14 @@ higher lease and only the newest lease's result counts.
 
     Submitted ─► waiting ─AskPolicy/Decided─► leased ─WorkFinished─► Record | DeadLetter
                     ▲                            │
-                    └── delayed ◄── refused, failed platform, node lost
+                    └── delayed, parked ◄── refused, failed platform, node lost, nodes full
 """
 
 import hashlib
-from collections import deque
-from dataclasses import dataclass, field, replace
-from enum import Enum
+from dataclasses import replace
 from typing import assert_never
 
+from scheduler.backlog import Backlog, Job, Phase
 from tierwise.domain.command import (
     AskPolicy,
     CancelAt,
@@ -25,7 +24,7 @@ from tierwise.domain.command import (
     Record,
     TellDrain,
 )
-from tierwise.domain.decision import NotPlaced, Placed, summary
+from tierwise.domain.decision import NotPlaced, Placed, Reason, summary
 from tierwise.domain.event import (
     CancelAsked,
     CatalogueReceived,
@@ -52,37 +51,14 @@ LOST_AFTER = 10.0
 RETRY_FIRST_S = 0.2
 RETRY_MAX_S = 30.0
 LOSSES_MAX = 8  # times that work may lose its node before it is given up
-UNPLACED_MAX = 200  # times that no node may be feasible before it is given up
+UNPLACED_S_MAX = 3600.0  # how long no node may take it before it is given up
+WINDOW_MAX = 10_000  # jobs that the shell keeps here; the rest waits in the store
+IN_FLIGHT_PER_CPU = 4  # leases that keep a node busy without flooding it
+IN_FLIGHT_EXTRA = 4
 # Failures of the platform rather than of the function: another attempt may succeed.
 RETRIED_CODES = frozenset(
     {"function_died", "unavailable", "start_failed", "overloaded", "unplaceable", "internal"}
 )
-
-
-class Phase(Enum):
-    """Where a piece of durable work stands."""
-
-    WAITING = 1
-    ASKED = 2
-    LEASED = 3
-    DELAYED = 4
-
-
-@dataclass(slots=True)
-class Job:
-    """One unfinished piece of durable work."""
-
-    request: Request
-    lease: int
-    phase: Phase = Phase.WAITING
-    failure_count: int = 0
-    loss_count: int = 0
-    unplaced_count: int = 0
-    refused_by: set[NodeId] = field(default_factory=set)
-    node_id: NodeId | None = None
-    retry_at_s: float = 0.0
-    is_cancelled: bool = False
-    last: Outcome | None = None
 
 
 class ControlPlane:
@@ -98,20 +74,24 @@ class ControlPlane:
         self._connected: set[NodeId] = set()
         self._heard_at_s: dict[NodeId, float] = {}
         self._draining: set[NodeId] = set()
-        self._jobs: dict[RequestId, Job] = {}
-        self._waiting: deque[RequestId] = deque()
-        self._delayed: set[RequestId] = set()
-        self._leased: dict[NodeId, set[RequestId]] = {}
+        self._backlog = Backlog()
         self._asked: RequestId | None = None
+        # What connected nodes say they hold and is not known here (yet), with the lease.
+        self._claims: dict[NodeId, dict[RequestId, int]] = {}
 
     @property
     def job_count(self) -> int:
         """Return how many pieces of work are unfinished here."""
-        return len(self._jobs)
+        return len(self._backlog.jobs)
+
+    @property
+    def room(self) -> int:
+        """Return how many more pieces of work should be submitted now; never negative."""
+        return max(0, WINDOW_MAX - len(self._backlog.jobs))
 
     def job(self, request_id: RequestId) -> Job | None:
         """Return an unfinished piece of work, or None."""
-        return self._jobs.get(request_id)
+        return self._backlog.jobs.get(request_id)
 
     def view(self, now_s: float) -> ClusterView:
         """Return what the control plane believes of the cluster."""
@@ -149,8 +129,7 @@ class ControlPlane:
             case SessionOpened():
                 self._session_opened(event, now_s, out)
             case SessionClosed():
-                self._connected.discard(event.node_id)
-                self._set_state(event.node_id, NodeState.SUSPECT, out)
+                self._session_closed(event.node_id, out)
             case CancelAsked():
                 self._cancel(event.request_id, out)
             case CatalogueReceived():
@@ -174,40 +153,49 @@ class ControlPlane:
         node_id = event.node.node_id
         row = self.table.get(node_id)
         reading = row.reading if row is not None else _first_reading(event.node)
-        self.table.put(
-            NodeView(node=event.node, reading=reading, received_at_s=now_s)
-        )
+        state = self._alive_state(node_id)
+        self.table.put(NodeView(node=event.node, reading=reading, state=state, received_at_s=now_s))
         self._connected.add(node_id)
         self._heard_at_s[node_id] = now_s
-        if node_id in self._draining:
+        if state is NodeState.DRAINING:
             out.append(TellDrain(node_id=node_id, is_on=True))
-            self.table.change(node_id, state=NodeState.DRAINING)
-        out.append(NodeChanged(node_id=node_id, state=self._state(node_id)))
+        out.append(NodeChanged(node_id=node_id, state=state))
         held = dict(event.leases)
+        self._claims[node_id] = {}
         for request_id, lease in event.leases:
-            self._adopt(request_id, lease, node_id)
-        for request_id in sorted(self._leased.get(node_id, ())):
-            if held.get(request_id) != self._jobs[request_id].lease:
-                self._lost(request_id, now_s, out)  # it died with an earlier life of the node
+            job = self._backlog.jobs.get(request_id)
+            if job is None:
+                self._claims[node_id][request_id] = lease
+            else:
+                self._adopt(job, lease, node_id)
+        for job in self._backlog.leased_to(node_id):
+            if held.get(job.request.request_id) != job.lease:
+                self._lost(job, now_s, out)  # it died with an earlier life of the node
+        self._backlog.wake_unplaced()
 
-    def _adopt(self, request_id: RequestId, lease: int, node_id: NodeId) -> None:
-        """After a restart of the scheduler, leave work with the node that still holds it."""
-        job = self._jobs.get(request_id)
-        if job is not None and job.lease == lease and job.phase in (Phase.WAITING, Phase.DELAYED):
-            self._delayed.discard(request_id)
-            job.phase = Phase.LEASED
-            job.node_id = node_id
-            self._leased.setdefault(node_id, set()).add(request_id)
+    def _adopt(self, job: Job, lease: int, node_id: NodeId) -> None:
+        """Leave work with the node that still holds its newest lease.
 
-    def _heartbeat(
-        self, event: HeartbeatReceived, now_s: float, out: list[ControlCommand]
-    ) -> None:
-        if event.node_id not in self._connected:
+        After a restart of the scheduler the node that had it is not known, so who claims it has it.
+        """
+        if job.lease == lease and job.phase is not Phase.LEASED and job.node_id in (None, node_id):
+            self._backlog.lease(job, node_id)
+
+    def _session_closed(self, node_id: NodeId, out: list[ControlCommand]) -> None:
+        self._connected.discard(node_id)
+        self._claims.pop(node_id, None)
+        self._set_state(node_id, NodeState.SUSPECT, out)
+        self._backlog.unpark(node_id)
+
+    def _heartbeat(self, event: HeartbeatReceived, now_s: float, out: list[ControlCommand]) -> None:
+        node_id = event.node_id
+        if node_id not in self._connected:
             return
-        self.table.heard(event.node_id, event.reading, now_s)
-        self._heard_at_s[event.node_id] = now_s
-        if self._state(event.node_id) in (NodeState.SUSPECT, NodeState.LOST):
-            self._set_state(event.node_id, self._alive_state(event.node_id), out)
+        self.table.heard(node_id, event.reading, now_s)
+        self._heard_at_s[node_id] = now_s
+        if self._state(node_id) in (NodeState.SUSPECT, NodeState.LOST):
+            self._set_state(node_id, self._alive_state(node_id), out)
+            self._backlog.wake_unplaced()
 
     def _tick(self, now_s: float, out: list[ControlCommand]) -> None:
         for node_id, heard_at_s in sorted(self._heard_at_s.items()):
@@ -215,32 +203,37 @@ class ControlPlane:
             state = self._state(node_id)
             if missed >= LOST_AFTER and state is not NodeState.LOST:
                 self._set_state(node_id, NodeState.LOST, out)
-                for request_id in sorted(self._leased.get(node_id, ())):
-                    self._lost(request_id, now_s, out)
+                self._lose_all(node_id, now_s, out)
             elif missed >= SUSPECT_AFTER and state is NodeState.READY:
                 self._set_state(node_id, NodeState.SUSPECT, out)
-        for request_id in sorted(self._delayed):
-            job = self._jobs[request_id]
-            if job.retry_at_s <= now_s:
-                self._wait(job)
+        self._backlog.wake_due(now_s)
 
     def _drain(self, event: NodeDrainAsked, out: list[ControlCommand]) -> None:
-        if event.node_id not in self.table:
+        """Drain a node, or take it back; one that is not known yet is drained when it comes."""
+        node_id = event.node_id
+        (self._draining.add if event.is_on else self._draining.discard)(node_id)
+        if node_id not in self._connected:
             return
-        (self._draining.add if event.is_on else self._draining.discard)(event.node_id)
-        out.append(TellDrain(node_id=event.node_id, is_on=event.is_on))
-        if event.node_id in self._connected:
-            self._set_state(event.node_id, self._alive_state(event.node_id), out)
+        out.append(TellDrain(node_id=node_id, is_on=event.is_on))
+        self._set_state(node_id, self._alive_state(node_id), out)
+        if event.is_on:
+            self._backlog.unpark(node_id)
+        else:
+            self._backlog.wake_unplaced()
 
     def _removed(self, node_id: NodeId, now_s: float, out: list[ControlCommand]) -> None:
         self._connected.discard(node_id)
+        self._claims.pop(node_id, None)
         self._heard_at_s.pop(node_id, None)
         self._draining.discard(node_id)
-        for request_id in sorted(self._leased.get(node_id, ())):
-            self._lost(request_id, now_s, out)
-        self._leased.pop(node_id, None)
+        self._lose_all(node_id, now_s, out)
         self.table.remove(node_id)
         out.append(NodeChanged(node_id=node_id, state=NodeState.LOST))
+
+    def _lose_all(self, node_id: NodeId, now_s: float, out: list[ControlCommand]) -> None:
+        for job in self._backlog.leased_to(node_id):
+            self._lost(job, now_s, out)
+        self._backlog.unpark(node_id)
 
     def _state(self, node_id: NodeId) -> NodeState:
         row = self.table.get(node_id)
@@ -254,118 +247,153 @@ class ControlPlane:
             self.table.change(node_id, state=state)
             out.append(NodeChanged(node_id=node_id, state=state))
 
-    # -- work -----------------------------------------------------------------------------------
+    # -- placing work ---------------------------------------------------------------------------
 
     def _submitted(self, event: Submitted) -> None:
         request_id = event.request.request_id
-        if request_id not in self._jobs:
-            self._jobs[request_id] = Job(
-                event.request, event.lease, failure_count=event.attempt_count
-            )
-            self._waiting.append(request_id)
-
-    def _wait(self, job: Job) -> None:
-        self._delayed.discard(job.request.request_id)
-        job.phase = Phase.WAITING
-        self._waiting.append(job.request.request_id)
+        if request_id in self._backlog.jobs:
+            return
+        job = self._backlog.add(event.request, lease=event.lease, failure_count=event.attempt_count)
+        for node_id, claimed in self._claims.items():
+            lease = claimed.pop(request_id, 0)
+            if lease and lease == event.lease:
+                self._adopt(job, lease, node_id)
 
     def _pump(self, now_s: float, out: list[ControlCommand]) -> None:
-        """Ask where the next waiting work should go; one question at a time, for each answer
-        changes what the next one should see.
-        """
-        while self._waiting and self._asked is None:
-            job = self._jobs.get(self._waiting[0])
-            if job is None or job.phase is not Phase.WAITING:
-                self._waiting.popleft()
-                continue
-            busy = {
-                row.node.node_id
-                for row in self.table.rows()
-                if row.node.node_id not in self._connected or self._is_full(row.node)
-            }
-            if len(busy) == len(self.table.rows()):
-                return  # a result, a heartbeat or a session will bring us back
-            self._waiting.popleft()
-            job.phase = Phase.ASKED
-            self._asked = job.request.request_id
-            excluded = frozenset(busy | job.refused_by)
-            out.append(
-                AskPolicy(request=replace(job.request, excluded=excluded), view=self.view(now_s))
-            )
+        """Ask where the next waiting work should go.
 
-    def _is_full(self, node: Node) -> bool:
-        """Return whether a node holds as much leased work as keeps it busy for a while."""
-        return len(self._leased.get(node.node_id, ())) >= 4 * max(1.0, node.capacity.cpus) + 4
+        One question at a time, for each answer changes what the next one should see.
+        """
+        if self._asked is not None:
+            return
+        for node_id in self._backlog.parked_nodes():
+            self._backlog.unpark(node_id, self._room_on(node_id))
+        job = self._backlog.next_waiting()
+        if job is None:
+            return
+        rows = self.table.rows()
+        busy = {row.node.node_id for row in rows if not self._room_on(row.node.node_id)}
+        if len(busy) == len(rows):
+            return  # a result, a heartbeat or a session will bring us back
+        self._backlog.ask(job)
+        self._asked = job.request.request_id
+        excluded = frozenset(busy | job.refused_by | job.failed_on)
+        request = replace(job.request, excluded=excluded)
+        out.append(AskPolicy(request=request, view=self.view(now_s)))
+
+    def _room_on(self, node_id: NodeId) -> int:
+        """Return how many more leases a node may hold now; 0 if it cannot be reached."""
+        row = self.table.get(node_id)
+        if row is None or node_id not in self._connected:
+            return 0
+        cpus = max(1.0, row.node.capacity.cpus)
+        most = int(IN_FLIGHT_PER_CPU * cpus + IN_FLIGHT_EXTRA)
+        return max(0, most - self._backlog.leased_count(node_id))
 
     def _decided(self, event: Decided, now_s: float, out: list[ControlCommand]) -> None:
         if self._asked == event.request_id:
             self._asked = None
-        job = self._jobs.get(event.request_id)
+        job = self._backlog.jobs.get(event.request_id)
         if job is None or job.phase is not Phase.ASKED:
             return
         match event.decision:
             case Placed() as placed:
                 self._dispatch(job, placed.node_ids[0], out)
             case NotPlaced() as not_placed:
-                job.unplaced_count += 1
-                job.refused_by.clear()
-                message = f"no node can take it: {summary(not_placed.reasons)}"
-                if job.unplaced_count > UNPLACED_MAX:
-                    self._give_up(job, "unplaceable", message, out)
-                else:
-                    self._delay(job, job.unplaced_count, message, now_s, out)
+                self._not_placed(job, not_placed, now_s, out)
             case _:
                 assert_never(event.decision)
 
     def _dispatch(self, job: Job, node_id: NodeId, out: list[ControlCommand]) -> None:
         job.lease += 1
-        job.phase = Phase.LEASED
-        job.node_id = node_id
         job.request = replace(job.request, lease=job.lease)
-        self._leased.setdefault(node_id, set()).add(job.request.request_id)
+        self._backlog.lease(job, node_id)
         row = self.table.get(node_id)
         if row is not None:
-            run_s = self.view(0.0).profile(job.request.function_id).run_s * job.request.item_count
+            profile = self.view(0.0).profile(job.request.function_id)
+            run_s = profile.run_s * job.request.item_count / row.node.speed
             cpus = max(1.0, row.node.capacity.cpus)
-            self.table.change(node_id, pending_s=row.pending_s + run_s / row.node.speed / cpus)
-        out.append(
-            Dispatch(node_id=node_id, request=job.request, attempt_count=job.failure_count)
-        )
+            self.table.change(node_id, pending_s=row.pending_s + run_s / cpus)
+        out.append(Dispatch(node_id=node_id, request=job.request, attempt_count=job.failure_count))
 
-    def _work_finished(
-        self, event: WorkFinished, now_s: float, out: list[ControlCommand]
+    def _not_placed(
+        self, job: Job, decision: NotPlaced, now_s: float, out: list[ControlCommand]
     ) -> None:
+        """Wait for room on a node that could take it; failing that, for better times."""
+        if job.failed_on:  # better where it failed before than nowhere
+            job.failed_on.clear()
+            self._backlog.wait(job)
+            return
+        full = [
+            node_id
+            for node_id, reason in decision.reasons
+            if reason is Reason.EXCLUDED
+            and node_id not in job.refused_by
+            and node_id in self._connected
+        ]
+        if full:
+            self._backlog.park(job, full)
+            return
+        job.refused_by.clear()
+        self._not_now(job, f"no node can take it: {summary(decision.reasons)}", now_s, out)
+
+    def _not_now(self, job: Job, message: str, now_s: float, out: list[ControlCommand]) -> None:
+        """No node takes it at present, which is nobody's failure: try later, for an hour."""
+        if job.unplaced_since_s is None:
+            job.unplaced_since_s = now_s
+        job.unplaced_count += 1
+        if now_s - job.unplaced_since_s > UNPLACED_S_MAX:
+            self._give_up(job, "unplaceable", message, out)
+        else:
+            self._delay(job, job.unplaced_count, message, now_s, out, is_unplaced=True)
+
+    # -- how work ends --------------------------------------------------------------------------
+
+    def _work_finished(self, event: WorkFinished, now_s: float, out: list[ControlCommand]) -> None:
         outcome = event.outcome
-        job = self._jobs.get(outcome.request_id)
-        if job is None or job.phase is not Phase.LEASED or outcome.lease != job.lease:
+        job = self._backlog.jobs.get(outcome.request_id)
+        if job is None or outcome.lease != job.lease or event.node_id != job.node_id:
             return  # an old lease: somebody else has the work, or it has ended
-        self._unlease(job)
-        job.last = outcome
-        if outcome.state is OutcomeState.REFUSED and not job.is_cancelled:
-            job.refused_by.add(event.node_id)
+        is_retried = (
+            outcome.state in (OutcomeState.REFUSED, OutcomeState.EXPIRED, OutcomeState.UNPLACEABLE)
+            or outcome.error_code in RETRIED_CODES
+        )
+        if job.is_cancelled and outcome.state is not OutcomeState.OK:
+            self._end_cancelled(job, out)
+        elif not is_retried:
+            # Also from a node that was given up: its lease is the newest, nobody else has it.
+            self._backlog.remove(job)
+            out.append(Record(outcome=outcome))
+        elif job.phase is Phase.LEASED:
+            job.last = outcome
+            self._retry(job, event.node_id, outcome, now_s, out)
+
+    def _retry(
+        self, job: Job, node_id: NodeId, outcome: Outcome, now_s: float, out: list[ControlCommand]
+    ) -> None:
+        if outcome.state is OutcomeState.REFUSED:
+            job.refused_by.add(node_id)
             if len(job.refused_by) < TRIES_MAX:
-                self._wait(job)
+                self._backlog.wait(job)
             else:
                 job.refused_by.clear()
-                job.unplaced_count += 1
-                self._delay(job, job.unplaced_count, outcome.message, now_s, out)
-        elif outcome.error_code in RETRIED_CODES and not job.is_cancelled:
+                self._not_now(job, outcome.message, now_s, out)
+        elif outcome.state in (OutcomeState.EXPIRED, OutcomeState.UNPLACEABLE):
+            self._not_now(job, outcome.message, now_s, out)  # it never ran
+        else:
             job.failure_count += 1
+            job.unplaced_since_s = None
+            job.failed_on.add(node_id)
             if job.failure_count > job.request.spec.retries_max:
                 self._give_up(job, outcome.error_code, outcome.message, out)
             else:
                 self._delay(job, job.failure_count, outcome.message, now_s, out)
-        else:
-            del self._jobs[outcome.request_id]
-            out.append(Record(outcome=outcome))
 
-    def _lost(self, request_id: RequestId, now_s: float, out: list[ControlCommand]) -> None:
+    def _lost(self, job: Job, now_s: float, out: list[ControlCommand]) -> None:
         """The node that held this work is gone, or has forgotten it."""
-        job = self._jobs[request_id]
-        where = job.node_id
-        self._unlease(job)
         job.loss_count += 1
-        message = f"node {where} was lost while it held this work"
+        job.unplaced_since_s = None
+        message = f"node {job.node_id} was lost while it held this work"
         if job.is_cancelled:
             self._end_cancelled(job, out)
         elif job.loss_count > LOSSES_MAX:
@@ -373,19 +401,20 @@ class ControlPlane:
         else:
             self._delay(job, job.loss_count, message, now_s, out)
 
-    def _unlease(self, job: Job) -> None:
-        if job.node_id is not None:
-            self._leased.get(job.node_id, set()).discard(job.request.request_id)
-
     def _delay(
-        self, job: Job, try_count: int, message: str, now_s: float, out: list[ControlCommand]
+        self,
+        job: Job,
+        try_count: int,
+        message: str,
+        now_s: float,
+        out: list[ControlCommand],
+        *,
+        is_unplaced: bool = False,
     ) -> None:
         request_id = job.request.request_id
         wait_s = min(RETRY_MAX_S, RETRY_FIRST_S * 2.0 ** min(try_count - 1, 10))
         wait_s *= 0.75 + 0.5 * _spread(request_id, job.lease)
-        job.phase = Phase.DELAYED
-        job.retry_at_s = now_s + wait_s
-        self._delayed.add(request_id)
+        self._backlog.delay(job, now_s + wait_s, is_unplaced=is_unplaced)
         out.append(
             Delay(
                 request_id=request_id,
@@ -396,17 +425,24 @@ class ControlPlane:
         )
 
     def _give_up(self, job: Job, code: str, message: str, out: list[ControlCommand]) -> None:
-        del self._jobs[job.request.request_id]
+        self._backlog.remove(job)
         outcome = job.last or _outcome(job, OutcomeState.FAILED, code, message)
         out.append(
             DeadLetter(
                 request_id=job.request.request_id,
-                outcome=replace(outcome, error_code=code, message=message, lease=job.lease),
+                outcome=replace(
+                    outcome,
+                    state=OutcomeState.FAILED,
+                    reason=None,
+                    error_code=code,
+                    message=message,
+                    lease=job.lease,
+                ),
             )
         )
 
     def _cancel(self, request_id: RequestId, out: list[ControlCommand]) -> None:
-        job = self._jobs.get(request_id)
+        job = self._backlog.jobs.get(request_id)
         if job is None or job.is_cancelled:
             return
         job.is_cancelled = True
@@ -416,10 +452,8 @@ class ControlPlane:
             self._end_cancelled(job, out)
 
     def _end_cancelled(self, job: Job, out: list[ControlCommand]) -> None:
-        request_id = job.request.request_id
-        del self._jobs[request_id]
-        self._delayed.discard(request_id)
-        if self._asked == request_id:
+        self._backlog.remove(job)
+        if self._asked == job.request.request_id:
             self._asked = None
         out.append(Record(outcome=_outcome(job, OutcomeState.CANCELLED, "cancelled", "cancelled")))
 
@@ -430,7 +464,7 @@ def _first_reading(node: Node) -> NodeReading:
 
 
 def _outcome(job: Job, state: OutcomeState, code: str, message: str) -> Outcome:
-    request = job.request
+    request: Request = job.request
     return Outcome(
         request_id=request.request_id,
         function_id=request.function_id,

@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import structlog
@@ -54,6 +54,7 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
         *,
         queue_max: int,
         group: asyncio.TaskGroup,
+        on_ended: Callable[[Outcome, str], None],
     ) -> None:
         """Keep work.
 
@@ -64,7 +65,9 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
             functions: What may be run.
             queue_max: Unfinished work that is accepted at most.
             group: Owns the tasks that wait for the store.
+            on_ended: Told once of each piece of work that has ended, with what it printed.
         """
+        self._on_ended = on_ended
         self._store = store
         self._dispatcher = dispatcher
         self._sessions = sessions
@@ -253,6 +256,7 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
             if await self._store.write(end):
                 self._open_count -= 1
                 self._notify(request_id)
+                self._on_ended(outcome, result.log)
             if outcome.node_id is not None:
                 self._sessions.acknowledge(outcome.node_id, request_id, outcome.lease)
 

@@ -66,6 +66,16 @@ class Telemetry(call_pb2_grpc.CallServiceServicer):
                 taken.append((convert.outcome_from_pb(report.outcome), report))
             except TierwiseError as error:
                 log.warning("call.refused", node_id=node_id, cause=str(error))
+        self._keep(taken)
+
+    def take_work(self, outcome: Outcome, printed: str) -> None:
+        """Store and learn from durable work that has ended."""
+        report = node_pb2.CallReport(
+            outcome=convert.outcome_to_pb(outcome), log=printed, caller="scheduler"
+        )
+        self._keep([(outcome, report)])
+
+    def _keep(self, taken: list[tuple[Outcome, node_pb2.CallReport]]) -> None:
         for outcome, _ in taken:
             self._learn(outcome)
         self._table.profiles = dict(self._profiles)

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from scheduler.machine import LOSSES_MAX, LOST_AFTER, ControlPlane
+from scheduler.machine import LOSSES_MAX, LOST_AFTER, UNPLACED_S_MAX, ControlPlane
 from tierwise.domain.command import (
     AskPolicy,
     CancelAt,
@@ -26,7 +26,7 @@ from tierwise.domain.event import (
     Ticked,
     WorkFinished,
 )
-from tierwise.domain.function import FunctionSpec
+from tierwise.domain.function import FunctionSpec, Priority
 from tierwise.domain.ids import NodeId, PolicyId, RequestId
 from tierwise.domain.outcome import Outcome, OutcomeState
 from tierwise.domain.request import Request
@@ -222,3 +222,163 @@ def test_draining_is_told_to_the_node_and_told_again_when_it_reconnects() -> Non
     commands = plane.step(NodeDrainAsked(node_id=A, is_on=True), 1.0)
     assert TellDrain(node_id=A, is_on=True) in commands
     assert TellDrain(node_id=A, is_on=True) in plane.step(SessionOpened(node=node(A)), 2.0)
+
+
+def ask_of(commands: list[ControlCommand]) -> AskPolicy:
+    [ask] = [c for c in commands if isinstance(c, AskPolicy)]
+    return ask
+
+
+def not_placed(name: str, *reasons: tuple[NodeId, Reason]) -> Decided:
+    return Decided(
+        request_id=RequestId(name),
+        decision=NotPlaced(reasons=reasons),
+        policy_id=PolicyId("p"),
+    )
+
+
+def test_urgent_work_overtakes_what_waits() -> None:
+    plane = ControlPlane()
+    plane.step(work("patient"), 0.0)
+    urgent = work("urgent")
+    request = replace(urgent.request, priority=Priority.CRITICAL)
+    plane.step(replace(urgent, request=request), 0.0)
+    ask = ask_of(plane.step(SessionOpened(node=node(A)), 1.0))
+    assert ask.request.request_id == "urgent"
+
+
+def test_the_result_of_a_lost_node_counts_while_nobody_else_has_the_work() -> None:
+    plane = leased()
+    plane.step(HeartbeatReceived(node_id=B, reading=NodeReading(sequence=1)), 9.0)
+    assert any(isinstance(c, Delay) for c in plane.step(Ticked(), LOST_AFTER))
+    assert plane.step(finished("w", 1), 10.1) == [Record(outcome=outcome("w", 1))]
+    assert plane.job_count == 0
+
+
+def test_a_node_that_returns_with_its_work_after_it_was_lost_keeps_it() -> None:
+    plane = leased()
+    plane.step(HeartbeatReceived(node_id=B, reading=NodeReading(sequence=1)), 9.0)
+    plane.step(Ticked(), LOST_AFTER)
+    commands = plane.step(SessionOpened(node=node(A), leases=((RequestId("w"), 1),)), 10.1)
+    assert not any(isinstance(c, AskPolicy | Dispatch) for c in commands)
+    assert not any(isinstance(c, AskPolicy) for c in plane.step(Ticked(), 12.0))
+    assert isinstance(plane.step(finished("w", 1), 13.0)[0], Record)
+
+
+def test_a_result_of_a_node_that_never_had_the_lease_does_not_count() -> None:
+    plane = leased()
+    assert plane.step(finished("w", 1, where=B), 1.0) == []
+    assert plane.job_count == 1
+
+
+def test_work_that_a_connected_node_claims_is_not_given_out_again_after_a_restart() -> None:
+    plane = ControlPlane()
+    plane.step(SessionOpened(node=node(B)), 0.0)
+    plane.step(SessionOpened(node=node(A), leases=((RequestId("w"), 3),)), 0.0)
+    assert plane.step(replace(work("w"), lease=3), 0.1) == []
+    assert isinstance(plane.step(finished("w", 3), 1.0)[0], Record)
+
+
+def test_a_stale_claim_is_worth_nothing() -> None:
+    plane = ControlPlane()
+    plane.step(SessionOpened(node=node(A), leases=((RequestId("w"), 2),)), 0.0)
+    ask_of(plane.step(replace(work("w"), lease=3), 0.1))
+
+
+def test_work_for_a_full_node_waits_for_that_node_and_does_not_count_as_unplaceable() -> None:
+    plane = ControlPlane()
+    plane.step(SessionOpened(node=node(A)), 0.0)
+    for index in range(8):
+        plane.step(work(f"w{index}"), 0.0)
+        place(plane, f"w{index}", A, 0.0)
+    plane.step(SessionOpened(node=node(B)), 0.0)
+    ask = ask_of(plane.step(work("pinned"), 0.0))
+    assert ask.request.excluded == {A}
+    answer = not_placed("pinned", (A, Reason.EXCLUDED), (B, Reason.PINNED_ELSEWHERE))
+    assert plane.step(answer, 0.0) == []
+    assert plane.step(Ticked(), 5000.0) != []  # nodes are lost by now, the work is not
+    assert plane.job(RequestId("pinned")) is not None
+
+    plane = ControlPlane()
+    plane.step(SessionOpened(node=node(A)), 0.0)
+    for index in range(8):
+        plane.step(work(f"w{index}"), 0.0)
+        place(plane, f"w{index}", A, 0.0)
+    plane.step(SessionOpened(node=node(B)), 0.0)
+    plane.step(work("pinned"), 0.0)
+    plane.step(answer, 0.0)
+    commands = plane.step(finished("w0", 1), 1.0)
+    assert ask_of(commands).request.request_id == "pinned"
+    assert A not in ask_of(commands).request.excluded
+
+
+def test_work_that_nobody_could_take_is_tried_at_once_when_a_node_comes() -> None:
+    plane = ControlPlane()
+    plane.step(SessionOpened(node=node(A)), 0.0)
+    plane.step(work("w"), 0.0)
+    for now_s in (0.0, 1.0, 2.0, 4.0, 8.0, 16.0):
+        plane.step(HeartbeatReceived(node_id=A, reading=NodeReading(sequence=1)), now_s)
+        plane.step(Ticked(), now_s)
+        plane.step(not_placed("w", (A, Reason.NO_GPU)), now_s)
+    assert ask_of(plane.step(SessionOpened(node=node(B)), 16.1)).request.request_id == "w"
+
+
+def test_work_that_nobody_can_take_for_an_hour_is_dead_lettered_with_the_reason() -> None:
+    plane = ControlPlane()
+    plane.step(SessionOpened(node=node(A)), 0.0)
+    plane.step(work("w"), 0.0)
+    plane.step(not_placed("w", (A, Reason.NO_GPU)), 0.0)
+    now_s = UNPLACED_S_MAX + 1.0
+    plane.step(HeartbeatReceived(node_id=A, reading=NodeReading(sequence=1)), now_s)
+    ask_of(plane.step(Ticked(), now_s))
+    [dead] = plane.step(not_placed("w", (A, Reason.NO_GPU)), now_s)
+    assert isinstance(dead, DeadLetter)
+    assert (dead.outcome.error_code, dead.outcome.state) == ("unplaceable", OutcomeState.FAILED)
+    assert "no gpu" in dead.outcome.message
+
+
+def test_a_second_attempt_avoids_the_node_of_the_first_unless_there_is_no_other() -> None:
+    plane = leased()
+    died = {"state": OutcomeState.FAILED, "error_code": "function_died", "message": "gone"}
+    plane.step(finished("w", 1, **died), 1.0)
+    assert ask_of(plane.step(Ticked(), 2.0)).request.excluded == {A}
+    reasons = ((A, Reason.EXCLUDED), (B, Reason.NO_GPU))
+    assert ask_of(plane.step(not_placed("w", *reasons), 2.0)).request.excluded == frozenset()
+
+
+def test_work_that_expired_in_the_queue_of_a_node_is_not_a_failed_attempt() -> None:
+    plane = leased()
+    expired = {"state": OutcomeState.EXPIRED, "error_code": "deadline_exceeded"}
+    [delay] = plane.step(finished("w", 1, **expired), 1.0)
+    assert isinstance(delay, Delay)
+    assert delay.attempt_count == 0
+
+
+def test_cancelled_work_that_the_node_refuses_meanwhile_is_cancelled() -> None:
+    plane = leased()
+    plane.step(CancelAsked(request_id=RequestId("w")), 1.0)
+    [record] = plane.step(finished("w", 1, state=OutcomeState.REFUSED), 1.1)
+    assert isinstance(record, Record)
+    assert record.outcome.state is OutcomeState.CANCELLED
+
+
+def test_a_node_that_is_drained_before_it_connects_takes_no_work() -> None:
+    plane = ControlPlane()
+    plane.step(NodeDrainAsked(node_id=A, is_on=True), 0.0)
+    commands = plane.step(SessionOpened(node=node(A)), 1.0)
+    assert commands == [
+        TellDrain(node_id=A, is_on=True),
+        NodeChanged(node_id=A, state=NodeState.DRAINING),
+    ]
+
+
+def test_equal_histories_give_equal_commands() -> None:
+    def history() -> list[ControlCommand]:
+        plane = leased()
+        died = {"state": OutcomeState.FAILED, "error_code": "function_died"}
+        out = plane.step(finished("w", 1, **died), 1.0)
+        for name in ("z", "y", "x"):
+            out += plane.step(work(name), 1.5)
+        return out + plane.step(Ticked(), 3.0) + plane.step(Ticked(), 20.0)
+
+    assert history() == history()

@@ -109,6 +109,13 @@ def error_from_item(item: types_pb2.Item) -> TierwiseError | None:
     )
 
 
+def _is_end_of_stream(error: BaseException) -> bool:
+    """Return whether an exception only says that the RPC, or its server, has ended."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(_is_end_of_stream(inner) for inner in error.exceptions)
+    return isinstance(error, grpc.RpcError | grpc.aio.BaseError | grpc.aio.AbortError)
+
+
 Handler = grpc.RpcMethodHandler
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Handler]]
 
@@ -135,9 +142,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                 return await inner(request, context)
             except TierwiseError as error:
                 await abort(context, error)
-            except (grpc.aio.AbortError, grpc.RpcError):
-                raise
-            except Exception:
+            except Exception as error:
+                if _is_end_of_stream(error):
+                    raise
                 log.exception("rpc.crashed", method=method)
                 await context.abort(grpc.StatusCode.UNKNOWN, "internal error; see the server's log")
 

@@ -1,0 +1,1 @@
+"""The `tierwise` command: thin verbs over the SDK."""

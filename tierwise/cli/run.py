@@ -1,0 +1,152 @@
+"""Work: deploy, invoke, submit."""
+
+import importlib
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+import typer
+
+from tierwise.cli.common import complete_functions, complete_nodes
+from tierwise.cli.output import Format, Output, say, show_value
+from tierwise.errors import InvalidArgument, NotFound
+
+Arguments = Annotated[list[str] | None, typer.Argument(help="JSON values, or plain text")]
+Name = Annotated[str, typer.Argument(help="function", autocompletion=complete_functions)]
+Node = Annotated[str, typer.Option(help="run on this node", autocompletion=complete_nodes)]
+Deadline = Annotated[str | None, typer.Option(help="for example 200ms")]
+Tier = Annotated[str | None, typer.Option(help="edge, fog or cloud")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the verbs."""
+    app.command()(deploy)
+    app.command()(invoke)
+    app.command()(submit)
+
+
+def deploy(
+    target: Annotated[str, typer.Argument(help="FILE.py, or FILE.py:app if there are several")],
+    output: Output = Format.TABLE,
+) -> None:
+    """Deploy every function of the app in a Python file."""
+    from tierwise.cli.output import show
+    from tierwise.sdk.client import Client
+
+    with Client() as client:
+        specs = []
+        for app in _apps(target):
+            app.use(client)
+            specs += app.deploy()
+    records = [{"function": s.function_id, "code_digest": s.code_digest} for s in specs]
+    show(
+        records,
+        output,
+        [("function", lambda r: r["function"]), ("code", lambda r: r["code_digest"][:12])],
+        name=lambda r: str(r["function"]),
+        empty="the app declares no function",
+    )
+
+
+def invoke(
+    function: Name,
+    arguments: Arguments = None,
+    data: Annotated[Path | None, typer.Option("--file", "-f", help="one argument: this file's bytes")] = None,
+    node: Node = "",
+    deadline: Deadline = None,
+    tier: Tier = None,
+    output: Output = Format.JSON,
+) -> None:
+    """Call a function and print its result."""
+    from tierwise.sdk.client import Client
+
+    with Client() as client:
+        remote = client.function(function).options(node=node, deadline=deadline, tier=tier)
+        result = remote.remote(*_values(arguments, data))
+    show_value(_plain(result), output)
+
+
+def submit(
+    function: Name,
+    arguments: Arguments = None,
+    data: Annotated[Path | None, typer.Option("--file", "-f", help="one argument: this file's bytes")] = None,
+    node: Node = "",
+    wait: Annotated[bool, typer.Option("--wait", help="wait for the result and print it")] = False,
+    output: Output = Format.JSON,
+) -> None:
+    """Hand in durable work: it survives crashes of every process. Prints its id."""
+    from tierwise.sdk.client import Client
+
+    with Client() as client:
+        handle = client.function(function).options(node=node).spawn(*_values(arguments, data))
+        if wait:
+            say(f"accepted as {handle.request_id}; waiting")
+            show_value(_plain(handle.result()), output)
+        else:
+            print(handle.request_id)
+
+
+def _values(arguments: list[str] | None, data: Path | None) -> list[Any]:
+    """Return arguments as values: JSON where it is JSON, text otherwise; then the file's bytes."""
+    values: list[Any] = []
+    for argument in arguments or []:
+        try:
+            values.append(json.loads(argument))
+        except json.JSONDecodeError:
+            values.append(argument)
+    if data is not None:
+        try:
+            values.append(data.read_bytes())
+        except OSError as error:
+            raise InvalidArgument(f"--file {data}: {error.strerror}") from None
+    return values
+
+
+def _plain(value: Any) -> Any:
+    """Return a result as JSON can show it."""
+    if isinstance(value, bytes):
+        return {"bytes": len(value), "hex": value[:64].hex()}
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _apps(target: str) -> list[Any]:
+    """Import the file and return the one app, or the named one."""
+    from tierwise.sdk.app import App
+
+    file, _, name = target.partition(":")
+    path = Path(file)
+    if not path.exists():
+        raise NotFound(f"there is no file {file}")
+    module = _load(path)
+    if name:
+        app = getattr(module, name, None)
+        if not isinstance(app, App):
+            raise NotFound(f"{file} has no tierwise.App named {name}")
+        return [app]
+    apps = {id(value): value for value in vars(module).values() if isinstance(value, App)}
+    if not apps:
+        raise NotFound(f"{file} makes no tierwise.App")
+    return list(apps.values())
+
+
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise InvalidArgument(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    sys.path.insert(0, str(path.parent.resolve()))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the user's file may do anything
+        raise InvalidArgument(f"{path} could not be imported: {type(error).__name__}: {error}") from error
+    return module

@@ -1,0 +1,166 @@
+"""What an operator asks of a cluster, as plain dicts that print and serialise."""
+
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+
+from tierwise.sdk.client import Client
+from tierwise.v1 import call_pb2, cluster_pb2, function_pb2, policy_pb2, work_pb2
+
+Record = dict[str, Any]
+_PREFIXES = (
+    "NODE_STATE_",
+    "OUTCOME_STATE_",
+    "WORK_STATE_",
+    "TIER_",
+    "PRIORITY_",
+    "REASON_",
+    "ROLE_",
+)
+
+
+class Operator:
+    """Synchronous questions and orders; every method raises TierwiseError as the cluster answers."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def nodes(self) -> list[Record]:
+        """Return every node with state, reading, host and age."""
+        return self._list("cluster", "ListNodes", cluster_pb2.ListNodesRequest(), "nodes")
+
+    def functions(self, namespace: str = "") -> list[Record]:
+        """Return the newest version of every function."""
+        request = function_pb2.ListFunctionsRequest(namespace=namespace)
+        return self._list("functions", "ListFunctions", request, "functions")
+
+    def function(self, name: str) -> Record:
+        """Return one function with its profile and all its versions."""
+        found = self._one(
+            "functions", "GetFunction", function_pb2.GetFunctionRequest(function=name)
+        )
+        request = function_pb2.ListFunctionVersionsRequest(function=name)
+        found["versions"] = self._list("functions", "ListFunctionVersions", request, "versions")
+        return found
+
+    def delete_function(self, name: str) -> int:
+        """Delete a version, or all of a name; return how many."""
+        request = function_pb2.DeleteFunctionRequest(function=name)
+        return int(self._one("functions", "DeleteFunction", request)["deleted_count"])
+
+    def calls(self, function: str = "", node: str = "", limit: int = 50) -> list[Record]:
+        """Return finished calls, newest first."""
+        request = call_pb2.ListCallsRequest(function=function, node_id=node, limit=limit)
+        return self._list("calls", "ListCalls", request, "calls")
+
+    def call(self, request_id: str) -> Record:
+        """Return one call with its explanation and log; a unique prefix of its id is enough."""
+        request = call_pb2.GetCallRequest(request_id=request_id)
+        found: Record = self._one("calls", "GetCall", request)["call"]
+        return found
+
+    def usage(self, namespace: str = "") -> list[Record]:
+        """Return what was used and what it cost, per function."""
+        return self._list(
+            "calls", "GetUsage", call_pb2.GetUsageRequest(namespace=namespace), "usage"
+        )
+
+    def work(self, state: str = "", limit: int = 100) -> list[Record]:
+        """Return durable work, newest first; `state` is queued, leased, …, dead or empty."""
+        value = work_pb2.WorkState.Value(f"WORK_STATE_{state.upper()}") if state else 0
+        request = work_pb2.ListWorkRequest(
+            state=work_pb2.WorkState.ValueType(value), limit=limit
+        )
+        return self._list("work", "ListWork", request, "work")
+
+    def redrive(self, request_id: str) -> Record:
+        """Queue dead-lettered work again."""
+        request = work_pb2.RedriveRequest(request_id=request_id)
+        found: Record = self._one("work", "Redrive", request)["work"]
+        return found
+
+    def policies(self) -> list[Record]:
+        """Return built-in and published policies."""
+        return self._list(
+            "policies", "ListPolicies", policy_pb2.ListPoliciesRequest(), "policies"
+        )
+
+    def publish(self, weights: bytes, card: bytes) -> Record:
+        """Publish a policy file; return what is known of it."""
+        request = policy_pb2.PublishPolicyRequest(weights=weights, card=card)
+        return dict(self._one("policies", "PublishPolicy", request)["policy"])
+
+    def promote(self, policy_id: str) -> Record:
+        """Make a policy the one that decides."""
+        request = policy_pb2.PromotePolicyRequest(policy_id=policy_id)
+        return dict(self._one("policies", "PromotePolicy", request)["policy"])
+
+    def roll_back(self) -> Record:
+        """Return to the policy before; return what is known of it."""
+        request = policy_pb2.RollBackPolicyRequest()
+        return dict(self._one("policies", "RollBackPolicy", request)["policy"])
+
+    def drain(self, node: str, *, is_on: bool) -> Record:
+        """Drain a node, or take it back."""
+        request = cluster_pb2.DrainNodeRequest(node_id=node, is_on=is_on)
+        return dict(self._one("cluster", "DrainNode", request)["node"])
+
+    def remove(self, node: str) -> None:
+        """Take a node out of the cluster and revoke its certificate."""
+        self._one("cluster", "RemoveNode", cluster_pb2.RemoveNodeRequest(node_id=node))
+
+    def create_token(self, role: str, name: str, ttl_s: float) -> Record:
+        """Return a one-time join token for a node, user or admin."""
+        value = cluster_pb2.Role.Value(f"ROLE_{role.upper()}")
+        request = cluster_pb2.CreateTokenRequest(
+            role=cluster_pb2.Role.ValueType(value), name=name, ttl_s=ttl_s
+        )
+        return self._one("cluster", "CreateToken", request)
+
+    def tokens(self) -> list[Record]:
+        """Return the tokens that are remembered, without their secrets."""
+        return self._list("cluster", "ListTokens", cluster_pb2.ListTokensRequest(), "tokens")
+
+    def identity(self) -> Record:
+        """Return who the caller is, and which cluster this is."""
+        return self._one("cluster", "GetIdentity", cluster_pb2.GetIdentityRequest())
+
+    def _one(self, service: str, method: str, request: Message) -> Record:
+        async def ask() -> Message:
+            connection = self._client.connection()
+            return await connection.ask(
+                getattr(getattr(connection, service), method), request, 15.0
+            )
+
+        return record(self._client.run(ask))
+
+    def _list(self, service: str, method: str, request: Message, key: str) -> list[Record]:
+        found: list[Record] = self._one(service, method, request)[key]
+        return found
+
+
+def record(message: Message) -> Record:
+    """Return a message as a dict; enum values by their short lower-case names."""
+    plain: Record = _short(
+        MessageToDict(
+            message,
+            preserving_proto_field_name=True,
+            always_print_fields_with_no_presence=True,
+        )
+    )
+    return plain
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _short(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_short(inner) for inner in value]
+    if isinstance(value, str):
+        for prefix in _PREFIXES:
+            if value.startswith(prefix):
+                return value.removeprefix(prefix).lower().replace("_", " ")
+        if value.lstrip("-").isdigit() and len(value) < 20:
+            return int(value)  # protobuf's JSON writes 64-bit integers as text
+    return value
