@@ -1,0 +1,1 @@
+"""Learning and judging placement policies. Needs the `train` extra."""

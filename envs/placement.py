@@ -1,0 +1,197 @@
+"""`tierwise/Placement-v0`: where does the next request run?"""
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from envs.simulator import Question, Simulator
+from envs.world import World, make_world
+from tierwise.cost.objective import DEFAULT_OBJECTIVE
+from tierwise.domain.decision import NotPlaced, Placed
+from tierwise.domain.ids import PolicyId
+from tierwise.placement.features import BOUND, CANDIDATES_MAX, FEATURES, encode
+from tierwise.placement.ranking import Ranking, rank
+
+COLUMNS = len(FEATURES) + 2
+GAP_MAX = 50.0
+REWARD_SCALE = 1.0
+COST_S_MAX = 30.0  # of one request, so that one outlier does not drown an episode
+POLICY_ID = PolicyId("environment@1")
+
+Observation = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+
+
+class Episode:
+    """One trace being decided step by step; shared by the single and the batched environment."""
+
+    def __init__(self, world: World, seed: int) -> None:
+        self._simulator = Simulator(world, seed)
+        self._paid_count = 0
+        self._question: Question | None = None
+        self._ranking: Ranking | None = None
+        self.invalid_count = 0
+        self.cost_s = 0.0
+
+    def advance(self) -> bool:
+        """Run to the next decision with a choice; return False when the trace has ended."""
+        simulator = self._simulator
+        while (question := simulator.next_question()) is not None:
+            found = rank(question.ask.view, question.ask.request, candidates_max=CANDIDATES_MAX)
+            if isinstance(found, NotPlaced):
+                simulator.answer(found, POLICY_ID)
+                continue
+            if len(found.scores) == 1:
+                simulator.answer(self._order(found, 0), POLICY_ID)
+                continue
+            self._question, self._ranking = question, found
+            return True
+        return False
+
+    def observe(self, out: Observation) -> None:
+        """Write the open decision into `out`, shape (16, 26), zero-padded.
+
+        The last two columns are the base score's gap to the best one ÷ deadline, and 1 for valid.
+        """
+        assert self._question is not None and self._ranking is not None
+        ask, ranking = self._question.ask, self._ranking
+        k = len(ranking.scores)
+        out[k:] = 0.0
+        out[:k, :-2] = encode(ask.view, ask.request, ranking.estimates, ranking.scores)
+        gap = (ranking.scores - ranking.scores.min()) / max(ask.request.deadline_s, 1e-3)
+        out[:k, -2] = np.minimum(gap, GAP_MAX)
+        out[:k, -1] = 1.0
+
+    def decide(self, action: int) -> None:
+        """Place the open request on the candidate in row `action`."""
+        assert self._ranking is not None
+        if not 0 <= action < len(self._ranking.scores):
+            self.invalid_count += 1
+            action = int(self._ranking.scores.argmin())
+        self._simulator.answer(self._order(self._ranking, action), POLICY_ID)
+
+    def collect(self) -> float:
+        """Return minus the cost of the requests that have ended since the last call."""
+        outcomes = self._simulator.outcomes
+        cost_s = 0.0
+        for outcome in outcomes[self._paid_count :]:
+            cost_s += min(DEFAULT_OBJECTIVE.cost_s(outcome), COST_S_MAX)
+        self._paid_count = len(outcomes)
+        self.cost_s += cost_s
+        return -REWARD_SCALE * cost_s
+
+    @property
+    def candidate_count(self) -> int:
+        """Return how many of the 16 actions are valid."""
+        return 0 if self._ranking is None else len(self._ranking.scores)
+
+    @property
+    def ended_count(self) -> int:
+        """Return how many requests have ended."""
+        return self._paid_count
+
+    def _order(self, ranking: Ranking, first: int) -> Placed:
+        """Put the chosen candidate first and the others behind it by base score."""
+        rows = ranking.estimates.candidates
+        rest = [i for i in np.argsort(ranking.scores, kind="stable").tolist() if i != first]
+        return Placed(node_ids=tuple(rows[i].node.node_id for i in (first, *rest)))
+
+
+class PlacementEnv(gymnasium.Env[Observation, np.int64]):
+    """Place requests on edge, fog and cloud nodes, at minimal cost.
+
+    ### Description
+    A simulated cluster serves a trace. Nodes and scheduler are the production state machines; each
+    step is one decision that the agent of the user's edge node would take live.
+
+    ### Action Space
+    `Discrete(16)`: the candidate to run on, in the order of the observation's rows. An invalid
+    action is replaced by the base score's choice and counted in `info["invalid_count"]`;
+    `action_masks()` tells which are valid.
+
+    ### Observation Space
+    `Box(shape=(16, 26))`, float32: per candidate the 24 features of `placement.features`, the gap
+    of its base score to the best ÷ deadline, and 1 if the row is valid.
+
+    ### Rewards
+    Minus the objective's cost (`cost.objective`, second-equivalents) of the requests that ended
+    since the last decision, each at most 30 s.
+
+    ### Starting State
+    A fresh world of the preset, drawn from the seed; nothing is warm.
+
+    ### Episode End
+    Truncation when the trace has ended and every request has its end: the task itself never ends.
+    """
+
+    metadata = {"render_modes": []}
+
+    def __init__(self, preset: str = "random", request_count: int = 400) -> None:
+        """Make the environment.
+
+        Args:
+            preset: A world of `envs.world`, or "random".
+            request_count: Requests per episode.
+        """
+        self._preset = preset
+        self._request_count = request_count
+        self.observation_space = spaces.Box(
+            -BOUND, GAP_MAX, shape=(CANDIDATES_MAX, COLUMNS), dtype=np.float32
+        )
+        self.action_space = spaces.Discrete(CANDIDATES_MAX)
+        self._episode: Episode | None = None
+        self._observation = np.zeros((CANDIDATES_MAX, COLUMNS), dtype=np.float32)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Start a new world; `options={"world_seed": n}` chooses it exactly."""
+        super().reset(seed=seed)
+        world_seed = (options or {}).get("world_seed")
+        if world_seed is None:
+            world_seed = int(self.np_random.integers(2**31))
+        self._episode = new_episode(self._preset, world_seed, self._request_count)
+        self._episode.observe(self._observation)
+        return self._observation.copy(), self._info()
+
+    def step(
+        self, action: np.int64
+    ) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Place one request and run on to the next decision."""
+        assert self._episode is not None, "call reset first"
+        self._episode.decide(int(action))
+        is_over = not self._episode.advance()
+        reward = self._episode.collect()
+        if not is_over:
+            self._episode.observe(self._observation)
+        return self._observation.copy(), reward, False, is_over, self._info()
+
+    def action_masks(self) -> Mask:
+        """Return which actions are valid now, shape (16,), bool."""
+        mask: Mask = self._observation[:, -1] > 0.0
+        return mask
+
+    def _info(self) -> dict[str, Any]:
+        assert self._episode is not None
+        return {
+            "invalid_count": self._episode.invalid_count,
+            "ended_count": self._episode.ended_count,
+            "cost_s": self._episode.cost_s,
+        }
+
+
+def new_episode(preset: str, world_seed: int, request_count: int) -> Episode:
+    """Return an episode that stands at its first decision.
+
+    Worlds without any choice (all requests have one candidate) are passed over.
+    """
+    for offset in range(100):
+        seed = world_seed + offset
+        episode = Episode(make_world(preset, seed, request_count=request_count), seed)
+        if episode.advance():
+            return episode
+    raise ValueError(f"100 worlds of preset {preset!r} in a row hold no decision")
+

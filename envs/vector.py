@@ -1,0 +1,122 @@
+"""Many placement episodes in one process, as stable-baselines3 wants them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from stable_baselines3.common.vec_env import VecEnv
+
+from envs.placement import COLUMNS, Episode, PlacementEnv, new_episode
+from tierwise.placement.features import CANDIDATES_MAX
+
+
+class PlacementVecEnv(VecEnv):
+    """Steps all episodes one after the other into shared arrays; no process, no copy per episode.
+
+    Episodes restart by themselves with the next world of their stream, so the same seed gives the
+    same sequence of worlds whatever the actions are.
+    """
+
+    def __init__(
+        self, env_count: int, *, seed: int, preset: str = "random", request_count: int = 400
+    ) -> None:
+        """Make `env_count` episodes of a preset.
+
+        Args:
+            env_count: How many at a time.
+            seed: Of the worlds.
+            preset: See `envs.world`.
+            request_count: Requests per episode.
+        """
+        single = PlacementEnv(preset, request_count)
+        super().__init__(env_count, single.observation_space, single.action_space)
+        self._preset = preset
+        self._request_count = request_count
+        children = np.random.SeedSequence(seed).spawn(env_count)
+        self._streams = [np.random.default_rng(child) for child in children]
+        self._episodes: list[Episode] = []
+        self._observations = np.zeros((env_count, CANDIDATES_MAX, COLUMNS), dtype=np.float32)
+        self._actions: NDArray[np.int64] = np.zeros(env_count, dtype=np.int64)
+
+    def reset(self) -> NDArray[np.float32]:
+        """Start every episode anew; return observations, shape (n, 16, 26)."""
+        self._episodes = [self._fresh(index) for index in range(self.num_envs)]
+        return self._observations.copy()
+
+    def step_async(self, actions: NDArray[np.int64]) -> None:
+        """Remember the actions, shape (n,)."""
+        self._actions = actions
+
+    def step_wait(
+        self,
+    ) -> tuple[
+        NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]
+    ]:
+        """Take the remembered actions; ended episodes are truncated, not terminated."""
+        rewards = np.zeros(self.num_envs, dtype=np.float32)
+        dones = np.zeros(self.num_envs, dtype=np.bool_)
+        infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        for index, episode in enumerate(self._episodes):
+            episode.decide(int(self._actions[index]))
+            is_over = not episode.advance()
+            rewards[index] = episode.collect()
+            if is_over:
+                dones[index] = True
+                infos[index] = {
+                    "terminal_observation": self._observations[index].copy(),
+                    "TimeLimit.truncated": True,
+                    "episode": {
+                        "r": -episode.cost_s / max(1, episode.ended_count),
+                        "l": episode.ended_count,
+                        "t": 0.0,
+                    },
+                }
+                self._episodes[index] = self._fresh(index)
+            else:
+                episode.observe(self._observations[index])
+        return self._observations.copy(), rewards, dones, infos
+
+    def action_masks(self) -> NDArray[np.bool_]:
+        """Return valid actions of all episodes, shape (n, 16)."""
+        masks: NDArray[np.bool_] = self._observations[:, :, -1] > 0.0
+        return masks
+
+    def close(self) -> None:
+        """Forget the episodes."""
+        self._episodes = []
+
+    def env_method(
+        self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any
+    ) -> list[Any]:
+        """Answer `action_masks`, the only method that the learner calls."""
+        if method_name != "action_masks":
+            raise AttributeError(f"placement episodes have no method {method_name!r}")
+        return [mask for mask in self.action_masks()[self._indices(indices)]]
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        """Return attributes of the episodes; `render_mode` is None for each."""
+        if attr_name == "render_mode":
+            return [None for _ in self._indices(indices)]
+        if attr_name == "action_masks":  # asked for to see whether masking is supported
+            return [self.action_masks for _ in self._indices(indices)]
+        raise AttributeError(f"placement episodes have no attribute {attr_name!r}")
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        """Refuse: episodes are changed by actions only."""
+        raise AttributeError(f"placement episodes have no attribute {attr_name!r} to set")
+
+    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
+        """Return False for each: there are no wrappers inside."""
+        return [False for _ in self._indices(indices)]
+
+    def _indices(self, indices: Any) -> Sequence[int]:
+        if indices is None:
+            return range(self.num_envs)
+        return [indices] if isinstance(indices, int) else list(indices)
+
+    def _fresh(self, index: int) -> Episode:
+        seed = int(self._streams[index].integers(2**31))
+        episode = new_episode(self._preset, seed, self._request_count)
+        episode.observe(self._observations[index])
+        return episode

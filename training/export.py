@@ -1,0 +1,92 @@
+"""From torch to the NumPy policy that agents run."""
+
+import subprocess
+from typing import Any
+
+import numpy as np
+import torch
+
+from tierwise.placement.features import BOUND, FEATURES
+from tierwise.placement.policies.learned import Card, Network
+from training.network import Residual
+
+TOLERANCE = 1e-5
+
+
+def to_network(residual: Residual) -> Network:
+    """Return the same function in NumPy.
+
+    Raises:
+        ValueError: The two disagree by more than 1e-5 (relative to the larger values).
+    """
+
+    def array(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+        return np.ascontiguousarray(tensor.detach().cpu().numpy().astype(np.float32))
+
+    network = Network(
+        w1=array(residual.layer1.weight.T),
+        b1=array(residual.layer1.bias),
+        w2=array(residual.layer2.weight.T),
+        b2=array(residual.layer2.bias),
+        w3=array(residual.layer3.weight.T),
+        b3=array(residual.layer3.bias),
+        w4=array(residual.layer4.weight[0]),
+        b4=array(residual.layer4.bias[0]).reshape(()),
+    )
+    worst = disagreement(residual, network)
+    if worst > TOLERANCE:
+        raise ValueError(f"NumPy and torch disagree by {worst:.2e}; the export is not used")
+    return network
+
+
+def disagreement(residual: Residual, network: Network, *, samples: int = 200) -> float:
+    """Return the largest |torch − NumPy| ÷ max(1, |torch|) over random decisions."""
+    rng = np.random.default_rng(0)
+    worst = 0.0
+    for _ in range(samples):
+        k = int(rng.integers(1, 17))
+        features = rng.uniform(-BOUND / 2, BOUND / 2, size=(k, len(FEATURES))).astype(np.float32)
+        with torch.no_grad():
+            expected = residual(torch.from_numpy(features)[None], torch.ones(1, k))[0].numpy()
+        found = network.forward(features)
+        worst = max(worst, float(np.max(np.abs(found - expected) / np.maximum(1.0, np.abs(expected)))))
+    return worst
+
+
+def make_card(
+    *,
+    name: str,
+    version: int,
+    beta: float,
+    lam: float,
+    low: list[float],
+    high: list[float],
+    score: dict[str, float],
+    command: str,
+    seed: int,
+    data: str,
+    evaluation: dict[str, Any],
+) -> Card:
+    """Return the card of a policy trained here and now."""
+    return Card(
+        name=name,
+        version=version,
+        schema=1,
+        beta=beta,
+        lam=lam,
+        score=score,
+        low=low,
+        high=high,
+        command=command,
+        seed=seed,
+        commit=_commit(),
+        data=data,
+        evaluation=evaluation,
+    )
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() if done.returncode == 0 else "unknown"

@@ -1,0 +1,92 @@
+"""The residual network in torch, inside a policy of sb3-contrib's MaskablePPO.
+
+Its arithmetic is that of `tierwise.placement.policies.learned.Network`; `training.export` checks it.
+"""
+
+from typing import Any
+
+import torch
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+from torch import nn
+
+from tierwise.placement.features import CANDIDATES_MAX, FEATURES
+
+BETA = 10.0
+
+
+class Residual(nn.Module):
+    """One network for every candidate; any number of them, in any order."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.layer1 = nn.Linear(len(FEATURES), hidden)
+        self.layer2 = nn.Linear(hidden, hidden)
+        self.layer3 = nn.Linear(3 * hidden, hidden)
+        self.layer4 = nn.Linear(hidden, 1)
+        # A new policy is the base score, exactly: learning starts from the heuristic.
+        nn.init.zeros_(self.layer4.weight)
+        nn.init.zeros_(self.layer4.bias)
+
+    def pooled(self, features: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return hidden values (b, k, H) and their mean‖max over valid candidates (b, 2H)."""
+        hidden = torch.relu(self.layer2(torch.relu(self.layer1(features))))
+        weight = valid.unsqueeze(-1)
+        mean = (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
+        # relu makes hidden ≥ 0, so 0 for invalid rows never wins over a valid one.
+        maximum = (hidden * weight).amax(dim=1)
+        return hidden, torch.cat([mean, maximum], dim=-1)
+
+    def forward(self, features: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """Return residuals (b, k) of features (b, k, 24) with valid (b, k) in {0, 1}."""
+        hidden, context = self.pooled(features, valid)
+        spread = context.unsqueeze(1).expand(-1, hidden.shape[1], -1)
+        joined = torch.cat([hidden, spread], dim=-1)
+        residual: torch.Tensor = self.layer4(torch.relu(self.layer3(joined))).squeeze(-1)
+        return residual
+
+
+class Heads(nn.Module):
+    """What stable-baselines3 calls the MLP extractor: logits on one side, a context on the other."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.residual = Residual(hidden)
+        self.critic = Residual(hidden)
+        self.latent_dim_pi = CANDIDATES_MAX
+        self.latent_dim_vf = 2 * hidden
+
+    def forward(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (logits, value context)."""
+        return self.forward_actor(flat), self.forward_critic(flat)
+
+    def forward_actor(self, flat: torch.Tensor) -> torch.Tensor:
+        """Return logits −β·gap + f, shape (b, 16); masking follows outside."""
+        rows = flat.view(flat.shape[0], CANDIDATES_MAX, -1)
+        residual = self.residual(rows[:, :, :-2], rows[:, :, -1])
+        return residual - BETA * rows[:, :, -2]
+
+    def forward_critic(self, flat: torch.Tensor) -> torch.Tensor:
+        """Return what the value is read from, shape (b, 2H)."""
+        rows = flat.view(flat.shape[0], CANDIDATES_MAX, -1)
+        return self.critic.pooled(rows[:, :, :-2], rows[:, :, -1])[1]
+
+
+class ResidualPolicy(MaskableActorCriticPolicy):
+    """Actor and critic of the residual network."""
+
+    def __init__(self, *args: Any, hidden: int = 64, **kwargs: Any) -> None:
+        self._hidden = hidden
+        super().__init__(*args, **kwargs)
+
+    def _build_mlp_extractor(self) -> None:
+        self.mlp_extractor = Heads(self._hidden)
+
+    def _build(self, lr_schedule: Any) -> None:
+        """Build, without the layer that would mix the candidates, and without re-initialising f."""
+        super()._build(lr_schedule)
+        self.action_net = nn.Identity()
+        nn.init.zeros_(self.mlp_extractor.residual.layer4.weight)
+        nn.init.zeros_(self.mlp_extractor.residual.layer4.bias)
+        self.optimizer = self.optimizer_class(
+            self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs
+        )
