@@ -17,7 +17,7 @@ from tierwise.placement.ranking import Ranking, rank
 
 COLUMNS = len(FEATURES) + 2
 GAP_MAX = 50.0
-REWARD_SCALE = 1.0
+REWARD_SCALE = 0.1
 COST_S_MAX = 30.0  # of one request, so that one outlier does not drown an episode
 POLICY_ID = PolicyId("environment@1")
 
@@ -117,7 +117,7 @@ class PlacementEnv(gymnasium.Env[Observation, np.int64]):
     of its base score to the best ÷ deadline, and 1 if the row is valid.
 
     ### Rewards
-    Minus the objective's cost (`cost.objective`, second-equivalents) of the requests that ended
+    A tenth of minus the objective's cost (`cost.objective`, second-equivalents) of the requests that ended
     since the last decision, each at most 30 s.
 
     ### Starting State

@@ -1,0 +1,365 @@
+"""Train a placement policy: residual MaskablePPO on the tuned base score, in the simulator.
+
+    python -m training.ppo --steps 1000000 --seed 7
+
+A run folder holds args.json, command.txt, TensorBoard logs, the latest model (to resume from), the
+best weights on validation worlds, and at the end policy.npz with its card policy.json.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sb3_contrib import MaskablePPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.utils import set_random_seed
+
+from envs.vector import PlacementVecEnv
+from envs.world import PRESETS
+from tierwise.errors import InvalidArgument, TierwiseError
+from tierwise.files import write_atomically
+from tierwise.placement.features import BOUND, FEATURES
+from tierwise.placement.policies.ect import EarliestCompletion
+from tierwise.placement.policies.learned import Card, LearnedPolicy, Network, save
+from tierwise.placement.score import DEFAULT_WEIGHTS
+from training.evaluate import HELD_OUT, compare, run
+from training.export import make_card, to_network
+from training.network import BETA, ResidualPolicy
+from training.tune import VALIDATION
+
+STEPS_PER_ENV = 128
+BATCH = 4096
+EPOCHS = 4
+LEARNING_RATE = 7e-4
+GAMMA = 0.98
+GAE_LAMBDA = 0.95
+ENTROPY = 5e-4
+LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
+VALIDATE_EVERY = 8  # rollouts
+VALIDATION_REQUESTS = 400
+EVALUATION_REQUESTS = 600
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything that a run depends on, besides the code."""
+
+    steps: int = 1_000_000
+    seed: int = 7
+    preset: str = "random"
+    env_count: int = 128
+    hidden: int = 64
+    request_count: int = 300
+    validation_worlds: int = 16
+    evaluation_worlds: int = 30
+    name: str = "placement"
+    version: int = 1
+
+
+@dataclass(slots=True)
+class Progress:
+    """What must survive an interruption beside the model itself."""
+
+    best_ratio: float = float("inf")
+    low: NDArray[np.float32] = field(
+        default_factory=lambda: np.full(len(FEATURES), np.inf, dtype=np.float32)
+    )
+    high: NDArray[np.float32] = field(
+        default_factory=lambda: np.full(len(FEATURES), -np.inf, dtype=np.float32)
+    )
+
+
+class Validation:
+    """Judges weights on worlds that training never sees, against the base score on the same."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._preset = settings.preset
+        self._seeds = range(VALIDATION, VALIDATION + settings.validation_worlds)
+        self._base = np.array([self._cost_s(EarliestCompletion(), seed) for seed in self._seeds])
+
+    def ratio(self, policy: LearnedPolicy) -> float:
+        """Return the mean over worlds of cost ÷ cost of the base score; below 1 is better."""
+        costs = np.array([self._cost_s(policy, seed) for seed in self._seeds])
+        return float(np.exp(np.mean(np.log(costs / self._base))))
+
+    def _cost_s(self, policy: Any, seed: int) -> float:
+        return run(policy, self._preset, seed, VALIDATION_REQUESTS).cost_s
+
+
+class Watch(BaseCallback):
+    """After each rollout: widen the trained range; now and then validate and checkpoint."""
+
+    def __init__(
+        self, settings: Settings, folder: Path, validation: Validation, progress: Progress, bar: Any
+    ) -> None:
+        super().__init__()
+        self._settings = settings
+        self._folder = folder
+        self._validation = validation
+        self._progress = progress
+        self._bar = bar
+        self._rollout_count = 0
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        observations = self.model.rollout_buffer.observations  # type: ignore[attr-defined]
+        rows = observations.reshape(-1, observations.shape[-1])
+        features = rows[rows[:, -1] > 0.0][:, :-2]
+        self._progress.low = np.minimum(self._progress.low, features.min(axis=0))
+        self._progress.high = np.maximum(self._progress.high, features.max(axis=0))
+        self._bar.update(self.num_timesteps - self._bar.n)
+        self._rollout_count += 1
+        if self._rollout_count % VALIDATE_EVERY == 1:
+            self.validate()
+
+    def validate(self) -> None:
+        """Judge the present weights; keep them if they are the best so far."""
+        network = to_network(self.model.policy.mlp_extractor.residual)  # type: ignore[union-attr, arg-type]
+        policy = as_policy(network, self._settings, self._progress, lam=1.0)
+        ratio = self._validation.ratio(policy)
+        self.logger.record("validation/cost_ratio", ratio)
+        self._bar.set_postfix_str(f"cost {ratio - 1.0:+.1%} vs ect on validation")
+        if ratio < self._progress.best_ratio:
+            self._progress.best_ratio = ratio
+            write_atomically(self._folder / "best.npz", save(network, policy.card)[0])
+        self.checkpoint()
+
+    def checkpoint(self) -> None:
+        """Write what a resumed run needs."""
+        self.model.save(self._folder / "model.zip")
+        state = {
+            "best_ratio": self._progress.best_ratio,
+            "low": self._progress.low.tolist(),
+            "high": self._progress.high.tolist(),
+        }
+        write_atomically(self._folder / "progress.json", json.dumps(state).encode())
+
+
+def as_policy(
+    network: Network, settings: Settings, progress: Progress, *, lam: float
+) -> LearnedPolicy:
+    """Return weights as the policy that agents would run."""
+    card = Card(
+        name=settings.name,
+        version=settings.version,
+        schema=1,
+        beta=BETA,
+        lam=lam,
+        score=asdict(DEFAULT_WEIGHTS),
+        low=np.where(np.isfinite(progress.low), progress.low, -BOUND).tolist(),
+        high=np.where(np.isfinite(progress.high), progress.high, BOUND).tolist(),
+    )
+    return LearnedPolicy(network, card)
+
+
+def train(settings: Settings, folder: Path, *, is_resumed: bool) -> bool:
+    """Train in `folder`; return False if it was interrupted (a checkpoint is left).
+
+    Raises:
+        InvalidArgument: There is nothing to resume in `folder`.
+    """
+    from tqdm import tqdm
+
+    torch.set_num_threads(1)  # two threads on two busy cores collapse to a hundredth
+    set_random_seed(settings.seed)
+    environment = PlacementVecEnv(
+        settings.env_count,
+        seed=settings.seed,
+        preset=settings.preset,
+        request_count=settings.request_count,
+    )
+    progress = Progress()
+    if is_resumed:
+        model = _resume(folder, environment, progress)
+    else:
+        model = MaskablePPO(
+            ResidualPolicy,
+            environment,
+            learning_rate=lambda left: LEARNING_RATE * left,
+            n_steps=STEPS_PER_ENV,
+            batch_size=min(BATCH, STEPS_PER_ENV * settings.env_count),
+            n_epochs=EPOCHS,
+            gamma=GAMMA,
+            gae_lambda=GAE_LAMBDA,
+            ent_coef=ENTROPY,
+            seed=settings.seed,
+            policy_kwargs={"hidden": settings.hidden},
+            device="cpu",
+        )
+    model.set_logger(configure(str(folder / "tensorboard"), ["tensorboard"]))
+    validation = Validation(settings)
+    with tqdm(total=settings.steps, unit="step", file=sys.stderr) as bar:
+        bar.update(model.num_timesteps)
+        watch = Watch(settings, folder, validation, progress, bar)
+        try:
+            model.learn(
+                max(0, settings.steps - model.num_timesteps),
+                callback=watch,
+                reset_num_timesteps=False,
+            )
+        except KeyboardInterrupt:
+            watch.checkpoint()
+            return False
+        watch.validate()
+    _finish(settings, folder, validation, progress)
+    return True
+
+
+def _resume(folder: Path, environment: PlacementVecEnv, progress: Progress) -> MaskablePPO:
+    if not (folder / "model.zip").exists():
+        raise InvalidArgument(f"{folder} holds no model.zip to resume from")
+    state = json.loads((folder / "progress.json").read_text())
+    progress.best_ratio = state["best_ratio"]
+    progress.low = np.array(state["low"], dtype=np.float32)
+    progress.high = np.array(state["high"], dtype=np.float32)
+    model: MaskablePPO = MaskablePPO.load(
+        folder / "model.zip",
+        env=environment,
+        custom_objects={"learning_rate": lambda left: LEARNING_RATE * left},
+    )
+    return model
+
+
+def _finish(
+    settings: Settings, folder: Path, validation: Validation, progress: Progress
+) -> None:
+    """Choose λ on validation, judge on held-out worlds, write the policy and its card."""
+    with np.load(folder / "best.npz", allow_pickle=False) as stored:
+        network = Network(**{name: stored[name] for name in stored.files})
+    ratios = {
+        lam: validation.ratio(as_policy(network, settings, progress, lam=lam)) for lam in LAMBDAS
+    }
+    lam = min(ratios, key=lambda key: (ratios[key], key))
+    policy = as_policy(network, settings, progress, lam=lam)
+    seeds = range(HELD_OUT, HELD_OUT + settings.evaluation_worlds)
+    rows = compare(
+        {"ect": EarliestCompletion(), "learned": policy},
+        [settings.preset],
+        seeds,
+        EVALUATION_REQUESTS,
+    )
+    judged = next(row for row in rows if row["policy"] == "learned")
+    card = make_card(
+        name=settings.name,
+        version=settings.version,
+        beta=BETA,
+        lam=lam,
+        low=policy.card.low,
+        high=policy.card.high,
+        score=policy.card.score,
+        command=_command(settings),
+        seed=settings.seed,
+        data=f"simulated worlds of preset {settings.preset}",
+        evaluation={
+            "what": "simulated, held-out worlds, paired with the tuned base score (ect)",
+            "worlds": settings.evaluation_worlds,
+            "cost_vs_ect": judged["versus_ect"],
+            "cost_vs_ect_95": [judged["versus_ect_low"], judged["versus_ect_high"]],
+            "missed": judged["missed"],
+            "missed_ect": next(r for r in rows if r["policy"] == "ect")["missed"],
+            "validation_cost_ratio_by_lambda": {str(k): round(v, 4) for k, v in ratios.items()},
+        },
+    )
+    weights, card_json = save(network, card)
+    write_atomically(folder / "policy.npz", weights)
+    write_atomically(folder / "policy.json", card_json)
+
+
+def _command(settings: Settings) -> str:
+    default = Settings()
+    changed = [
+        f"--{name.replace('_', '-')} {getattr(settings, name)}"
+        for name in ("preset", "seed", "steps", "env_count", "hidden", "request_count")
+        if name in ("preset", "seed", "steps") or getattr(settings, name) != getattr(default, name)
+    ]
+    return "tierwise policy train " + " ".join(changed)
+
+
+def _new_folder(root: Path, name: str) -> Path:
+    number = 1 + max(
+        (int(path.name.rpartition("_")[2]) for path in root.glob(f"{name}_*") if path.name.rpartition("_")[2].isdigit()),
+        default=0,
+    )
+    folder = root / f"{name}_{number}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def main() -> int:
+    """Parse the command line and train; return the exit code."""
+    default = Settings()
+    parser = argparse.ArgumentParser(
+        prog="tierwise policy train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--steps", type=int, default=default.steps, help="decisions to learn from")
+    parser.add_argument("--seed", type=int, default=default.seed)
+    parser.add_argument("--preset", choices=PRESETS, default=default.preset)
+    parser.add_argument("--env-count", type=int, default=default.env_count)
+    parser.add_argument("--hidden", type=int, default=default.hidden)
+    parser.add_argument("--request-count", type=int, default=default.request_count)
+    parser.add_argument("--validation-worlds", type=int, default=default.validation_worlds)
+    parser.add_argument("--evaluation-worlds", type=int, default=default.evaluation_worlds)
+    parser.add_argument("--name", default=default.name, help="of the policy")
+    parser.add_argument("--version", type=int, default=default.version, help="of the policy")
+    parser.add_argument("--out", type=Path, default=Path("runs/placement"), help="folder of runs")
+    parser.add_argument("--resume", type=Path, help="run folder to go on with")
+    parser.add_argument(
+        "--ship", action="store_true", help="also replace the policy inside the package"
+    )
+    flags = vars(parser.parse_args())
+    root, resume, ship = flags.pop("out"), flags.pop("resume"), flags.pop("ship")
+    try:
+        if resume is not None:
+            saved = json.loads((resume / "args.json").read_text())
+            settings = replace(Settings(**saved), steps=max(flags["steps"], saved["steps"]))
+            folder = resume
+        else:
+            settings = Settings(**flags)
+            folder = _new_folder(root, settings.name)
+        write_atomically(folder / "args.json", json.dumps(asdict(settings), indent=2).encode())
+        write_atomically(folder / "command.txt", shlex.join(sys.argv).encode())
+        print(f"training in {folder}; TensorBoard: tensorboard --logdir {root}", file=sys.stderr)
+        if not train(settings, folder, is_resumed=resume is not None):
+            print(f"interrupted; go on with --resume {folder}", file=sys.stderr)
+            return 130
+    except (TierwiseError, OSError, TypeError) as error:
+        print(f"tierwise policy train: {error}", file=sys.stderr)
+        return 1
+    evaluation = json.loads((folder / "policy.json").read_text())["evaluation"]
+    low, high = evaluation["cost_vs_ect_95"]
+    print(
+        f"cost {evaluation['cost_vs_ect']:+.1%} [{low:+.1%}, {high:+.1%}] against ect on "
+        f"{evaluation['worlds']} held-out simulated worlds",
+        file=sys.stderr,
+    )
+    if ship:
+        _ship(folder)
+    print(folder)
+    return 0
+
+
+def _ship(folder: Path) -> None:
+    """Copy the policy into the package, under the name `learned`."""
+    from tierwise.placement import policies
+
+    target = Path(str(policies.__file__)).parent
+    card = json.loads((folder / "policy.json").read_text()) | {"name": "learned"}
+    write_atomically(target / "shipped.npz", (folder / "policy.npz").read_bytes())
+    write_atomically(target / "shipped.json", json.dumps(card, indent=2).encode())
+
+
+
+if __name__ == "__main__":
+    sys.exit(main())
