@@ -1,0 +1,1 @@
+"""Applications on tierwise; they use its SDK only."""
