@@ -7,7 +7,7 @@ import tierwise
 app = tierwise.App("photos")
 
 
-@app.function(memory="128MiB", deadline="300ms", priority="high", keep_alive="3s")
+@app.function(memory="128MiB", deadline="200ms", priority="high", keep_alive="3s")
 def describe_photo(jpeg: bytes) -> dict[str, Any]:
     """Return size, histogram and edge density, at three scales, of a JPEG."""
     import io

@@ -59,7 +59,7 @@ def paragraphs() -> tuple[list[str], list[str]]:
 def make_scorer(model: dict[str, Any]) -> Any:
     """Return the function that scores a document with `model`; it needs NumPy only."""
 
-    @app.function(memory="96MiB", deadline="120ms", priority="normal", keep_alive="3s")
+    @app.function(memory="96MiB", deadline="100ms", priority="normal", keep_alive="3s")
     def score_text(document: str) -> list[dict[str, Any]]:
         """Say of every sentence which data set it describes, and how sure that is."""
         import re
