@@ -109,7 +109,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=12.0, help="length of the trace")
-    parser.add_argument("--rate", type=float, default=30.0, help="calls per second, on average")
+    parser.add_argument("--rate", type=float, default=45.0, help="calls per second, on average")
     parser.add_argument("--state", type=Path, default=Path(".tierwise/demo"))
     flags = parser.parse_args()
     console = Console(stderr=True)

@@ -17,15 +17,13 @@ from tierwise.clock import wall_s
 from tierwise.domain.ids import is_name
 from tierwise.errors import FailedPrecondition, InvalidArgument, Unauthenticated
 from tierwise.files import write_atomically
+from tierwise.wire.certificates import key_to_pem, new_key, signing_request
 from tierwise.wire.identity import (
     JOIN_DNS_NAME,
     Credentials,
     Identity,
     Role,
     fingerprint,
-    key_to_pem,
-    new_key,
-    signing_request,
     split_token,
 )
 

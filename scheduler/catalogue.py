@@ -1,7 +1,11 @@
 """Function versions: stored once, never changed, told to every agent. Serves FunctionService."""
 
+# ruff: noqa: D102, N802 - gRPC methods are named and described by the protos
+
+import asyncio
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Connection, delete, select
@@ -11,11 +15,12 @@ from scheduler.store.tables import code, function_names, functions
 from tierwise.clock import wall_s
 from tierwise.domain.function import FunctionProfile, FunctionSpec
 from tierwise.domain.ids import FunctionId, function_id, split_function_id
-from tierwise.errors import InvalidArgument, NotFound, PayloadTooLarge
+from tierwise.errors import FailedPrecondition, InvalidArgument, NotFound, PayloadTooLarge
 from tierwise.v1 import function_pb2, function_pb2_grpc, types_pb2
 from tierwise.wire import convert
 
 CODE_BYTES_MAX = 32 << 20
+FUNCTIONS_MAX = 10_000  # versions; agents are told of all of them
 
 
 class FunctionCatalogue(function_pb2_grpc.FunctionServiceServicer):
@@ -32,7 +37,8 @@ class FunctionCatalogue(function_pb2_grpc.FunctionServiceServicer):
         self._profile = profile
         self._specs: dict[FunctionId, FunctionSpec] = {}
         self._created: dict[FunctionId, float] = {}
-        self.revision = 0
+        self._deploying = asyncio.Lock()  # equal deployments at the same time are one version
+        self.revision = int(wall_s() * 1000)  # higher at each start
         self.on_changed: Callable[[], None] = lambda: None
         for row in store.read_now(lambda c: c.execute(select(functions)).mappings().all()):
             spec = convert.spec_from_pb(types_pb2.FunctionSpec.FromString(row["spec"]))
@@ -53,7 +59,7 @@ class FunctionCatalogue(function_pb2_grpc.FunctionServiceServicer):
             spec = max(self._versions(namespace, name), key=lambda s: s.version, default=None)
         if spec is None:
             raise NotFound(
-                f"there is no function {function!r}; `tierwise get functions` lists those that exist"
+                f"there is no function {function!r}; `tierwise get functions` lists what there is"
             )
         return spec
 
@@ -78,49 +84,29 @@ class FunctionCatalogue(function_pb2_grpc.FunctionServiceServicer):
                 f"the code has {len(content)} bytes, the limit is {CODE_BYTES_MAX}: keep data out "
                 "of the function and pass it as an argument"
             )
-        digest = hashlib.sha256(content).hexdigest()
         wanted = request.spec
-        wanted.code_digest = digest
+        wanted.code_digest = await asyncio.to_thread(lambda: hashlib.sha256(content).hexdigest())
         wanted.version = 1
         asked = convert.spec_from_pb(wanted)  # checks every field
-        for known in self._versions(asked.namespace, asked.name):
-            wanted.version = known.version
-            if convert.spec_from_pb(wanted) == known:
-                return function_pb2.DeployFunctionResponse(spec=convert.spec_to_pb(known))
-
-        def insert(connection: Connection) -> int:
-            names = function_names
-            where = (names.c.namespace == asked.namespace) & (names.c.name == asked.name)
-            version = (connection.scalar(select(names.c.last_version).where(where)) or 0) + 1
-            connection.execute(
-                self._store.insert(names)
-                .values(namespace=asked.namespace, name=asked.name, last_version=version)
-                .on_conflict_do_update(
-                    index_elements=["namespace", "name"], set_={"last_version": version}
+        async with self._deploying:
+            for known in self._versions(asked.namespace, asked.name):
+                if replace(asked, version=known.version) == known:
+                    return function_pb2.DeployFunctionResponse(spec=convert.spec_to_pb(known))
+            if len(self._specs) >= FUNCTIONS_MAX:
+                raise FailedPrecondition(
+                    f"there are {FUNCTIONS_MAX} function versions; delete some with "
+                    "`tierwise delete function`"
                 )
-            )
-            connection.execute(
-                self._store.insert(code)
-                .values(digest=digest, content=content)
-                .on_conflict_do_nothing()
-            )
-            wanted.version = version
-            connection.execute(
-                functions.insert().values(
-                    namespace=asked.namespace,
-                    name=asked.name,
-                    version=version,
-                    spec=wanted.SerializeToString(),
-                    created_unix_s=wall_s(),
-                )
-            )
-            return version
+            created_unix_s = wall_s()
 
-        wanted.version = await self._store.write(insert)
-        spec = convert.spec_from_pb(wanted)
-        self._specs[spec.function_id] = spec
-        self._created[spec.function_id] = wall_s()
-        self._changed()
+            def added(spec: FunctionSpec) -> None:
+                self._specs[spec.function_id] = spec
+                self._created[spec.function_id] = created_unix_s
+                self._changed()
+
+            spec = await self._store.write(
+                lambda c: self._insert(c, asked, content, created_unix_s), on_stored=added
+            )
         return function_pb2.DeployFunctionResponse(spec=convert.spec_to_pb(spec), is_new=True)
 
     async def ListFunctions(
@@ -154,6 +140,9 @@ class FunctionCatalogue(function_pb2_grpc.FunctionServiceServicer):
     ) -> function_pb2.DeleteFunctionResponse:
         namespace, name, version = _split(request.function)
         gone = [s for s in self._versions(namespace, name) if version in (None, s.version)]
+        if not gone:  # idempotent: what is gone already is as it should be
+            return function_pb2.DeleteFunctionResponse(deleted_count=0)
+        kept = {s.code_digest for s in self._specs.values() if s not in gone}
 
         def remove(connection: Connection) -> None:
             for spec in gone:
@@ -163,12 +152,17 @@ class FunctionCatalogue(function_pb2_grpc.FunctionServiceServicer):
                     .where(functions.c.name == spec.name)
                     .where(functions.c.version == spec.version)
                 )
+                if spec.code_digest not in kept:
+                    connection.execute(delete(code).where(code.c.digest == spec.code_digest))
 
-        if gone:
-            await self._store.write(remove)
+        def removed(_: None) -> None:
             for spec in gone:
                 self._specs.pop(spec.function_id, None)
+                self._created.pop(spec.function_id, None)
             self._changed()
+
+        async with self._deploying:
+            await self._store.write(remove, on_stored=removed)
         return function_pb2.DeleteFunctionResponse(deleted_count=len(gone))
 
     async def GetCode(
@@ -179,6 +173,37 @@ class FunctionCatalogue(function_pb2_grpc.FunctionServiceServicer):
         if content is None:
             raise NotFound(f"there is no code {request.code_digest[:12]}…")
         return function_pb2.GetCodeResponse(code=content)
+
+    def _insert(
+        self, connection: Connection, asked: FunctionSpec, content: bytes, created_unix_s: float
+    ) -> FunctionSpec:
+        """Store code and declaration under the next version of their name."""
+        names = function_names
+        where = (names.c.namespace == asked.namespace) & (names.c.name == asked.name)
+        version = (connection.scalar(select(names.c.last_version).where(where)) or 0) + 1
+        spec = replace(asked, version=version)
+        connection.execute(
+            self._store.insert(names)
+            .values(namespace=spec.namespace, name=spec.name, last_version=version)
+            .on_conflict_do_update(
+                index_elements=["namespace", "name"], set_={"last_version": version}
+            )
+        )
+        connection.execute(
+            self._store.insert(code)
+            .values(digest=spec.code_digest, content=content)
+            .on_conflict_do_nothing()
+        )
+        connection.execute(
+            functions.insert().values(
+                namespace=spec.namespace,
+                name=spec.name,
+                version=version,
+                spec=convert.spec_to_pb(spec).SerializeToString(),
+                created_unix_s=created_unix_s,
+            )
+        )
+        return spec
 
     def _describe(self, spec: FunctionSpec) -> function_pb2.GetFunctionResponse:
         return function_pb2.GetFunctionResponse(

@@ -2,10 +2,15 @@
 
 import argparse
 import asyncio
+import fcntl
 import signal
+import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
 import msgspec
 import structlog
 import uvloop
@@ -16,12 +21,13 @@ from scheduler.dispatch import Dispatcher
 from scheduler.gateway import ClusterGateway, JoinGateway
 from scheduler.inventory import Sessions
 from scheduler.machine import ControlPlane
-from scheduler.policies import PolicyStore
+from scheduler.policies import FALLBACK, PolicyStore
 from scheduler.queue import WorkQueue
 from scheduler.store.store import Store
 from scheduler.telemetry import Telemetry
+from scheduler.window import WorkWindow
 from tierwise.config import ClientConfig, SchedulerConfig, dump, link_table, load
-from tierwise.errors import InvalidArgument, TierwiseError
+from tierwise.errors import FailedPrecondition, InvalidArgument, TierwiseError
 from tierwise.files import write_atomically
 from tierwise.placement.policy import create
 from tierwise.v1 import (
@@ -29,15 +35,14 @@ from tierwise.v1 import (
     cluster_pb2_grpc,
     function_pb2_grpc,
     join_pb2_grpc,
-    node_pb2,
     node_pb2_grpc,
     policy_pb2_grpc,
     work_pb2_grpc,
 )
 from tierwise.wire.channel import AuthorizationInterceptor, new_server, server_credentials
+from tierwise.wire.daemon import configure_logs, follow_parent
 from tierwise.wire.errors import ErrorInterceptor
 from tierwise.wire.identity import Identity, Role
-from tierwise.wire.daemon import configure_logs, follow_parent
 from tierwise.wire.serving import add_health_and_reflection
 
 log = structlog.get_logger()
@@ -92,102 +97,159 @@ async def serve(config: SchedulerConfig) -> None:
     """
     state = Path(config.state_dir)
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    authority = Authority(state / "authority")
-    store = Store(config.database or f"sqlite:///{state / 'scheduler.db'}")
-    policies = PolicyStore(store, config.policy)
-    plane = ControlPlane(
-        heartbeat_interval_s=config.heartbeat_interval_s, links=link_table(config.links)
-    )
-    dispatcher = Dispatcher(plane, policies.active(), create("ect"))
-    try:
-        async with asyncio.TaskGroup() as group:
-            telemetry = Telemetry(
-                store, plane.table, records_max=config.call_records_max, group=group
-            )
-            functions = FunctionCatalogue(store, telemetry.profile)
-            sessions = Sessions(
-                dispatcher,
-                heartbeat_interval_s=config.heartbeat_interval_s,
-                catalogue=functions.to_pb,
-                assignment=policies.assignment,
-                revoked=authority.revoked,
-                on_calls=telemetry.take,
-                on_result=lambda node_id, result: work.finished(node_id, result),
-            )
-            work = WorkQueue(
-                store,
-                dispatcher,
-                sessions,
-                functions,
-                queue_max=config.work_queue_max,
-                group=group,
-                on_ended=telemetry.take_work,
-            )
-            dispatcher.work, dispatcher.nodes = work, sessions
-
-            def catalogue_changed() -> None:
-                sessions.broadcast(node_pb2.SessionResponse(catalogue=functions.to_pb()))
-
-            def policy_promoted() -> None:
-                dispatcher.policy = policies.active()
-                sessions.broadcast(node_pb2.SessionResponse(policy=policies.assignment()))
-
-            functions.on_changed = catalogue_changed
-            policies.on_promoted = policy_promoted
-
-            server = new_server([ErrorInterceptor(), AuthorizationInterceptor(ROLES, authority.is_revoked)])
-            function_pb2_grpc.add_FunctionServiceServicer_to_server(functions, server)
-            work_pb2_grpc.add_WorkServiceServicer_to_server(work, server)
-            call_pb2_grpc.add_CallServiceServicer_to_server(telemetry, server)
-            node_pb2_grpc.add_NodeServiceServicer_to_server(sessions, server)
-            policy_pb2_grpc.add_PolicyServiceServicer_to_server(policies, server)
-            cluster = ClusterGateway(dispatcher, sessions, authority)
-            cluster_pb2_grpc.add_ClusterServiceServicer_to_server(cluster, server)
-            add_health_and_reflection(server, *SERVICES)
-            own = authority.issue(Identity(Role.SCHEDULER, "scheduler"))
-            main = _bind(server, config.listen, server_credentials(own), config.advertise)
-
-            join_server = new_server([ErrorInterceptor()])
-            joining = JoinGateway(authority, lambda name: sessions.get(name) is not None, main)
-            join_pb2_grpc.add_JoinServiceServicer_to_server(joining, join_server)
-            join_tls = server_credentials(authority.join_credentials, require_client=False)
-            join = _bind(join_server, config.join_listen, join_tls, config.advertise)
-
-            await server.start()
-            await join_server.start()
-            _write_admin_context(state / "admin", authority, main)
-            write_atomically(state / "address", msgspec.toml.encode({"main": main, "join": join}))
-            log.info("scheduler.started", address=main, join_address=join)
-
-            stop = asyncio.Event()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                asyncio.get_running_loop().add_signal_handler(number, stop.set)
-            background = [
-                group.create_task(dispatcher.tick_forever()),
-                group.create_task(sessions.broadcast_views_forever()),
-                group.create_task(work.refill_forever()),
-                group.create_task(telemetry.store_forever()),
-            ]
-            await stop.wait()
-            for task in background:
-                task.cancel()
-            await join_server.stop(grace=0.2)
-            await server.stop(grace=0.5)
-            (state / "address").unlink(missing_ok=True)
-    finally:
-        await store.close()
+    with _lock(state):
+        authority = Authority(state / "authority")
+        store = Store(config.database or f"sqlite:///{state / 'scheduler.db'}")
+        try:
+            async with asyncio.TaskGroup() as group:
+                await _serve(config, state, authority, store, group)
+        finally:
+            await store.close()
     log.info("scheduler.stopped")
 
 
-def _bind(server: object, listen: str, credentials: object, advertise: str) -> str:
-    """Open a port and return the address that others dial."""
+async def _serve(
+    config: SchedulerConfig,
+    state: Path,
+    authority: Authority,
+    store: Store,
+    group: asyncio.TaskGroup,
+) -> None:
+    plane = ControlPlane(
+        heartbeat_interval_s=config.heartbeat_interval_s, links=link_table(config.links)
+    )
+    policies = PolicyStore(store, config.policy)
+    dispatcher = Dispatcher(plane, policies.active(), create(FALLBACK))
+    telemetry = Telemetry(store, plane.table, records_max=config.call_records_max)
+    functions = FunctionCatalogue(store, telemetry.profile)
+    sessions = Sessions(
+        dispatcher,
+        heartbeat_interval_s=config.heartbeat_interval_s,
+        catalogue=functions.to_pb,
+        assignment=policies.assignment,
+        revoked=authority.revoked,
+        on_opened=lambda node_id: window.node_opened(node_id),
+        on_calls=telemetry.take,
+        on_result=lambda node_id, result: window.finished(node_id, result),
+    )
+    window = WorkWindow(
+        store,
+        dispatcher,
+        sessions,
+        functions,
+        on_ended=telemetry.take_work,
+        heartbeat_interval_s=config.heartbeat_interval_s,
+        group=group,
+    )
+    dispatcher.work, dispatcher.nodes = window, sessions
+    functions.on_changed = sessions.catalogue_changed
+
+    def policy_changed() -> None:
+        dispatcher.policy = policies.active()
+        sessions.policy_changed()
+
+    policies.on_promoted = policy_changed
+
+    server = new_server([ErrorInterceptor(), AuthorizationInterceptor(ROLES, authority.is_revoked)])
+    queue = WorkQueue(store, window, functions, queue_max=config.work_queue_max)
+    cluster = ClusterGateway(store, dispatcher, sessions, authority)
+    function_pb2_grpc.add_FunctionServiceServicer_to_server(functions, server)
+    work_pb2_grpc.add_WorkServiceServicer_to_server(queue, server)
+    call_pb2_grpc.add_CallServiceServicer_to_server(telemetry, server)
+    node_pb2_grpc.add_NodeServiceServicer_to_server(sessions, server)
+    policy_pb2_grpc.add_PolicyServiceServicer_to_server(policies, server)
+    cluster_pb2_grpc.add_ClusterServiceServicer_to_server(cluster, server)
+    add_health_and_reflection(server, *SERVICES)
+    own = server_credentials(authority.issue(Identity(Role.SCHEDULER, "scheduler")))
+    main = _bind(server, config.listen, own, config.advertise, state / "main.port")
+
+    join_server = new_server([ErrorInterceptor()])
+    joining = JoinGateway(authority, sessions, main)
+    join_pb2_grpc.add_JoinServiceServicer_to_server(joining, join_server)
+    add_health_and_reflection(join_server, "tierwise.v1.JoinService")
+    join_tls = server_credentials(authority.join_credentials, require_client=False)
+    join = _bind(join_server, config.join_listen, join_tls, config.advertise, state / "join.port")
+
+    await server.start()
+    await join_server.start()
+    _write_admin_context(state / "admin", authority, main)
+    write_atomically(state / "address", msgspec.toml.encode({"main": main, "join": join}))
+    log.info("scheduler.started", address=main, join_address=join)
+
+    background = [
+        group.create_task(dispatcher.tick_forever()),
+        group.create_task(sessions.broadcast_views_forever()),
+        group.create_task(window.run_forever()),
+        group.create_task(telemetry.store_forever()),
+    ]
+    await _stop_asked()
+    for task in background:
+        task.cancel()
+    sessions.close()
+    window.close()
+    await join_server.stop(grace=0.2)
+    await server.stop(grace=0.5)
+    await telemetry.store_profiles()
+    (state / "address").unlink(missing_ok=True)
+
+
+async def _stop_asked() -> None:
+    """Return at SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await stop.wait()
+
+
+@contextmanager
+def _lock(state: Path) -> Iterator[None]:
+    """Hold the state folder: two schedulers on one database would lease the same work.
+
+    Raises:
+        FailedPrecondition: Another process holds it.
+    """
+    with (state / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise FailedPrecondition(
+                f"another scheduler is running on {state}: stop it, or choose another state_dir"
+            ) from None
+        yield
+
+
+def _bind(
+    server: grpc.aio.Server,
+    listen: str,
+    credentials: grpc.ServerCredentials,
+    advertise: str,
+    last_port: Path,
+) -> str:
+    """Open a port and return the address that others dial.
+
+    A port that the system chose is kept over restarts if it can be, for the agents know it.
+
+    Raises:
+        InvalidArgument: The address is malformed, in use or not allowed.
+    """
     host, _, port = listen.rpartition(":")
     if not host or not port.isdigit():
         raise InvalidArgument(f"listen address {listen!r}: write host:port")
-    try:
-        bound = server.add_secure_port(listen, credentials)  # type: ignore[attr-defined]
-    except RuntimeError as error:
-        raise InvalidArgument(f"cannot listen on {listen}: {error}") from None
+    wanted = [port]
+    if int(port) == 0 and last_port.exists():
+        wanted.insert(0, last_port.read_text())
+    bound = 0
+    for number in wanted:
+        try:
+            bound = server.add_secure_port(f"{host}:{number}", credentials)
+            break
+        except RuntimeError as error:
+            cause = error
+    if not bound:
+        raise InvalidArgument(f"cannot listen on {listen}: {cause}")
+    write_atomically(last_port, str(bound).encode())
+    if not advertise and host in ("0.0.0.0", "[::]"):  # noqa: S104 - only compared
+        advertise = socket.gethostname()
     return f"{advertise or host}:{bound}"
 
 

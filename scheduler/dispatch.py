@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import deque
+from dataclasses import replace
 from typing import Protocol, assert_never
 
 import numpy as np
@@ -20,8 +21,9 @@ from tierwise.domain.command import (
     Record,
     TellDrain,
 )
+from tierwise.domain.decision import Explanation, Placed
 from tierwise.domain.event import ControlEvent, Decided, Ticked
-from tierwise.domain.ids import NodeId, RequestId
+from tierwise.domain.ids import NodeId, PolicyId, RequestId
 from tierwise.domain.outcome import Outcome
 from tierwise.placement.policy import Policy
 
@@ -67,13 +69,17 @@ class Dispatcher:
     work: WorkSide
     nodes: NodeSide
 
-    def __init__(self, plane: ControlPlane, policy: Policy, fallback: Policy, seed: int = 0) -> None:
+    def __init__(
+        self, plane: ControlPlane, policy: Policy, fallback: Policy, seed: int = 0
+    ) -> None:
         self.plane = plane
         self.policy = policy
         self._fallback = fallback
         self._rng = np.random.default_rng(seed)
         self._events: deque[ControlEvent] = deque()
         self._is_stepping = False
+        # Why each unfinished piece of work is where it is: policy and explanation.
+        self._reasons: dict[RequestId, tuple[PolicyId, Explanation | None]] = {}
 
     def feed(self, event: ControlEvent) -> None:
         """Give the machine one event and carry out what it asks for."""
@@ -87,6 +93,13 @@ class Dispatcher:
                     self._execute(command)
         finally:
             self._is_stepping = False
+
+    def explained(self, outcome: Outcome) -> Outcome:
+        """Return the outcome of ended work with the decision that placed it, and forget that."""
+        reason = self._reasons.pop(outcome.request_id, None)
+        if reason is None:
+            return outcome
+        return replace(outcome, policy_id=reason[0], explanation=reason[1])
 
     async def tick_forever(self) -> None:
         """Tell the machine of the time, ten times a second."""
@@ -124,6 +137,9 @@ class Dispatcher:
             log.exception("policy.failed", policy_id=policy.policy_id)
             policy = self._fallback
             decision = policy.decide(command.view, command.request, self._rng)
+        if isinstance(decision, Placed):
+            request_id = command.request.request_id
+            self._reasons[request_id] = (policy.policy_id, decision.explanation)
         self._events.appendleft(
             Decided(
                 request_id=command.request.request_id,

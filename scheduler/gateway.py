@@ -1,18 +1,20 @@
 """The operator's side of the control plane: nodes, tokens, joining."""
 
 import asyncio
-from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
 import structlog
+from sqlalchemy import Connection, delete, select
 
 from scheduler.authority import Authority
 from scheduler.dispatch import Dispatcher
 from scheduler.inventory import Sessions
+from scheduler.store.store import Store
+from scheduler.store.tables import drains
 from tierwise.clock import monotonic_s
 from tierwise.domain.event import NodeDrainAsked, NodeRemoved, PeerSeen
-from tierwise.domain.ids import NodeId
+from tierwise.domain.ids import NodeId, is_name
 from tierwise.errors import AlreadyExists, InvalidArgument, NotFound
 from tierwise.v1 import cluster_pb2, cluster_pb2_grpc, join_pb2, join_pb2_grpc, types_pb2
 from tierwise.wire import convert
@@ -32,10 +34,16 @@ _PB_BY_ROLE = {role: pb for pb, role in _ROLE_BY_PB.items()}
 class ClusterGateway(cluster_pb2_grpc.ClusterServiceServicer):
     """Serves ClusterService."""
 
-    def __init__(self, dispatcher: Dispatcher, sessions: Sessions, authority: Authority) -> None:
+    def __init__(
+        self, store: Store, dispatcher: Dispatcher, sessions: Sessions, authority: Authority
+    ) -> None:
+        """Serve; nodes that were drained before the restart stay so."""
+        self._store = store
         self._dispatcher = dispatcher
         self._sessions = sessions
         self._authority = authority
+        for node_id in store.read_now(lambda c: c.scalars(select(drains.c.node_id)).all()):
+            dispatcher.feed(NodeDrainAsked(node_id=NodeId(node_id), is_on=True))
 
     async def ListNodes(
         self, request: cluster_pb2.ListNodesRequest, context: Any
@@ -57,7 +65,14 @@ class ClusterGateway(cluster_pb2_grpc.ClusterServiceServicer):
     ) -> cluster_pb2.DrainNodeResponse:
         node_id = NodeId(request.node_id)
         self._known(node_id)
-        self._dispatcher.feed(NodeDrainAsked(node_id=node_id, is_on=request.is_on))
+
+        def store(connection: Connection) -> None:
+            connection.execute(delete(drains).where(drains.c.node_id == node_id))
+            if request.is_on:
+                connection.execute(drains.insert().values(node_id=node_id))
+
+        asked = NodeDrainAsked(node_id=node_id, is_on=request.is_on)
+        await self._store.write(store, on_stored=lambda _: self._dispatcher.feed(asked))
         log.info("node.drain_asked", node_id=node_id, is_on=request.is_on)
         return cluster_pb2.DrainNodeResponse(
             node=next(n for n in self._nodes() if n.node.node_id == node_id)
@@ -67,10 +82,14 @@ class ClusterGateway(cluster_pb2_grpc.ClusterServiceServicer):
         self, request: cluster_pb2.RemoveNodeRequest, context: Any
     ) -> cluster_pb2.RemoveNodeResponse:
         node_id = NodeId(request.node_id)
-        self._known(node_id)
+        if not is_name(node_id):
+            raise InvalidArgument(f"{node_id!r} is no node name")
         self._authority.revoke(Identity(Role.NODE, node_id))
-        self._sessions.end(node_id)
         self._dispatcher.feed(NodeRemoved(node_id=node_id))
+        self._sessions.node_removed(node_id)
+        await self._store.write(
+            lambda c: c.execute(delete(drains).where(drains.c.node_id == node_id))
+        )
         log.info("node.removed", node_id=node_id, by=peer_identity(context).uri)
         return cluster_pb2.RemoveNodeResponse()
 
@@ -129,26 +148,27 @@ class ClusterGateway(cluster_pb2_grpc.ClusterServiceServicer):
 
     def _known(self, node_id: NodeId) -> None:
         if node_id not in self._dispatcher.plane.table:
-            raise NotFound(f"there is no node {node_id!r}; `tierwise get nodes` lists those there are")
+            raise NotFound(
+                f"there is no node {node_id!r}; `tierwise get nodes` lists those there are"
+            )
 
 
 class JoinGateway(join_pb2_grpc.JoinServiceServicer):
     """Serves JoinService, on its own port."""
 
-    def __init__(
-        self, authority: Authority, is_connected: Callable[[str], bool], scheduler_address: str
-    ) -> None:
+    def __init__(self, authority: Authority, sessions: Sessions, scheduler_address: str) -> None:
         self._authority = authority
-        self._is_connected = is_connected
+        self._sessions = sessions
         self._scheduler_address = scheduler_address
 
     async def Join(self, request: join_pb2.JoinRequest, context: Any) -> join_pb2.JoinResponse:
-        if self._is_connected(request.name):
+        if self._sessions.get(request.name) is not None:
             raise AlreadyExists(
                 f"a node named {request.name!r} is connected: choose another name, or stop that one"
             )
         identity = self._authority.redeem(request.token, request.name)
         certificate = self._authority.sign(request.signing_request, identity)
+        self._sessions.revocations_changed()  # a removed node that joins again is welcome
         log.info("identity.issued", identity=identity.uri)
         return join_pb2.JoinResponse(
             certificate=certificate,

@@ -1,48 +1,45 @@
 """Sessions: the streams over which agents report, and are told what to know and do."""
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
 
 from scheduler.dispatch import Dispatcher
+from scheduler.outbox import Outbox
 from tierwise.clock import monotonic_s
-from tierwise.domain.event import HeartbeatReceived, SessionClosed, SessionOpened, ViewReceived
-from tierwise.domain.ids import NodeId, RequestId
-from tierwise.errors import InvalidArgument, PermissionDenied, TierwiseError
+from tierwise.domain.event import (
+    HeartbeatReceived,
+    PeerSeen,
+    SessionClosed,
+    SessionOpened,
+    ViewReceived,
+)
+from tierwise.domain.function import FunctionProfile
+from tierwise.domain.ids import FunctionId, NodeId, RequestId
+from tierwise.domain.topology import NodeState
+from tierwise.errors import DeadlineExceeded, InvalidArgument, PermissionDenied, TierwiseError
 from tierwise.v1 import node_pb2, node_pb2_grpc, types_pb2
 from tierwise.wire import convert
 from tierwise.wire.identity import Role, peer_identity
 
 log = structlog.get_logger()
 
-QUEUE_MAX = 20_000  # messages waiting for one agent; beyond it the session is ended
 VIEW_INTERVAL_S = 0.2
 HELLO_TIMEOUT_S = 10.0
+LEASES_MAX = 20_000  # that one agent may claim
 
 
-@dataclass(slots=True)
-class Session:
+class NodeSession:
     """One connected agent."""
 
-    node_id: NodeId
-    version: str
-    policy_id: str
-    host: types_pb2.HostReading = field(default_factory=types_pb2.HostReading)
-    outgoing: deque[node_pb2.SessionResponse] = field(default_factory=deque)
-    wake: asyncio.Event = field(default_factory=asyncio.Event)
-    is_replaced: bool = False
-
-    def send(self, message: node_pb2.SessionResponse) -> None:
-        """Queue a message; an agent that reads too slowly loses its session, not the messages."""
-        if len(self.outgoing) >= QUEUE_MAX:
-            self.is_replaced = True
-        else:
-            self.outgoing.append(message)
-        self.wake.set()
+    def __init__(self, node_id: NodeId, hello: node_pb2.Hello) -> None:
+        self.node_id = node_id
+        self.version = hello.version
+        self.policy_id = hello.policy_id
+        self.host = types_pb2.HostReading()
+        self.outbox = Outbox()
 
 
 class Sessions(node_pb2_grpc.NodeServiceServicer):
@@ -56,6 +53,7 @@ class Sessions(node_pb2_grpc.NodeServiceServicer):
         catalogue: Callable[[], types_pb2.Catalogue],
         assignment: Callable[[], node_pb2.PolicyAssignment],
         revoked: Callable[[], list[str]],
+        on_opened: Callable[[NodeId], None],
         on_calls: Callable[[NodeId, list[node_pb2.CallReport], int], None],
         on_result: Callable[[NodeId, types_pb2.InvocationResult], None],
     ) -> None:
@@ -67,6 +65,7 @@ class Sessions(node_pb2_grpc.NodeServiceServicer):
             catalogue: Gives the present catalogue.
             assignment: Gives the policy that agents should use.
             revoked: Gives the identities that agents must refuse.
+            on_opened: Is told that a node has connected.
             on_calls: Takes the call reports of a heartbeat and how many were dropped.
             on_result: Takes results of durable work.
         """
@@ -75,14 +74,18 @@ class Sessions(node_pb2_grpc.NodeServiceServicer):
         self._catalogue = catalogue
         self._assignment = assignment
         self._revoked = revoked
+        self._on_opened = on_opened
         self._on_calls = on_calls
         self._on_result = on_result
-        self._sessions: dict[NodeId, Session] = {}
+        self._sessions: dict[NodeId, NodeSession] = {}
         self._is_changed = asyncio.Event()
+        # What agents were told last, to tell them only what is new.
+        self._told_peers: dict[NodeId, tuple[NodeState, int]] = {}
+        self._told_profiles: dict[FunctionId, FunctionProfile] = {}
 
     # -- for the rest of the scheduler ----------------------------------------------------------
 
-    def get(self, node_id: str) -> Session | None:
+    def get(self, node_id: str) -> NodeSession | None:
         """Return the open session of a node, or None."""
         return self._sessions.get(NodeId(node_id))
 
@@ -100,7 +103,7 @@ class Sessions(node_pb2_grpc.NodeServiceServicer):
         self._send(node_id, node_pb2.SessionResponse(drain=node_pb2.Drain(is_on=is_on)))
 
     def acknowledge(self, node_id: NodeId, request_id: str, lease: int) -> None:
-        """Tell a node that a result is on disk here."""
+        """Tell a node that a result is on disk here, or counts no more."""
         ack = node_pb2.WorkAck(request_id=request_id, lease=lease)
         self._send(node_id, node_pb2.SessionResponse(work_ack=ack))
 
@@ -108,92 +111,109 @@ class Sessions(node_pb2_grpc.NodeServiceServicer):
         """Note that the view has changed; it goes out within VIEW_INTERVAL_S."""
         self._is_changed.set()
 
-    def broadcast(self, message: node_pb2.SessionResponse) -> None:
-        """Send the same to every connected agent."""
+    def catalogue_changed(self) -> None:
+        """Queue the new catalogue for every connected agent."""
+        catalogue = self._catalogue()
         for session in self._sessions.values():
-            session.send(message)
+            session.outbox.put_catalogue(catalogue)
 
-    def end(self, node_id: str) -> None:
-        """End a session because its node was removed."""
-        session = self._sessions.get(NodeId(node_id))
+    def policy_changed(self) -> None:
+        """Queue the new policy assignment for every connected agent."""
+        assignment = self._assignment()
+        for session in self._sessions.values():
+            session.outbox.put_policy(assignment)
+
+    def node_removed(self, node_id: NodeId) -> None:
+        """End the session of a removed node; the others refuse it from now on."""
+        session = self._sessions.pop(node_id, None)
         if session is not None:
-            session.is_replaced = True
-            session.wake.set()
+            session.outbox.close()
+        self.revocations_changed()
+        self.changed()
+
+    def revocations_changed(self) -> None:
+        """Tell every agent whom to refuse."""
+        for session in self._sessions.values():
+            session.outbox.put(node_pb2.SessionResponse(welcome=self._welcome()))
+
+    def close(self) -> None:
+        """End every session: the daemon stops."""
+        for session in self._sessions.values():
+            session.outbox.close()
 
     async def broadcast_views_forever(self) -> None:
-        """Send the whole view when something changed, at most five times a second."""
+        """Send what changed, at most five times a second; everything if a node is gone."""
         while True:
             await self._is_changed.wait()
             self._is_changed.clear()
-            if self._sessions:
-                self.broadcast(self._view())
+            self._broadcast_view()
             await asyncio.sleep(VIEW_INTERVAL_S)
 
     # -- the stream -----------------------------------------------------------------------------
 
-    async def Session(
+    async def Session(  # type: ignore[override]  # grpc.aio also takes coroutines that write
         self, request_iterator: AsyncIterator[node_pb2.SessionRequest], context: Any
     ) -> None:
+        hello = await _hello(request_iterator)
+        node = convert.node_from_pb(hello.node)
         identity = peer_identity(context)
-        if identity.role is not Role.NODE:
-            raise PermissionDenied(f"{identity.uri} is no node")
-        async with asyncio.timeout(HELLO_TIMEOUT_S):
-            first = await anext(request_iterator)
-        if first.WhichOneof("body") != "hello":
-            raise InvalidArgument("the first message of a session must be hello")
-        node = convert.node_from_pb(first.hello.node)
-        if node.node_id != identity.name:
+        if identity.role is not Role.NODE or node.node_id != identity.name:
             raise PermissionDenied(f"{identity.uri} cannot open a session for {node.node_id}")
-        session = Session(node.node_id, first.hello.version, first.hello.policy_id)
+        if len(hello.leases) > LEASES_MAX:
+            raise InvalidArgument(f"hello.leases: at most {LEASES_MAX}")
+        session = NodeSession(node.node_id, hello)
         older = self._sessions.get(node.node_id)
         if older is not None:
-            older.is_replaced = True
-            older.wake.set()
+            older.outbox.close()
         self._sessions[node.node_id] = session
         self._greet(session)
-        leases = tuple((RequestId(x.request_id), x.lease) for x in first.hello.leases)
+        leases = tuple((RequestId(x.request_id), x.lease) for x in hello.leases)
         self._dispatcher.feed(SessionOpened(node=node, leases=leases))
+        if not self._dispatcher.plane.is_draining(node.node_id):
+            self.drain(node.node_id, is_on=False)  # it may have missed that it was taken back
+        self._on_opened(node.node_id)
         log.info("session.opened", node_id=node.node_id, address=node.address)
-        writer = asyncio.ensure_future(self._write(session, context))
-        reader = asyncio.ensure_future(self._read(session, request_iterator))
         try:
-            await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
+            await self._serve(session, request_iterator, context)
         finally:
-            for task in (reader, writer):
-                task.cancel()
-            await asyncio.gather(reader, writer, return_exceptions=True)
-            if self._sessions.get(node.node_id) is session:
+            session.outbox.close()
+            if self._sessions.get(node.node_id) is session:  # not replaced, not removed
                 del self._sessions[node.node_id]
                 self._dispatcher.feed(SessionClosed(node_id=node.node_id))
             log.info("session.closed", node_id=node.node_id)
 
-    def _greet(self, session: Session) -> None:
-        welcome = node_pb2.Welcome(
-            heartbeat_interval_s=self._interval_s, revoked_identities=self._revoked()
-        )
-        session.send(node_pb2.SessionResponse(welcome=welcome))
-        session.send(node_pb2.SessionResponse(catalogue=self._catalogue()))
-        session.send(node_pb2.SessionResponse(policy=self._assignment()))
-        session.send(self._view())
-
-    async def _write(self, session: Session, context: Any) -> None:
-        while not session.is_replaced:
-            while session.outgoing:
-                await context.write(session.outgoing.popleft())
-            session.wake.clear()
-            if not session.outgoing and not session.is_replaced:
-                await session.wake.wait()
+    async def _serve(
+        self,
+        session: NodeSession,
+        request_iterator: AsyncIterator[node_pb2.SessionRequest],
+        context: Any,
+    ) -> None:
+        """Read and write until either side ends."""
+        tasks = [
+            asyncio.ensure_future(session.outbox.write_to(context.write)),
+            asyncio.ensure_future(self._read(session, request_iterator)),
+        ]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            for ended in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(ended, Exception):
+                    log.warning("session.broken", node_id=session.node_id, cause=repr(ended))
 
     async def _read(
-        self, session: Session, request_iterator: AsyncIterator[node_pb2.SessionRequest]
+        self, session: NodeSession, request_iterator: AsyncIterator[node_pb2.SessionRequest]
     ) -> None:
         async for message in request_iterator:
+            if session.outbox.is_closed:
+                return  # replaced or removed: what it still says does not count
             try:
                 self._receive(session, message)
             except TierwiseError as error:
                 log.warning("session.bad_message", node_id=session.node_id, cause=str(error))
 
-    def _receive(self, session: Session, message: node_pb2.SessionRequest) -> None:
+    def _receive(self, session: NodeSession, message: node_pb2.SessionRequest) -> None:
         match message.WhichOneof("body"):
             case "heartbeat":
                 beat = message.heartbeat
@@ -209,17 +229,71 @@ class Sessions(node_pb2_grpc.NodeServiceServicer):
             case _:
                 raise InvalidArgument("a session carries heartbeats and results after its hello")
 
-    def _view(self) -> node_pb2.SessionResponse:
+    # -- what agents are told -------------------------------------------------------------------
+
+    def _greet(self, session: NodeSession) -> None:
         plane = self._dispatcher.plane
+        outbox = session.outbox
+        outbox.put(node_pb2.SessionResponse(welcome=self._welcome()))
+        outbox.put_catalogue(self._catalogue())
+        outbox.put_policy(self._assignment())
         view = ViewReceived(
             peers=plane.peers(monotonic_s()),
             links=plane.table.links,
             profiles=dict(plane.table.profiles),
             is_full=True,
         )
-        return node_pb2.SessionResponse(view=convert.view_to_pb(view))
+        outbox.put_view(convert.view_to_pb(view))
+
+    def _welcome(self) -> node_pb2.Welcome:
+        return node_pb2.Welcome(
+            heartbeat_interval_s=self._interval_s, revoked_identities=self._revoked()
+        )
+
+    def _broadcast_view(self) -> None:
+        plane = self._dispatcher.plane
+        peers = plane.peers(monotonic_s())
+        now = {peer.node.node_id: _version(peer) for peer in peers}
+        is_full = not now.keys() >= self._told_peers.keys()
+        profiles = plane.table.profiles
+        view = ViewReceived(
+            peers=tuple(
+                peer
+                for peer in peers
+                if is_full or self._told_peers.get(peer.node.node_id) != _version(peer)
+            ),
+            profiles={
+                key: profile
+                for key, profile in profiles.items()
+                if self._told_profiles.get(key) is not profile
+            },
+            is_full=is_full,
+        )
+        self._told_peers, self._told_profiles = now, dict(profiles)
+        if not self._sessions or not (view.peers or view.profiles or is_full):
+            return
+        pb = convert.view_to_pb(view)
+        for session in self._sessions.values():
+            session.outbox.put_view(pb)
 
     def _send(self, node_id: NodeId, message: node_pb2.SessionResponse) -> None:
         session = self._sessions.get(node_id)
         if session is not None:
-            session.send(message)
+            session.outbox.put(message)
+
+
+async def _hello(request_iterator: AsyncIterator[node_pb2.SessionRequest]) -> node_pb2.Hello:
+    """Return the first message of a session."""
+    try:
+        async with asyncio.timeout(HELLO_TIMEOUT_S):
+            first = await anext(request_iterator, None)
+    except TimeoutError:
+        raise DeadlineExceeded(f"no hello within {HELLO_TIMEOUT_S:g} s") from None
+    if first is None or first.WhichOneof("body") != "hello":
+        raise InvalidArgument("the first message of a session must be hello")
+    return first.hello
+
+
+def _version(peer: PeerSeen) -> tuple[NodeState, int]:
+    """Return what tells one belief about a node from the next."""
+    return peer.state, peer.reading.sequence

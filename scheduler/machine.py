@@ -93,6 +93,10 @@ class ControlPlane:
         """Return an unfinished piece of work, or None."""
         return self._backlog.jobs.get(request_id)
 
+    def is_draining(self, node_id: NodeId) -> bool:
+        """Return whether the operator drains a node."""
+        return node_id in self._draining
+
     def view(self, now_s: float) -> ClusterView:
         """Return what the control plane believes of the cluster."""
         return self.table.view(now_s)

@@ -1,15 +1,21 @@
 """Placement policies: published, promoted, rolled back. Serves PolicyService."""
 
+# ruff: noqa: D102, N802 - gRPC methods are named and described by the protos
+
+import asyncio
 import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
+import msgspec
 import structlog
 from sqlalchemy import Connection, delete, func, select
 
 from scheduler.store.store import Store
 from scheduler.store.tables import policies, promotions
 from tierwise.clock import wall_s
+from tierwise.domain.ids import is_name
 from tierwise.errors import FailedPrecondition, InvalidArgument, NotFound, TierwiseError
 from tierwise.placement.policies import learned
 from tierwise.placement.policy import Policy, create, names
@@ -18,6 +24,8 @@ from tierwise.wire.identity import peer_identity
 
 log = structlog.get_logger()
 POLICIES_MAX = 1000
+PROMOTIONS_MAX = 1000  # how far one can roll back
+FALLBACK = "ect"
 
 
 class PolicyStore(policy_pb2_grpc.PolicyServiceServicer):
@@ -33,7 +41,8 @@ class PolicyStore(policy_pb2_grpc.PolicyServiceServicer):
         self._default = default
         self.on_promoted: Callable[[], None] = lambda: None
         self.active_id, self.is_builtin = default, True
-        create(default)
+        if default not in names():
+            raise NotFound(f"policy = {default!r}: there is none; known: {', '.join(names())}")
         last = store.read_now(
             lambda c: c.execute(select(promotions).order_by(promotions.c.sequence.desc())).first()
         )
@@ -41,17 +50,14 @@ class PolicyStore(policy_pb2_grpc.PolicyServiceServicer):
             self.active_id, self.is_builtin = last.policy_id, last.is_builtin
 
     def active(self) -> Policy:
-        """Return the policy in use, for durable work."""
-        if self.is_builtin:
-            return create(self.active_id)
-        row = self._store.read_now(
-            lambda c: c.execute(
-                select(policies).where(policies.c.policy_id == self.active_id)
-            ).first()
-        )
-        if row is None:
-            raise NotFound(f"policy {self.active_id} is gone from the store")
-        return learned.load(row.weights, row.card)
+        """Return the policy in use, for durable work; the base score if its file is unusable."""
+        try:
+            return self._load(self.active_id, is_builtin=self.is_builtin)
+        except TierwiseError as error:
+            log.error(
+                "policy.unusable", policy_id=self.active_id, cause=str(error), instead=FALLBACK
+            )
+            return create(FALLBACK)
 
     def assignment(self) -> node_pb2.PolicyAssignment:
         """Return what agents are told to use."""
@@ -59,43 +65,37 @@ class PolicyStore(policy_pb2_grpc.PolicyServiceServicer):
             policy_id=self.active_id, builtin=self.active_id if self.is_builtin else ""
         )
 
+    def _load(self, policy_id: str, *, is_builtin: bool) -> Policy:
+        if is_builtin:
+            return create(policy_id)
+        query = select(policies).where(policies.c.policy_id == policy_id)
+        row = self._store.read_now(lambda c: c.execute(query).first())
+        if row is None:
+            raise _no_policy(policy_id)
+        return learned.load(row.weights, row.card)
+
     # -- RPCs -----------------------------------------------------------------------------------
 
     async def PublishPolicy(
         self, request: policy_pb2.PublishPolicyRequest, context: Any
     ) -> policy_pb2.PublishPolicyResponse:
-        policy = learned.load(request.weights, request.card)
-        if policy.card.name in names():
+        card = learned.load(request.weights, request.card).card
+        name = request.name or card.name
+        if name in names():
             raise InvalidArgument(
-                f"{policy.card.name!r} is the name of a built-in policy; train with another --name"
+                f"{name!r} is the name of a built-in policy: publish it under another name"
             )
+        if not is_name(name):
+            raise InvalidArgument(f"{name!r} is no name: use a-z, 0-9, '-', '.', '_'")
         digest = hashlib.sha256(request.weights + request.card).hexdigest()
         row = {
-            "policy_id": policy.policy_id,
             "weights": request.weights,
-            "card": request.card,
             "digest": digest,
             "published_unix_s": wall_s(),
             "published_by": peer_identity(context).uri,
         }
-
-        def insert(connection: Connection) -> None:
-            count = connection.scalar(select(func.count()).select_from(policies)) or 0
-            if count >= POLICIES_MAX:
-                raise FailedPrecondition(f"there are {POLICIES_MAX} policies; delete some")
-            done = connection.execute(
-                self._store.insert(policies).values(**row).on_conflict_do_nothing()
-            )
-            known = connection.scalar(
-                select(policies.c.digest).where(policies.c.policy_id == policy.policy_id)
-            )
-            if not done.rowcount and known != digest:
-                raise InvalidArgument(
-                    f"{policy.policy_id} exists with other content: raise the version in its card"
-                )
-
-        await self._store.write(insert)
-        return policy_pb2.PublishPolicyResponse(policy=await self._info(policy.policy_id))
+        policy_id = await self._store.write(lambda c: _insert(c, name, card, row))
+        return policy_pb2.PublishPolicyResponse(policy=await self._info(policy_id))
 
     async def ListPolicies(
         self, request: policy_pb2.ListPoliciesRequest, context: Any
@@ -120,18 +120,20 @@ class PolicyStore(policy_pb2_grpc.PolicyServiceServicer):
             newest_first = select(promotions).order_by(promotions.c.sequence.desc())
             rows = connection.execute(newest_first.limit(2)).all()
             if not rows:
-                raise FailedPrecondition("no policy was promoted yet: there is nothing to return to")
-            connection.execute(
-                delete(promotions).where(promotions.c.sequence == rows[0].sequence)
-            )
+                raise FailedPrecondition(
+                    "no policy was promoted yet: there is nothing to return to"
+                )
+            connection.execute(delete(promotions).where(promotions.c.sequence == rows[0].sequence))
             return rows[1] if len(rows) > 1 else None
 
-        before = await self._store.write(remove_last)
-        if before is None:
-            self.active_id, self.is_builtin = self._default, True
-        else:
-            self.active_id, self.is_builtin = before.policy_id, before.is_builtin
-        self.on_promoted()
+        def removed(before: Any) -> None:
+            if before is None:
+                self._use(self._default, is_builtin=True)
+            else:
+                self._use(before.policy_id, is_builtin=before.is_builtin)
+
+        await self._store.write(remove_last, on_stored=removed)
+        log.info("policy.rolled_back", policy_id=self.active_id, by=peer_identity(context).uri)
         return policy_pb2.RollBackPolicyResponse(policy=await self._info(self.active_id))
 
     async def FetchPolicy(
@@ -146,28 +148,36 @@ class PolicyStore(policy_pb2_grpc.PolicyServiceServicer):
     async def _promote(self, policy_id: str, is_builtin: bool, who: str) -> None:
         if policy_id == self.active_id:
             return
-        await self._store.write(
-            lambda c: c.execute(
-                promotions.insert().values(
-                    policy_id=policy_id,
-                    is_builtin=is_builtin,
-                    promoted_unix_s=wall_s(),
-                    promoted_by=who,
-                )
+        await asyncio.to_thread(self._load, policy_id, is_builtin=is_builtin)  # it can be used
+        row = {
+            "policy_id": policy_id,
+            "is_builtin": is_builtin,
+            "promoted_unix_s": wall_s(),
+            "promoted_by": who,
+        }
+
+        def insert(connection: Connection) -> None:
+            connection.execute(promotions.insert().values(**row))
+            newest = connection.scalar(select(func.max(promotions.c.sequence))) or 0
+            connection.execute(
+                delete(promotions).where(promotions.c.sequence <= newest - PROMOTIONS_MAX)
             )
+
+        await self._store.write(
+            insert, on_stored=lambda _: self._use(policy_id, is_builtin=is_builtin)
         )
-        self.active_id, self.is_builtin = policy_id, is_builtin
         log.info("policy.promoted", policy_id=policy_id, by=who)
+
+    def _use(self, policy_id: str, *, is_builtin: bool) -> None:
+        self.active_id, self.is_builtin = policy_id, is_builtin
         self.on_promoted()
 
     async def _info(self, policy_id: str) -> policy_pb2.PolicyInfo:
         if policy_id in names():
             card = b""
             if policy_id == "learned":
-                try:
+                with suppress(TierwiseError):  # this installation may ship none
                     card = learned.package_card()
-                except TierwiseError:
-                    pass  # this installation ships none; listing still works
             return policy_pb2.PolicyInfo(
                 policy_id=policy_id,
                 is_active=policy_id == self.active_id,
@@ -177,9 +187,7 @@ class PolicyStore(policy_pb2_grpc.PolicyServiceServicer):
         query = select(policies).where(policies.c.policy_id == policy_id)
         row = await self._store.read(lambda c: c.execute(query).first())
         if row is None:
-            raise NotFound(
-                f"there is no policy {policy_id!r}; `tierwise get policies` lists those that exist"
-            )
+            raise _no_policy(policy_id)
         return policy_pb2.PolicyInfo(
             policy_id=policy_id,
             is_active=policy_id == self.active_id,
@@ -188,3 +196,33 @@ class PolicyStore(policy_pb2_grpc.PolicyServiceServicer):
             digest=row.digest,
             card=row.card,
         )
+
+
+def _insert(connection: Connection, name: str, card: learned.Card, row: dict[str, Any]) -> str:
+    """Store a policy under its name and the next free version; return its id.
+
+    Raises:
+        FailedPrecondition: There are too many.
+    """
+    prefix = f"{name}@"
+    stored = connection.execute(select(policies.c.policy_id, policies.c.digest)).all()
+    versions = {0}
+    for known in stored:
+        if known.policy_id.startswith(prefix):
+            if known.digest == row["digest"]:
+                return str(known.policy_id)
+            versions.add(int(known.policy_id.removeprefix(prefix)))
+    if len(stored) >= POLICIES_MAX:
+        raise FailedPrecondition(f"there are {POLICIES_MAX} policies, which is the limit")
+    version = card.version if card.version not in versions else max(versions) + 1
+    card = msgspec.structs.replace(card, name=name, version=version)
+    policy_id = f"{name}@{version}"
+    encoded = msgspec.json.format(msgspec.json.encode(card), indent=2)
+    connection.execute(policies.insert().values(policy_id=policy_id, card=encoded, **row))
+    return policy_id
+
+
+def _no_policy(policy_id: str) -> NotFound:
+    return NotFound(
+        f"there is no policy {policy_id!r}; `tierwise get policies` lists those that exist"
+    )

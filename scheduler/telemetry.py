@@ -1,8 +1,11 @@
 """What finished calls teach: records, bills, and how functions behave. Serves CallService."""
 
+# ruff: noqa: D102, N802 - gRPC methods are named and described by the protos
+
 import asyncio
 import datetime
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -23,30 +26,32 @@ log = structlog.get_logger()
 
 SMOOTHING = 0.1  # weight of the newest call, once there were ten
 RATE_WINDOW_S = 60.0
-STORE_INTERVAL_S = 5.0
+STORE_INTERVAL_S = 0.25
+PROFILES_INTERVAL_S = 5.0
+TAKEN_MAX = 50_000  # calls that wait for the store
+PROFILES_MAX = 20_000  # functions that are learnt about
+LOG_MAX = 8192
+CALLER_MAX = 200
 
 
 class Telemetry(call_pb2_grpc.CallServiceServicer):
     """Takes call reports, learns profiles, answers questions about calls."""
 
-    def __init__(
-        self, store: Store, table: ViewTable, *, records_max: int, group: asyncio.TaskGroup
-    ) -> None:
+    def __init__(self, store: Store, table: ViewTable, *, records_max: int) -> None:
         """Load the profiles that were learnt before.
 
         Args:
             store: Where records are kept.
             table: The view, for the speed of nodes; its profiles are replaced as they change.
             records_max: Older records are removed.
-            group: Owns the tasks that wait for the store.
         """
         self._store = store
         self._table = table
         self._records_max = records_max
-        self._group = group
         self._profiles: dict[FunctionId, FunctionProfile] = {}
         self._counted_at_s: dict[FunctionId, float] = {}
         self._unstored: set[FunctionId] = set()
+        self._taken: list[_Taken] = []
         for row in store.read_now(lambda c: c.execute(select(profiles)).mappings().all()):
             stored = types_pb2.FunctionProfile.FromString(row["profile"])
             self._profiles[FunctionId(row["function_id"])] = convert.profile_from_pb(stored)
@@ -60,44 +65,63 @@ class Telemetry(call_pb2_grpc.CallServiceServicer):
         """Store and learn from the calls of one heartbeat."""
         if dropped_count:
             log.warning("calls.dropped", node_id=node_id, call_count=dropped_count)
-        taken: list[tuple[Outcome, node_pb2.CallReport]] = []
         for report in reports:
             try:
-                taken.append((convert.outcome_from_pb(report.outcome), report))
-            except TierwiseError as error:
+                self._keep(report)
+            except (TierwiseError, ValueError) as error:
                 log.warning("call.refused", node_id=node_id, cause=str(error))
-        self._keep(taken)
 
-    def take_work(self, outcome: Outcome, printed: str) -> None:
+    def take_work(self, outcome: types_pb2.Outcome, printed: str, submitter: str) -> None:
         """Store and learn from durable work that has ended."""
-        report = node_pb2.CallReport(
-            outcome=convert.outcome_to_pb(outcome), log=printed, caller="scheduler"
-        )
-        self._keep([(outcome, report)])
-
-    def _keep(self, taken: list[tuple[Outcome, node_pb2.CallReport]]) -> None:
-        for outcome, _ in taken:
-            self._learn(outcome)
-        self._table.profiles = dict(self._profiles)
-
-        async def store() -> None:
-            try:
-                await self._store.write(lambda connection: self._insert(connection, taken))
-            except TierwiseError as error:
-                log.error("calls.not_stored", call_count=len(taken), cause=str(error))
-
-        self._group.create_task(store())
+        self._keep(node_pb2.CallReport(outcome=outcome, log=printed, caller=submitter))
 
     async def store_forever(self) -> None:
-        """Keep profiles, and prune old records, every few seconds."""
+        """Store what was taken four times a second; now and then profiles, and prune records."""
+        profiles_at_s = monotonic_s() + PROFILES_INTERVAL_S
         while True:
             await asyncio.sleep(STORE_INTERVAL_S)
-            changed, self._unstored = self._unstored, set()
-            try:
-                await self._store.write(lambda c, names=changed: self._store_profiles(c, names))
-            except TierwiseError as error:
-                self._unstored |= changed
-                log.error("profiles.not_stored", cause=str(error))
+            await self._store_taken()
+            if monotonic_s() >= profiles_at_s:
+                profiles_at_s = monotonic_s() + PROFILES_INTERVAL_S
+                await self.store_profiles()
+
+    async def store_profiles(self) -> None:
+        """Store what has been learnt; what cannot be stored now is stored the next time."""
+        await self._store_taken()
+        changed, self._unstored = self._unstored, set()
+        try:
+            await self._store.write(lambda c: self._write_profiles(c, changed))
+        except TierwiseError as error:
+            self._unstored |= changed
+            log.error("profiles.not_stored", cause=str(error))
+
+    def _keep(self, report: node_pb2.CallReport) -> None:
+        """Take one call in.
+
+        Raises:
+            InvalidArgument: A field is wrong.
+            ValueError: The function's id is none.
+        """
+        outcome = convert.outcome_from_pb(report.outcome)
+        namespace, name, version = split_function_id(outcome.function_id)
+        if version is None or not 0 < len(outcome.request_id) <= convert.REQUEST_ID_MAX:
+            raise InvalidArgument(f"{outcome.request_id!r} of {outcome.function_id!r} is no call")
+        if len(self._taken) >= TAKEN_MAX:  # the store fails, or reports come too fast
+            log.warning("calls.dropped", call_count=len(self._taken))
+            self._taken.clear()
+        self._taken.append(_Taken(namespace, name, outcome, report, wall_s()))
+        self._learn(outcome)
+
+    async def _store_taken(self) -> None:
+        if not self._taken:
+            return
+        self._table.profiles = dict(self._profiles)
+        taken, self._taken = self._taken, []
+        try:
+            await self._store.write(lambda c: self._write_calls(c, taken))
+        except TierwiseError as error:
+            log.error("calls.not_stored", call_count=len(taken), cause=str(error))
+            self._taken[:0] = taken
 
     # -- RPCs -----------------------------------------------------------------------------------
 
@@ -138,7 +162,9 @@ class Telemetry(call_pb2_grpc.CallServiceServicer):
                 "and agents report once per heartbeat); `tierwise get calls` lists them"
             )
         if len({row["request_id"] for row in rows}) > 1:
-            raise InvalidArgument(f"more than one call starts with {prefix!r}: give more characters")
+            raise InvalidArgument(
+                f"more than one call starts with {prefix!r}: give more characters"
+            )
         return call_pb2.GetCallResponse(call=_call(rows[0]))
 
     async def GetUsage(
@@ -162,6 +188,8 @@ class Telemetry(call_pb2_grpc.CallServiceServicer):
     def _learn(self, outcome: Outcome) -> None:
         """Move the function's profile towards what this call showed, at speed 1.0."""
         function = outcome.function_id
+        if function not in self._profiles and len(self._profiles) >= PROFILES_MAX:
+            return
         old = self.profile(function)
         now_s = monotonic_s()
         gap_s = now_s - self._counted_at_s.get(function, now_s)
@@ -175,10 +203,12 @@ class Telemetry(call_pb2_grpc.CallServiceServicer):
             weight = max(SMOOTHING, 1.0 / (old.call_count + 1))
             speed = row.node.speed
             items = max(1, outcome.item_count)
-            run_s += weight * (outcome.latency.run_s * speed / items - run_s)
+            run_s += weight * (max(0.0, outcome.latency.run_s) * speed / items - run_s)
             response_bytes += int(weight * (outcome.response_bytes / items - response_bytes))
             if outcome.is_cold:
-                cold_s += max(weight, 0.3) * (outcome.latency.cold_start_s * speed - cold_s)
+                cold_s += max(weight, 0.3) * (
+                    max(0.0, outcome.latency.cold_start_s) * speed - cold_s
+                )
         self._profiles[function] = FunctionProfile(
             run_s=run_s,
             cold_start_s=cold_s,
@@ -190,34 +220,30 @@ class Telemetry(call_pb2_grpc.CallServiceServicer):
 
     # -- storage --------------------------------------------------------------------------------
 
-    def _insert(
-        self, connection: Connection, taken: list[tuple[Outcome, node_pb2.CallReport]]
-    ) -> None:
-        ended_unix_s = wall_s()
-        day = datetime.datetime.fromtimestamp(ended_unix_s, datetime.UTC).date().isoformat()
-        sums: dict[tuple[str, str], dict[str, float]] = {}
+    def _write_calls(self, connection: Connection, taken: list["_Taken"]) -> None:
+        sums: dict[tuple[str, str, str], dict[str, float]] = {}
         rows = []
-        for outcome, report in taken:
+        for each in taken:
+            outcome, report = each.outcome, each.report
             rows.append(
                 {
                     "request_id": outcome.request_id,
                     "function_id": outcome.function_id,
                     "node_id": outcome.node_id or "",
                     "outcome": report.outcome.SerializeToString(),
-                    "log": report.log,
-                    "caller": report.caller,
-                    "ended_unix_s": ended_unix_s,
+                    "log": report.log[-LOG_MAX:],
+                    "caller": report.caller[:CALLER_MAX],
+                    "ended_unix_s": each.ended_unix_s,
                 }
             )
-            namespace, name, _ = split_function_id(outcome.function_id)
-            total = sums.setdefault((namespace, name), {})
+            day = datetime.datetime.fromtimestamp(each.ended_unix_s, datetime.UTC).date()
+            total = sums.setdefault((each.namespace, each.name, day.isoformat()), {})
             for key, value in _amounts(outcome).items():
                 total[key] = total.get(key, 0) + value
-        if rows:
-            connection.execute(calls.insert(), rows)
-        for (namespace, name), amounts in sums.items():
+        connection.execute(calls.insert(), rows)
+        for (namespace, name, iso_day), amounts in sums.items():
             insert = self._store.insert(usage).values(
-                namespace=namespace, function=name, day=day, **amounts
+                namespace=namespace, function=name, day=iso_day, **amounts
             )
             connection.execute(
                 insert.on_conflict_do_update(
@@ -226,7 +252,7 @@ class Telemetry(call_pb2_grpc.CallServiceServicer):
                 )
             )
 
-    def _store_profiles(self, connection: Connection, names: set[FunctionId]) -> None:
+    def _write_profiles(self, connection: Connection, names: set[FunctionId]) -> None:
         for function in names:
             blob = convert.profile_to_pb(self._profiles[function]).SerializeToString()
             connection.execute(
@@ -236,6 +262,17 @@ class Telemetry(call_pb2_grpc.CallServiceServicer):
             )
         newest = connection.scalar(select(func.max(calls.c.sequence))) or 0
         connection.execute(delete(calls).where(calls.c.sequence <= newest - self._records_max))
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """A call on its way to the store."""
+
+    namespace: str
+    name: str
+    outcome: Outcome
+    report: node_pb2.CallReport
+    ended_unix_s: float
 
 
 def _amounts(outcome: Outcome) -> dict[str, float]:

@@ -1,12 +1,15 @@
-"""tierwise: write a function once, run it on edge, fog or cloud, where it is fast and cheap enough."""
+"""tierwise: write a function once, run it on edge, fog or cloud, where it is fast and cheap."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tierwise.errors import (
+        AlreadyExists,
+        CallerError,
         Cancelled,
         DeadlineExceeded,
+        FailedPrecondition,
         FunctionDied,
         FunctionError,
         FunctionOutOfMemory,
@@ -15,23 +18,34 @@ if TYPE_CHECKING:
         InvalidArgument,
         NotFound,
         Overloaded,
+        PayloadTooLarge,
+        PermissionDenied,
+        ResultRejected,
+        RetryLater,
+        StartFailed,
         TierwiseError,
+        Unauthenticated,
         Unavailable,
         Unplaceable,
     )
     from tierwise.sdk.app import App, Function
-    from tierwise.sdk.client import Client, connect
+    from tierwise.sdk.client import Client, connect, handle
     from tierwise.sdk.handle import Handle
     from tierwise.sdk.local import LocalCluster
 
+    __version__: str
+
 _ROOMS = {
     "tierwise.sdk.app": ("App", "Function"),
-    "tierwise.sdk.client": ("Client", "connect"),
+    "tierwise.sdk.client": ("Client", "connect", "handle"),
     "tierwise.sdk.handle": ("Handle",),
     "tierwise.sdk.local": ("LocalCluster",),
     "tierwise.errors": (
+        "AlreadyExists",
+        "CallerError",
         "Cancelled",
         "DeadlineExceeded",
+        "FailedPrecondition",
         "FunctionDied",
         "FunctionError",
         "FunctionOutOfMemory",
@@ -40,7 +54,13 @@ _ROOMS = {
         "InvalidArgument",
         "NotFound",
         "Overloaded",
+        "PayloadTooLarge",
+        "PermissionDenied",
+        "ResultRejected",
+        "RetryLater",
+        "StartFailed",
         "TierwiseError",
+        "Unauthenticated",
         "Unavailable",
         "Unplaceable",
     ),
@@ -48,10 +68,13 @@ _ROOMS = {
 _ROOM_BY_NAME = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
+    "AlreadyExists",
     "App",
+    "CallerError",
     "Cancelled",
     "Client",
     "DeadlineExceeded",
+    "FailedPrecondition",
     "Function",
     "FunctionDied",
     "FunctionError",
@@ -63,10 +86,18 @@ __all__ = [
     "LocalCluster",
     "NotFound",
     "Overloaded",
+    "PayloadTooLarge",
+    "PermissionDenied",
+    "ResultRejected",
+    "RetryLater",
+    "StartFailed",
     "TierwiseError",
+    "Unauthenticated",
     "Unavailable",
     "Unplaceable",
+    "__version__",
     "connect",
+    "handle",
 ]
 
 
@@ -74,4 +105,12 @@ def __getattr__(name: str) -> Any:
     """Import public names when they are first used: an agent imports this package, too."""
     if name in _ROOM_BY_NAME:
         return getattr(import_module(_ROOM_BY_NAME[name]), name)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("tierwise")
     raise AttributeError(f"module 'tierwise' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import structlog
-from sqlalchemy import Connection, create_engine, event, select
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, select
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from scheduler.store.tables import SCHEMA_VERSION, meta, metadata
 from tierwise.errors import FailedPrecondition, Overloaded, TierwiseError, Unavailable
@@ -20,20 +20,25 @@ T = TypeVar("T")
 
 WRITES_MAX = 20_000  # waiting
 BATCH_MAX = 1000  # writes in one transaction
+READERS_MAX = 4  # threads and connections that read
 
 
 @dataclass(slots=True)
 class _Write:
     action: Callable[[Connection], Any]
     done: "asyncio.Future[Any]"
-    loop: asyncio.AbstractEventLoop
+    on_stored: Callable[[Any], None] | None
+
+
+_Result = tuple[Any, BaseException | None]
 
 
 class Store:
     """A database that the event loop never waits for.
 
     A `write` is durable when it returns: SQLite in WAL mode with synchronous=FULL syncs at each
-    commit, and writes that arrive while one commit is under way share the next one.
+    commit, and writes that arrive while one commit is under way share the next one. Belongs to one
+    event loop.
     """
 
     def __init__(self, url: str) -> None:
@@ -43,45 +48,53 @@ class Store:
             FailedPrecondition: It was made by another version of tierwise.
             Unavailable: It cannot be opened.
         """
-        self._engine = create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
-        self.is_sqlite = self._engine.dialect.name == "sqlite"
-        if self.is_sqlite:
-            event.listen(self._engine, "connect", _set_up_sqlite)
-            event.listen(self._engine, "begin", _begin_sqlite)
         try:
+            self._engine = _engine(url)
             with self._engine.begin() as connection:
-                metadata.create_all(connection)
-                found = connection.scalar(select(meta.c.value).where(meta.c.key == "schema"))
-                if found is None:
-                    connection.execute(meta.insert().values(key="schema", value=str(SCHEMA_VERSION)))
-        except SQLAlchemyError as error:
-            raise Unavailable(f"the database {url} cannot be opened: {error}") from None
-        if found not in (None, str(SCHEMA_VERSION)):
-            raise FailedPrecondition(
-                f"the database has schema {found}, this tierwise needs {SCHEMA_VERSION}: run the "
-                "version that made it, or start with a fresh state folder"
-            )
+                _check_schema(connection)
+        except (SQLAlchemyError, ImportError) as error:
+            raise Unavailable(
+                f"the database {_without_password(url)} cannot be opened: {error}"
+            ) from None
         self._queue: queue.Queue[_Write | None] = queue.Queue(maxsize=WRITES_MAX)
-        self._thread = threading.Thread(target=self._write_forever, name="store-writer")
+        self._readers = asyncio.Semaphore(READERS_MAX)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        # A daemon thread: a process that fails to start must not hang on it.
+        self._thread = threading.Thread(
+            target=self._write_forever, name="store-writer", daemon=True
+        )
         self._thread.start()
 
     def insert(self, table: Any) -> Any:
         """Return an INSERT of the dialect, which knows on_conflict_do_update/nothing."""
-        return (sqlite if self.is_sqlite else postgresql).insert(table)
+        is_sqlite = self._engine.dialect.name == "sqlite"
+        return (sqlite if is_sqlite else postgresql).insert(table)
 
-    async def write(self, action: Callable[[Connection], T]) -> T:
+    async def write(
+        self,
+        action: Callable[[Connection], T],
+        *,
+        on_stored: Callable[[T], None] | None = None,
+    ) -> T:
         """Run `action` in the next transaction; return its result once that is on disk.
 
-        An action that raises is rolled back alone; the others of the batch stay.
+        An action that raises is rolled back alone; the others of the batch stay. It may run twice
+        (the first time is rolled back), so it must do nothing but use its connection.
+
+        Args:
+            action: Statements of one unit.
+            on_stored: Called on the event loop right after the commit, in the order of commits,
+                also if whoever waits for this call has been cancelled: what is in memory follows
+                what is on disk.
 
         Raises:
             Overloaded: Too many writes wait already.
             Unavailable: The disk is full or the database failed; nothing was written.
         """
-        loop = asyncio.get_running_loop()
+        loop = self._loop = asyncio.get_running_loop()
         done: asyncio.Future[T] = loop.create_future()
         try:
-            self._queue.put_nowait(_Write(action, done, loop))
+            self._queue.put_nowait(_Write(action, done, on_stored))
         except queue.Full:
             raise Overloaded(
                 f"{WRITES_MAX} writes wait for the database; send more slowly", retry_after_s=1.0
@@ -89,22 +102,31 @@ class Store:
         return await done
 
     async def read(self, action: Callable[[Connection], T]) -> T:
-        """Run a read-only `action` in a thread."""
+        """Run a read-only `action` in a thread.
 
-        def run() -> T:
-            with self._engine.connect() as connection:
-                return action(connection)
-
-        return await asyncio.to_thread(run)
+        Raises:
+            Unavailable: The database failed.
+        """
+        async with self._readers:
+            return await asyncio.to_thread(self.read_now, action)
 
     def read_now(self, action: Callable[[Connection], T]) -> T:
-        """Run a read-only `action` in this thread; for start-up."""
-        with self._engine.connect() as connection:
-            return action(connection)
+        """Run a read-only `action` in this thread; for start-up.
+
+        Raises:
+            Unavailable: The database failed.
+        """
+        try:
+            with self._engine.connect() as connection:
+                return action(connection)
+        except SQLAlchemyError as error:
+            raise Unavailable(
+                f"the database could not read: {_cause(error)}", retry_after_s=1.0
+            ) from None
 
     async def close(self) -> None:
         """Finish what is queued and close."""
-        self._queue.put(None)
+        await asyncio.to_thread(self._queue.put, None)
         await asyncio.to_thread(self._thread.join)
         self._engine.dispose()
 
@@ -124,41 +146,72 @@ class Store:
                     is_last = True
                     break
                 batch.append(write)
-            self._commit(batch)
+            assert self._loop is not None
+            results = self._commit(batch)
+            try:
+                self._loop.call_soon_threadsafe(_resolve, batch, results)
+            except RuntimeError:
+                return  # the loop has ended, nobody waits any more
             if is_last:
                 return
 
-    def _commit(self, batch: list[_Write]) -> None:
-        results: list[tuple[Any, BaseException | None]] = []
+    def _commit(self, batch: list[_Write]) -> list[_Result]:
+        """Run a batch in one transaction; if the database fails it, each write in its own."""
+        if len(batch) == 1:
+            return [self._commit_one(batch[0])]
         try:
             with self._engine.begin() as connection:
-                for write in batch:
-                    try:
-                        with connection.begin_nested():
-                            results.append((write.action(connection), None))
-                    except TierwiseError as error:
-                        results.append((None, error))
+                return [_run_nested(write, connection) for write in batch]
+        except Exception:  # whose fault it was, and what it was, shows when they run alone
+            return [self._commit_one(write) for write in batch]
+
+    def _commit_one(self, write: _Write) -> _Result:
+        try:
+            with self._engine.begin() as connection:
+                return write.action(connection), None
+        except TierwiseError as error:
+            return None, error
         except SQLAlchemyError as error:
-            log.error("store.write_failed", cause=str(error), write_count=len(batch))
-            cause = str(error.orig) if isinstance(error, OperationalError) else str(error)
-            failure = Unavailable(
-                f"the database could not write: {cause}; nothing was stored", retry_after_s=1.0
-            )
-            results = [(None, failure)] * len(batch)
-        except Exception as error:  # a bug in one action: nobody may wait for ever
-            log.exception("store.crashed")
-            results = [(None, error)] * len(batch)
-        for write, (value, problem) in zip(batch, results, strict=True):
-            write.loop.call_soon_threadsafe(_resolve, write.done, value, problem)
+            log.error("store.write_failed", cause=_cause(error))
+            message = f"the database could not write: {_cause(error)}; nothing was stored"
+            return None, Unavailable(message, retry_after_s=1.0)
+        except Exception as error:
+            log.exception("store.crashed")  # a bug in the action, for its caller to report
+            return None, error
 
 
-def _resolve(done: "asyncio.Future[Any]", value: Any, problem: BaseException | None) -> None:
-    if done.done():  # the caller was cancelled
-        return
-    if problem is not None:
-        done.set_exception(problem)
-    else:
-        done.set_result(value)
+def _run_nested(write: _Write, connection: Connection) -> _Result:
+    try:
+        with connection.begin_nested():
+            return write.action(connection), None
+    except TierwiseError as error:
+        return None, error
+
+
+def _resolve(batch: list[_Write], results: list[_Result]) -> None:
+    for write, (value, problem) in zip(batch, results, strict=True):
+        if problem is None and write.on_stored is not None:
+            try:
+                write.on_stored(value)
+            except Exception as error:
+                log.exception("store.crashed")
+                problem = error
+        if write.done.done():  # the caller was cancelled
+            continue
+        if problem is not None:
+            write.done.set_exception(problem)
+        else:
+            write.done.set_result(value)
+
+
+def _engine(url: str) -> Engine:
+    """Return an engine; all that differs between the two dialects is here and in `insert`."""
+    if not url.startswith("sqlite"):
+        return create_engine(url, pool_pre_ping=True, pool_size=READERS_MAX + 1)
+    engine = create_engine(url, pool_size=READERS_MAX + 1)
+    event.listen(engine, "connect", _set_up_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
 
 
 def _set_up_sqlite(connection: Any, _record: Any) -> None:
@@ -169,3 +222,27 @@ def _set_up_sqlite(connection: Any, _record: Any) -> None:
 
 def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN")
+
+
+def _check_schema(connection: Connection) -> None:
+    """Make the tables in an empty database; refuse one of another version, untouched."""
+    if inspect(connection).has_table(meta.name):
+        found = connection.scalar(select(meta.c.value).where(meta.c.key == "schema"))
+        if found != str(SCHEMA_VERSION):
+            raise FailedPrecondition(
+                f"the database has schema {found}, this tierwise needs {SCHEMA_VERSION}: run the "
+                "version that made it, or start with a fresh state folder"
+            )
+    metadata.create_all(connection)
+    if connection.scalar(select(meta.c.value).where(meta.c.key == "schema")) is None:
+        connection.execute(meta.insert().values(key="schema", value=str(SCHEMA_VERSION)))
+
+
+def _cause(error: SQLAlchemyError) -> str:
+    """Return the database's own words, without the statement and its values."""
+    return str(error.orig) if isinstance(error, DBAPIError) else str(error)
+
+
+def _without_password(url: str) -> str:
+    scheme, separator, rest = url.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"

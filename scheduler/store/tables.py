@@ -12,15 +12,14 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    UniqueConstraint,
 )
 
 SCHEMA_VERSION = 1
 metadata = MetaData()
 _AutoId = BigInteger().with_variant(Integer, "sqlite")
 
-meta = Table(
-    "meta", metadata, Column("key", String(40), primary_key=True), Column("value", Text)
-)
+meta = Table("meta", metadata, Column("key", String(40), primary_key=True), Column("value", Text))
 
 code = Table(
     "code",
@@ -48,25 +47,48 @@ function_names = Table(
     Column("last_version", Integer, nullable=False),
 )
 
+# What decisions need of a piece of work. Its arguments and its result may be large: they are apart.
 work = Table(
     "work",
     metadata,
     Column("request_id", String(128), primary_key=True),
-    Column("idempotency_key", String(256), nullable=False, unique=True),
+    Column("position", BigInteger, nullable=False),  # order of acceptance
+    Column("submitted_by", String(200), nullable=False),
+    Column("idempotency_key", String(256), nullable=False),
     Column("content_digest", String(64), nullable=False),
     Column("function_id", String(200), nullable=False),
-    Column("invocation", LargeBinary, nullable=False),
+    Column("header", LargeBinary, nullable=False),  # the invocation without arguments
+    Column("item_count", Integer, nullable=False),
+    Column("request_bytes", BigInteger, nullable=False),
     Column("state", Integer, nullable=False),
-    Column("lease", Integer, nullable=False, default=0),
-    Column("attempt_count", Integer, nullable=False, default=0),
-    Column("node_id", String(63), nullable=False, default=""),
-    Column("message", Text, nullable=False, default=""),
+    Column("lease", Integer, nullable=False),
+    Column("attempt_count", Integer, nullable=False),
+    Column("node_id", String(63), nullable=False),
+    Column("message", Text, nullable=False),
     Column("submitted_unix_s", Float, nullable=False),
-    Column("ended_unix_s", Float, nullable=False, default=0.0),
-    Column("submitted_by", String(200), nullable=False, default=""),
-    Column("result", LargeBinary),
-    Index("work_by_state", "state", "submitted_unix_s"),
+    Column("ended_unix_s", Float, nullable=False),
+    UniqueConstraint("submitted_by", "idempotency_key"),
+    Index("work_by_state", "state", "position"),
+    Index("work_by_end", "ended_unix_s"),
 )
+
+# The invocation's arguments alone; removed when the work has ended, kept while it is dead-lettered.
+payloads = Table(
+    "payloads",
+    metadata,
+    Column("request_id", String(128), primary_key=True),
+    Column("arguments", LargeBinary, nullable=False),
+)
+
+results = Table(
+    "results",
+    metadata,
+    Column("request_id", String(128), primary_key=True),
+    Column("result", LargeBinary, nullable=False),
+)
+
+# Nodes that are drained; it outlives sessions and restarts.
+drains = Table("drains", metadata, Column("node_id", String(63), primary_key=True))
 
 calls = Table(
     "calls",

@@ -1,9 +1,10 @@
 """What several verbs need: a client, an operator, names to complete."""
 
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from tierwise.errors import TierwiseError
 
@@ -19,6 +20,13 @@ def operator() -> "Iterator[Operator]":
 
     with Client() as client:
         yield Operator(client)
+
+
+def become(module: str, arguments: Sequence[str]) -> NoReturn:
+    """Replace this process by a program of ours; the command line stays light that way."""
+    os.execv(  # noqa: S606 - no shell is wanted
+        sys.executable, [sys.executable, "-m", module, *arguments]
+    )
 
 
 def complete_functions(incomplete: str) -> list[str]:

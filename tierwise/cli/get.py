@@ -22,9 +22,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def get(
-    kind: Annotated[
-        str, typer.Argument(help=", ".join(KINDS), autocompletion=lambda: list(KINDS))
-    ],
+    kind: Annotated[str, typer.Argument(help=", ".join(KINDS), autocompletion=lambda: list(KINDS))],
     function: Annotated[str, typer.Option(help="calls: of this function only")] = "",
     node: Annotated[str, typer.Option(help="calls: on this node only")] = "",
     state: Annotated[str, typer.Option(help="work: in this state only")] = "",

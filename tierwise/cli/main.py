@@ -1,7 +1,9 @@
 """Run functions and federated learning across edge, fog and cloud.
 
-Exit codes: 0 done · 1 the call or command failed · 2 wrong usage or invalid input · 3 not found ·
-4 the cluster cannot be reached · 5 not allowed · 130 interrupted.
+Data goes to standard output, messages to standard error.
+
+Exit codes: 0 done, 1 the call or command failed, 2 wrong usage or invalid input, 3 not found,
+4 the cluster cannot be reached, 5 not allowed, 130 interrupted.
 """
 
 import os
@@ -11,8 +13,9 @@ from typing import Annotated
 
 import typer
 
-from tierwise.cli import admin, get, policy, run, system, watch
-from tierwise.cli.output import say
+from tierwise.cli import admin, doctor, explain, get, policy, system, top, up, work
+from tierwise.cli.completion import print_completion
+from tierwise.cli.output import complain
 from tierwise.errors import (
     CallerError,
     NotFound,
@@ -22,6 +25,8 @@ from tierwise.errors import (
     Unavailable,
 )
 
+DEBUG_VARIABLE = "TIERWISE_DEBUG"
+
 app = typer.Typer(
     name="tierwise",
     help=__doc__,
@@ -29,9 +34,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verbs in (system, run, get, watch, admin):
+for verbs in (up, system, work, get, explain, top, admin, doctor):
     verbs.add_to(app)
 app.add_typer(policy.app, name="policy")
+app.command(name="completion")(print_completion)
 
 
 @app.callback()
@@ -64,20 +70,23 @@ def exit_code(error: TierwiseError) -> int:
             return 1
 
 
-def run_command() -> None:
+def run() -> None:
     """Run the command line; errors end as one clear message and an exit code."""
     try:
-        app(standalone_mode=True)
+        app(prog_name="tierwise")
     except TierwiseError as error:
-        if os.environ.get("TIERWISE_DEBUG"):
+        if os.environ.get(DEBUG_VARIABLE):
             raise
-        say(f"tierwise: {error}")
+        complain(str(error))
         sys.exit(exit_code(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # head and less may leave early
         sys.exit(0)
-
-
-run = run_command
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:  # a bug: say so in one line, the traceback on demand
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        kind = type(error).__name__
+        complain(f"internal error, {kind}: {error}\n{DEBUG_VARIABLE}=1 shows the traceback")
+        sys.exit(1)

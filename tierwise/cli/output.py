@@ -1,12 +1,16 @@
 """How results are printed: data on standard output, everything else on standard error."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Record = dict[str, Any]
 Column = tuple[str, Callable[[Record], Any]]
@@ -29,6 +33,14 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+def complain(text: str) -> None:
+    """Tell the user what went wrong: the first line in red where there is colour."""
+    first, _, rest = f"tierwise: {text}".partition("\n")
+    if sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
+        first = f"\x1b[31m{first}\x1b[0m"
+    say("\n".join(filter(None, (first, rest))))
+
+
 def show(
     records: Sequence[Record],
     output: Format,
@@ -40,7 +52,9 @@ def show(
     """Print a list of records in the chosen format."""
     if output is Format.TABLE:
         if records:
-            print_table([title for title, _ in columns], ([c(r) for _, c in columns] for r in records))
+            print_table(
+                [title for title, _ in columns], ([c(r) for _, c in columns] for r in records)
+            )
         else:
             say(empty)
     elif output is Format.NAME:
@@ -63,7 +77,15 @@ def show_value(value: Any, output: Format) -> None:
 def print_table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Print aligned columns, numbers to the right; no borders, so that cut and awk work."""
     from rich.console import Console
+
+    console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=400)
+    console.print(build_table(titles, rows))
+
+
+def build_table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> "Table":
+    """Return aligned columns for rich to draw."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
     cells = [[text(value) for value in row] for row in rows]
@@ -71,9 +93,8 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         is_number = all(_is_number(row[index]) for row in cells) and bool(cells)
         table.add_column(title.upper(), justify="right" if is_number else "left", no_wrap=True)
     for row in cells:
-        table.add_row(*row)
-    console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=400)
-    console.print(table)
+        table.add_row(*(Text(cell) for cell in row))  # what users named is no markup
+    return table
 
 
 def text(value: Any) -> str:

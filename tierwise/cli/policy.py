@@ -1,13 +1,11 @@
 """The life of a placement policy: train, evaluate, publish, promote, roll back."""
 
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tierwise.cli.common import operator
+from tierwise.cli.common import become, operator
 from tierwise.cli.output import say
 from tierwise.errors import FailedPrecondition, NotFound
 
@@ -18,19 +16,19 @@ _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opti
 @app.command(context_settings=_PASS_ON)
 def train(context: typer.Context) -> None:
     """Train a policy in the simulator; --help lists the options."""
-    _become("training.ppo", context.args)
+    _train("training.ppo", context.args)
 
 
 @app.command(name="eval", context_settings=_PASS_ON)
 def evaluate(context: typer.Context) -> None:
     """Compare policies in the simulator on held-out seeds; --help lists the options."""
-    _become("training.evaluate", context.args)
+    _train("training.evaluate", context.args)
 
 
 @app.command(context_settings=_PASS_ON)
 def tune(context: typer.Context) -> None:
     """Tune the weights of the base score on validation traces; --help lists the options."""
-    _become("training.tune", context.args)
+    _train("training.tune", context.args)
 
 
 @app.command()
@@ -64,10 +62,10 @@ def rollback() -> None:
         say(f"{ask.roll_back()['policy_id']} decides again")
 
 
-def _become(module: str, arguments: list[str]) -> None:
+def _train(module: str, arguments: list[str]) -> None:
     """Replace this process by the trainer, which needs the `train` extra."""
     from importlib.util import find_spec
 
     if find_spec("gymnasium") is None or find_spec("torch") is None:
         raise FailedPrecondition("training needs more packages: pip install 'tierwise[train]'")
-    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
+    become(module, arguments)

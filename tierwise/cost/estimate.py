@@ -40,7 +40,8 @@ class Estimates:
     @property
     def latency_s(self) -> Float:
         """Return predicted end-to-end seconds, shape (k,)."""
-        return np.asarray(self.terms[:, :5].sum(axis=1), dtype=np.float64)
+        seconds: Float = np.add.reduce(self.terms[:, :5], axis=1)
+        return seconds
 
 
 DEFAULT_PRICES = PriceTable()
@@ -52,14 +53,27 @@ def estimate(
     candidates: Sequence[NodeView],
     prices: PriceTable = DEFAULT_PRICES,
 ) -> Estimates:
-    """Predict latency and money of `request` on each of `candidates`.
+    """Predict latency and money of `request` on each of `candidates`: `predict`, as a matrix.
+
+    Returns:
+        Estimates with k = len(candidates) rows; k may be 0.
+    """
+    rows = predict(view, request, candidates, prices)
+    terms = np.array(rows, dtype=np.float64).reshape(len(rows), len(TERMS))
+    return Estimates(tuple(candidates), terms)
+
+
+def predict(
+    view: ClusterView,
+    request: Request,
+    candidates: Sequence[NodeView],
+    prices: PriceTable = DEFAULT_PRICES,
+) -> list[tuple[float, ...]]:
+    """Return one row of TERMS per candidate, as plain floats.
 
     Wait is the reading's backlog drained since it was taken, plus what the viewer itself has
     sent there since. A node with an idle warm instance of the function starts nothing. Data that
     lies elsewhere must be moved first.
-
-    Returns:
-        Estimates with k = len(candidates) rows; k may be 0.
     """
     spec = request.spec
     function = spec.function_id
@@ -106,5 +120,4 @@ def estimate(
             item_count=request.item_count,
         )
         rows.append((transfer_s, wait_s, here_cold_s, here_run_s, return_s, displaced_s, usd))
-    terms = np.array(rows, dtype=np.float64).reshape(len(rows), len(TERMS))
-    return Estimates(tuple(candidates), terms)
+    return rows

@@ -44,11 +44,12 @@ class FunctionSpec:
     budget_usd: float | None = None  # per call
     retries_max: int = 2
     description: str = ""
+    function_id: FunctionId = field(init=False, compare=False)  # namespace/name@version
 
-    @property
-    def function_id(self) -> FunctionId:
-        """Return `namespace/name@version`."""
-        return function_id(self.namespace, self.name, self.version)
+    def __post_init__(self) -> None:
+        """Derive the id once: every request reads it many times."""
+        identity = function_id(self.namespace, self.name, self.version)
+        object.__setattr__(self, "function_id", identity)
 
     @property
     def resources(self) -> Resources:

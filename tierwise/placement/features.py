@@ -1,4 +1,9 @@
-"""What a placement network sees of each candidate. One row per candidate, in candidate order."""
+"""What a placement network sees of each candidate. One row per candidate, in candidate order.
+
+Times are divided by the request's deadline and log-compressed: log(1 + 4·t/deadline). So one
+network serves functions of milliseconds and of minutes. What the candidates have in common
+(context) is not encoded here: the network pools it from their rows.
+"""
 
 import math
 
@@ -14,15 +19,13 @@ SCHEMA = 1
 CANDIDATES_MAX = 16
 BOUND = 8.0
 FEATURES = (
-    "transfer",  # predicted terms ÷ deadline, log-compressed …
+    "path",  # transfer there and back ÷ deadline, log-compressed; so are the next six
     "wait",
     "cold_start",
     "run",
-    "return",
     "displaced",
-    "latency",  # their sum without `displaced`
-    "score_gap",  # base score minus the best one, likewise
-    "pending",  # run time sent there since its reading, likewise
+    "score_gap",  # base score minus the best one
+    "pending",  # run time sent there since its reading (also part of `wait`)
     "queued",  # log of requests waiting per CPU
     "warm",  # log of idle instances of this function
     "age",  # log of the reading's age in seconds
@@ -31,14 +34,24 @@ FEATURES = (
     "is_edge",
     "is_cloud",
     "is_origin",  # the node that takes the decision
+    "holds_data",  # one of the nodes that the request names for its data
     "speed",  # log2
+    "lateness",  # (latency − deadline) ÷ deadline, signed and log-compressed: late if positive
     "money",  # log10 of USD per call, shifted
-    "is_late",  # predicted to miss the deadline
     "priority",  # request: 0 … 1
     "deadline",  # request: log10 of seconds
-    "bytes",  # request: log10
+    "bytes",  # request: log10, shifted
     "rate",  # function: log of calls per second in the cluster
+    "items",  # request: log of argument sets in it
 )
+
+_EDGE, _CLOUD = Tier.EDGE, Tier.CLOUD  # an enum's attributes are slow to look up
+_SCALED = slice(0, 7)
+_LOGGED = slice(0, 10)
+_ROW = slice(6, 17)
+_LATENESS = FEATURES.index("lateness")
+_MONEY = FEATURES.index("money")
+_REQUEST = slice(19, 24)
 
 
 def encode(
@@ -47,55 +60,64 @@ def encode(
     """Encode one decision for a policy network.
 
     Returns:
-        Shape `(k, 24)`, float32, every entry within ±BOUND. Row order is the candidates'. Column
-        meanings: FEATURES. Schema 1.
+        Shape `(k, 24)`, float32, every entry within ±BOUND (also where a sum overflowed or a
+        reading is not a number). Row order is the candidates'. Column meanings: FEATURES.
+        Schema 1.
 
     Raises:
         ValueError: There is no candidate.
     """
     candidates = estimates.candidates
-    k = len(candidates)
-    if k == 0:
+    if not candidates:
         raise ValueError("there is no candidate to encode")
     deadline_s = max(request.deadline_s, 1e-3)
-    profile = view.profile(request.spec.function_id)
     function = request.spec.function_id
-    out = np.empty((k, len(FEATURES)), dtype=np.float64)
-    terms = estimates.terms
-    latency_s = estimates.latency_s
+    data_nodes = request.data_nodes
     origin_id = view.origin.node_id if view.origin is not None else None
     now_s = view.now_s
-    rows = []
+    k = len(candidates)
+    flat: list[float] = []
+    log2 = math.log2
     for row in candidates:
-        node, reading = row.node, row.reading
-        capacity, free, age_s = node.capacity, reading.free, now_s - row.received_at_s
-        rows.append(
-            (
-                row.pending_s,
-                reading.queued / (capacity.cpus or 1.0),
-                reading.warm.get(function, 0),
-                age_s if age_s > 0.0 else 0.0,
-                free.cpus / (capacity.cpus or 1.0),
-                free.memory_mib / (capacity.memory_mib or 1),
-                node.tier is Tier.EDGE,
-                node.tier is Tier.CLOUD,
-                node.node_id == origin_id,
-                node.speed,
-            )
+        node = row.node
+        reading = row.reading
+        capacity = node.capacity
+        free = reading.free
+        tier = node.tier
+        node_id = node.node_id
+        cpus = capacity.cpus or 1.0
+        flat += (
+            row.pending_s,
+            reading.queued / cpus,
+            reading.warm.get(function, 0),
+            now_s - row.received_at_s,
+            free.cpus / cpus,
+            free.memory_mib / (capacity.memory_mib or 1),
+            tier is _EDGE,
+            tier is _CLOUD,
+            node_id == origin_id,
+            node_id in data_nodes,
+            log2(node.speed),
         )
-    out[:, 0:6] = terms[:, 0:6]
-    out[:, 6] = latency_s
-    out[:, 7] = scores - scores.min()
-    out[:, 8:18] = rows
-    out[:, 0:9] *= 4.0 / deadline_s
-    np.log1p(out[:, 0:12], out=out[:, 0:12])
-    out[:, 17] = np.log2(out[:, 17])
-    out[:, 18] = np.log10(terms[:, 6] + 1e-12) + 7.0
-    out[:, 19] = latency_s > request.deadline_s
-    out[:, 20:24] = (
+    terms = estimates.terms
+    out = np.empty((k, len(FEATURES)), dtype=np.float64)
+    out[:, 0:4] = terms[:, 0:4]
+    out[:, 0] += terms[:, 4]
+    out[:, 4] = terms[:, 5]
+    out[:, 5] = scores - np.minimum.reduce(scores)
+    out[:, _ROW] = np.fromiter(flat, np.float64, len(flat)).reshape(k, -1)
+    out[:, _SCALED] *= 4.0 / deadline_s
+    logged = out[:, _LOGGED]
+    np.log1p(np.fmax(logged, 0.0, out=logged), out=logged)
+    lateness = (estimates.latency_s - deadline_s) * (4.0 / deadline_s)
+    out[:, _LATENESS] = np.copysign(np.log1p(np.abs(lateness)), lateness)
+    out[:, _MONEY] = np.log10(terms[:, 6] + 1e-12) + 7.0
+    out[:, _REQUEST] = (
         (int(request.priority) - 1) / 3.0,
         math.log10(deadline_s),
-        math.log10(request.request_bytes + 1.0) - 3.0,
-        math.log1p(profile.rate_per_s),
+        math.log10(max(request.request_bytes, 0) + 1.0) - 3.0,
+        math.log1p(max(view.profile(function).rate_per_s, 0.0)),
+        math.log(max(request.item_count, 1)),
     )
-    return np.minimum(np.maximum(out, -BOUND), BOUND).astype(np.float32)
+    # fmin and fmax, unlike clip, also turn NaN into a bound.
+    return np.fmin(np.fmax(out, -BOUND), BOUND).astype(np.float32)

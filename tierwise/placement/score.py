@@ -8,6 +8,7 @@ Charging only part of a cold start (α < 1) counts it as an investment in the ne
 The defaults were tuned on validation traces of the simulator: `tierwise policy tune`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,11 +21,11 @@ from tierwise.domain.request import Request
 class ScoreWeights:
     """Weights of the base score; all ≥ 0."""
 
-    cold_start: float = 0.3
-    displaced: float = 1.0
+    cold_start: float = 0.5
+    displaced: float = 2.0
     per_usd_s: float = 20_000.0
-    per_late_s: float = 1.0
-    per_miss_s: float = 0.5
+    per_late_s: float = 2.0
+    per_miss_s: float = 0.1
 
 
 DEFAULT_WEIGHTS = ScoreWeights()
@@ -34,23 +35,29 @@ def base_score(
     estimates: Estimates, request: Request, weights: ScoreWeights = DEFAULT_WEIGHTS
 ) -> Float:
     """Return the score of each candidate, shape (k,), float64, in second-equivalents."""
-    vector = np.array(
-        [
-            1.0,
-            1.0,
-            weights.cold_start,
-            1.0,
-            1.0,
-            weights.displaced,
-            weights.per_usd_s,
-        ]
-    )
-    latency_s = estimates.latency_s
-    late_s = latency_s - request.deadline_s
+    vector = (1.0, 1.0, weights.cold_start, 1.0, 1.0, weights.displaced, weights.per_usd_s)
+    late_s = estimates.latency_s - request.deadline_s
     urgency = int(request.priority) / 2.0
-    return np.asarray(
-        estimates.terms @ vector
-        + weights.per_late_s * urgency * np.maximum(late_s, 0.0)
-        + weights.per_miss_s * urgency * (late_s > 0.0),
-        dtype=np.float64,
+    scores: Float = estimates.terms @ np.array(vector)
+    scores += weights.per_late_s * urgency * np.maximum(late_s, 0.0)
+    scores += weights.per_miss_s * urgency * (late_s > 0.0)
+    return scores
+
+
+def sole_score(
+    terms: Sequence[float], request: Request, weights: ScoreWeights = DEFAULT_WEIGHTS
+) -> float:
+    """Return `base_score` of one row of terms without NumPy, whose calls cost more than the sum."""
+    transfer_s, wait_s, cold_start_s, run_s, return_s, displaced_s, money_usd = terms
+    warm_s = transfer_s + wait_s + run_s + return_s
+    late_s = warm_s + cold_start_s - request.deadline_s
+    score = (
+        warm_s
+        + weights.cold_start * cold_start_s
+        + weights.displaced * displaced_s
+        + weights.per_usd_s * money_usd
     )
+    if late_s > 0.0:
+        urgency = int(request.priority) / 2.0
+        score += urgency * (weights.per_late_s * late_s + weights.per_miss_s)
+    return score

@@ -1,22 +1,21 @@
 """Functions as their authors write them."""
 
 import functools
+import inspect
 import operator
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tierwise.config import parse_duration_s, parse_memory_mib
 from tierwise.domain.function import ALL_TIERS, FunctionSpec, Priority
 from tierwise.domain.ids import is_name
 from tierwise.errors import InvalidArgument
-from tierwise.sdk.client import default_client
+from tierwise.sdk.client import Client, default_client
 from tierwise.sdk.code import pack
 from tierwise.sdk.connection import Options
-from tierwise.sdk.remote import RemoteFunction, Verb, parse_priority, parse_tiers
+from tierwise.sdk.remote import RemoteFunction, parse_priority, parse_tiers
+from tierwise.sdk.verb import Verb
 from tierwise.wire import convert
-
-if TYPE_CHECKING:
-    from tierwise.sdk.client import Client
 
 
 class Function(RemoteFunction):
@@ -38,6 +37,7 @@ class Function(RemoteFunction):
         self.spec = spec
         self.deploy: Verb[[], FunctionSpec] = Verb(app.client, self._deploy)
         self._packed: bytes | None = None
+        self._deployed: tuple[Client, FunctionSpec] | None = None
         functools.update_wrapper(self, code)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -57,22 +57,32 @@ class Function(RemoteFunction):
         spec = await self._deploy()
         return spec.function_id, spec
 
+    def forget(self) -> bool:
+        """Forget the deployed version, so that the next call deploys again."""
+        self.app.client().forget()
+        self._deployed = None
+        return True
+
     def _with(self, options: Options) -> RemoteFunction:
         changed = Function(self.app, self.code, self.spec, options)
         changed._packed = self._packed
+        changed._deployed = self._deployed
         return changed
 
     async def _deploy(self) -> FunctionSpec:
-        if self._packed is None:
-            self._packed = pack(self.code)
-        return await self.app.client().deploy(self.spec, self._packed)
+        client = self.app.client()
+        if self._deployed is None or self._deployed[0] is not client:
+            if self._packed is None:
+                self._packed = pack(self.code)
+            self._deployed = client, await client.deploy(self.spec, self._packed)
+        return self._deployed[1]
 
 
 class App:
     """A group of functions that belong together: `app = tierwise.App("vision")`."""
 
     def __init__(
-        self, name: str = "app", *, namespace: str = "default", client: "Client | None" = None
+        self, name: str = "app", *, namespace: str = "default", client: Client | None = None
     ) -> None:
         """Make an app.
 
@@ -93,11 +103,11 @@ class App:
         self._client = client
         self.deploy: Verb[[], list[FunctionSpec]] = Verb(self.client, self._deploy)
 
-    def client(self) -> "Client":
+    def client(self) -> Client:
         """Return the client that this app's functions use."""
         return self._client or default_client()
 
-    def use(self, client: "Client") -> None:
+    def use(self, client: Client) -> None:
         """Use this client from now on."""
         self._client = client
 
@@ -142,6 +152,7 @@ class App:
         """
 
         def declare(function: Callable[..., Any]) -> Function:
+            _check_kind(function)
             spec = FunctionSpec(
                 namespace=self.namespace,
                 name=name or function.__name__.lower().replace("_", "-").strip("-"),
@@ -171,3 +182,26 @@ class App:
     async def _deploy(self) -> list[FunctionSpec]:
         """Deploy every function of the app; return their exact versions."""
         return [await function.deploy.aio() for function in self.functions.values()]
+
+
+def _check_kind(function: Callable[..., Any]) -> None:
+    """Refuse early what a worker could only fail at.
+
+    Raises:
+        InvalidArgument: It is no plain function.
+    """
+    if not inspect.isfunction(function):
+        raise InvalidArgument(
+            f"{function!r} is no plain function: wrap what it does in `def name(…): …`"
+        )
+    what = {
+        "a coroutine function": inspect.iscoroutinefunction(function),
+        "a generator": inspect.isgeneratorfunction(function)
+        or inspect.isasyncgenfunction(function),
+    }
+    for kind, is_it in what.items():
+        if is_it:
+            raise InvalidArgument(
+                f"{function.__qualname__} is {kind}, and its result cannot travel: "
+                "use a plain function that returns a value"
+            )

@@ -1,6 +1,9 @@
 """A client of one cluster, for synchronous and asynchronous callers alike."""
 
 import asyncio
+import atexit
+import contextlib
+import hashlib
 import os
 import threading
 import weakref
@@ -8,18 +11,23 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
+
 from tierwise.config import ClientConfig, load
 from tierwise.domain.function import FunctionSpec
-from tierwise.errors import NotFound
+from tierwise.errors import FailedPrecondition, NotFound, Unavailable
+from tierwise.files import write_atomically
 from tierwise.sdk.connection import Connection
 from tierwise.sdk.handle import Handle
 from tierwise.sdk.remote import RemoteFunction
-from tierwise.v1 import function_pb2
+from tierwise.v1 import function_pb2, types_pb2
 from tierwise.wire import convert
 from tierwise.wire.identity import Credentials
 
 T = TypeVar("T")
 CLOSE_TIMEOUT_S = 5.0
+DEPLOY_TIMEOUT_S = 60.0
+DEPLOYED_MAX = 1000  # functions whose versions a context remembers
 
 
 def find_context(context: str | Path | None = None) -> Path:
@@ -32,7 +40,8 @@ def find_context(context: str | Path | None = None) -> Path:
         NotFound: None of them exists.
     """
     named = context or os.environ.get("TIERWISE_CONTEXT")
-    places = [Path(named)] if named else [Path(".tierwise/client"), Path.home() / ".tierwise/client"]
+    usual = [Path(".tierwise/client"), Path.home() / ".tierwise/client"]
+    places = [Path(named)] if named else usual
     for place in places:
         if (place / "client.toml").exists():
             return place
@@ -69,7 +78,7 @@ class Client:
         self._connections: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Connection] = (
             weakref.WeakKeyDictionary()
         )
-        self._deployed: dict[tuple[int, int], FunctionSpec] = {}
+        self._deployed: dict[str, FunctionSpec] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -80,21 +89,29 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    async def __aenter__(self) -> "Client":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+        await asyncio.to_thread(self.close)
+
     def close(self) -> None:
-        """Close the background loop and its connections."""
+        """Close the background loop and its connections. Safe to call twice."""
         with self._lock:
             loop, self._loop = self._loop, None
-        if loop is None or self._thread is None:
+            thread, self._thread = self._thread, None
+        if loop is None or thread is None:
             return
         connection = self._connections.pop(loop, None)
         if connection is not None:
             closing = asyncio.run_coroutine_threadsafe(connection.close(), loop)
-            try:
+            with contextlib.suppress(TimeoutError):  # stopping the loop ends whatever is left
                 closing.result(CLOSE_TIMEOUT_S)
-            except TimeoutError:
-                pass  # the loop stops next, which ends whatever is left
         loop.call_soon_threadsafe(loop.stop)
-        self._thread.join(CLOSE_TIMEOUT_S)
+        thread.join(CLOSE_TIMEOUT_S)
+        if not thread.is_alive():
+            loop.close()
 
     async def aclose(self) -> None:
         """Close the connections of the running loop."""
@@ -107,22 +124,39 @@ class Client:
         loop = asyncio.get_running_loop()
         connection = self._connections.get(loop)
         if connection is None:
+            for old in [old for old in self._connections if old.is_closed()]:
+                del self._connections[old]  # left by an asyncio.run that has ended
             connection = Connection(self.folder, self.config, self._credentials)
             self._connections[loop] = connection
         return connection
 
     def run(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Run a coroutine on the background loop and return its result; Ctrl-C cancels it."""
+        """Run a coroutine on the background loop and return its result; Ctrl-C cancels it.
+
+        Raises:
+            FailedPrecondition: This is the background loop's own thread, which must not wait.
+        """
         loop = self._background()
+        if threading.current_thread() is self._thread:
+            raise FailedPrecondition(
+                "a blocking call inside the client's own loop would wait for itself: "
+                "use `await … .aio(…)` here"
+            )
         future = asyncio.run_coroutine_threadsafe(_deferred(make), loop)
         try:
             return future.result()
         except KeyboardInterrupt:
             future.cancel()
+            # Give the cancellation a moment to reach the agent before the process may end.
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0.05), loop).result(1.0)
             raise
 
+    def call_soon(self, callback: Callable[..., object], *args: Any) -> None:
+        """Call a function on the background loop, before whatever is run there next."""
+        self._background().call_soon_threadsafe(callback, *args)
+
     def function(self, name: str) -> RemoteFunction:
-        """Return a deployed function by name (`resize`, `default/resize@3`), with no code at hand."""
+        """Return a function by name (`resize`, `default/resize@3`), with no code at hand."""
         return RemoteFunction(lambda: self, name)
 
     def handle(self, request_id: str) -> Handle:
@@ -132,17 +166,52 @@ class Client:
     async def deploy(self, spec: FunctionSpec, code: bytes) -> FunctionSpec:
         """Deploy a function once per client; the same content again costs nothing.
 
+        With the scheduler away, content that was deployed from this context before is taken as
+        deployed: agents go on serving it.
+
         Raises:
             TierwiseError: The scheduler refused it, or is away.
         """
-        key = (hash(spec), hash(code))
+        wanted = convert.spec_to_pb(spec)
+        key = hashlib.sha256(wanted.SerializeToString(deterministic=True) + code).hexdigest()
         known = self._deployed.get(key)
-        if known is None:
-            request = function_pb2.DeployFunctionRequest(spec=convert.spec_to_pb(spec), code=code)
-            connection = self.connection()
-            response = await connection.ask(connection.functions.DeployFunction, request, 60.0)
-            known = self._deployed[key] = convert.spec_from_pb(response.spec)
+        if known is not None:
+            return known
+        request = function_pb2.DeployFunctionRequest(spec=wanted, code=code)
+        connection = self.connection()
+        try:
+            response = await connection.ask(
+                connection.functions.DeployFunction, request, DEPLOY_TIMEOUT_S
+            )
+        except Unavailable:
+            remembered = self._remembered().get(key)
+            if remembered is None:
+                raise
+            return convert.spec_from_pb(types_pb2.FunctionSpec.FromString(remembered))
+        known = self._deployed[key] = convert.spec_from_pb(response.spec)
+        self._remember(key, response.spec.SerializeToString())
         return known
+
+    def forget(self) -> None:
+        """Forget which functions are deployed; the next call of each deploys it again."""
+        self._deployed.clear()
+
+    def _remembered(self) -> dict[str, bytes]:
+        try:
+            return msgspec.msgpack.decode(
+                (self.folder / "deployed.bin").read_bytes(), type=dict[str, bytes]
+            )
+        except (OSError, msgspec.DecodeError):
+            return {}
+
+    def _remember(self, key: str, spec: bytes) -> None:
+        kept = self._remembered()
+        if kept.get(key) == spec:
+            return
+        kept[key] = spec
+        newest = dict(list(kept.items())[-DEPLOYED_MAX:])
+        with contextlib.suppress(OSError):  # a read-only context works, it only forgets
+            write_atomically(self.folder / "deployed.bin", msgspec.msgpack.encode(newest))
 
     def _background(self) -> asyncio.AbstractEventLoop:
         with self._lock:
@@ -178,6 +247,18 @@ def default_client() -> Client:
         return _default
 
 
+def handle(request_id: str) -> Handle:
+    """Return the handle of durable work that was submitted before, on the default client."""
+    return default_client().handle(request_id)
+
+
+@atexit.register
+def _close_default() -> None:
+    """Close the default client before the interpreter ends: its loop runs in a daemon thread."""
+    if _default is not None:
+        _default.close()
+
+
 async def _deferred(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """Build the coroutine inside the loop, where `Client.connection` knows which loop it is."""
     return await make()
@@ -189,5 +270,3 @@ def _new_loop() -> asyncio.AbstractEventLoop:
     except ImportError:  # for example on Windows
         return asyncio.new_event_loop()
     return uvloop.new_event_loop()
-
-

@@ -1,11 +1,15 @@
 """A user's function as bytes that a worker can load without the user's files."""
 
+import functools
+import hashlib
+import io
 import site
 import sys
 import sysconfig
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import cloudpickle
@@ -13,36 +17,89 @@ import cloudpickle
 from tierwise.errors import InvalidArgument, PayloadTooLarge
 
 CODE_BYTES_MAX = 32 << 20
+_packing = threading.Lock()  # cloudpickle's registry of modules is global
 
 
 def pack(function: Callable[..., Any]) -> bytes:
     """Return `function` pickled by value, with the user's own modules that it refers to.
 
-    Installed packages are referred to by name: the function's environment must have them.
+    Installed packages are referred to by name: the function's environment must have them. Equal
+    code gives equal bytes in every process, so that running a script again deploys nothing new.
 
     Raises:
         InvalidArgument: It refers to something that cannot be shipped; the message names it.
         PayloadTooLarge: The code is over 32 MiB.
     """
-    own = [module for module in list(sys.modules.values()) if _is_users(module)]
-    for module in own:
-        cloudpickle.register_pickle_by_value(module)
-    try:
-        code = cloudpickle.dumps(function)
-    except Exception as error:  # pickling runs user code: anything may come out
-        raise InvalidArgument(
-            f"{function.__qualname__} cannot be shipped: {error}. It may use only what can be "
-            "pickled: make connections, locks and open files inside the function"
-        ) from error
-    finally:
+    with _packing:
+        own = [module for module in list(sys.modules.values()) if _is_users(module)]
         for module in own:
-            cloudpickle.unregister_pickle_by_value(module)
+            cloudpickle.register_pickle_by_value(module)
+        try:
+            buffer = io.BytesIO()
+            _StablePickler(buffer).dump(function)
+        except Exception as error:  # pickling runs user code: anything may come out
+            raise InvalidArgument(
+                f"{function.__qualname__} cannot be shipped: {error}. It may use only what can be "
+                "pickled: make connections, locks and open files inside the function"
+            ) from error
+        finally:
+            for module in own:
+                cloudpickle.unregister_pickle_by_value(module)
+    code = buffer.getvalue()
     if len(code) > CODE_BYTES_MAX:
         raise PayloadTooLarge(
             f"{function.__qualname__} has {len(code)} bytes of code, the limit is "
             f"{CODE_BYTES_MAX}: pass large data as an argument"
         )
-    return bytes(code)
+    return code
+
+
+class _StablePickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """Writes the same bytes in every process: cloudpickle draws ids, and sets have no order."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self._class_count = 0
+        self._ordered: dict[int, _Ordered] = {}  # also keeps each alive, as the memo is by id
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Reduce as cloudpickle does, with order in sets and ids from names."""
+        if isinstance(obj, CodeType):
+            consts = tuple(self._in_order(value) for value in obj.co_consts)
+            return self.dispatch_table[CodeType](obj.replace(co_consts=consts))
+        reduced = super().reducer_override(obj)
+        if reduced is NotImplemented or isinstance(reduced, str):
+            return reduced
+        if isinstance(obj, FunctionType):
+            slots = reduced[2][1]
+            names = slots["__globals__"]
+            slots["__globals__"] = {name: self._in_order(names[name]) for name in names}
+        elif isinstance(obj, type) and len(reduced[1]) >= 2 and _is_random_id(reduced[1][-2]):
+            self._class_count += 1
+            name = f"{self._class_count}:{obj.__module__}.{obj.__qualname__}"
+            arguments = (*reduced[1][:-2], hashlib.sha256(name.encode()).hexdigest()[:32], None)
+            return (reduced[0], arguments, *reduced[2:])
+        return reduced
+
+    def _in_order(self, value: Any) -> Any:
+        if type(value) not in (set, frozenset):
+            return value
+        return self._ordered.setdefault(id(value), _Ordered(value))
+
+
+class _Ordered:
+    """Stands for a set, and is written with its members in a fixed order."""
+
+    def __init__(self, members: set[Any] | frozenset[Any]) -> None:
+        self._members = members
+
+    def __reduce__(self) -> Any:
+        in_order = sorted(self._members, key=lambda member: (type(member).__name__, repr(member)))
+        return type(self._members), (in_order,)
+
+
+def _is_random_id(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == 32
 
 
 def _installed() -> tuple[Path, ...]:
@@ -62,5 +119,10 @@ def _is_users(module: ModuleType) -> bool:
     name = getattr(module, "__name__", "")
     if not file or name == "__main__" or name.partition(".")[0] in _PLATFORM:
         return False
+    return _is_outside(file)
+
+
+@functools.lru_cache(maxsize=65_536)
+def _is_outside(file: str) -> bool:
     path = Path(file).resolve()
     return not any(path.is_relative_to(folder) for folder in _INSTALLED)

@@ -1,6 +1,7 @@
 """The asynchronous side of a client: one event loop, one stream to an agent, stubs for the rest."""
 
 import asyncio
+import contextlib
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,10 +11,18 @@ from typing import Any, TypeVar
 import grpc
 import msgspec
 
+from tierwise.clock import monotonic_s
 from tierwise.config import ClientConfig
 from tierwise.domain.function import Priority
 from tierwise.domain.topology import Tier
-from tierwise.errors import DeadlineExceeded, NotFound, Unavailable
+from tierwise.errors import (
+    CallerError,
+    DeadlineExceeded,
+    NotFound,
+    PayloadTooLarge,
+    Unauthenticated,
+    Unavailable,
+)
 from tierwise.files import write_atomically
 from tierwise.v1 import (
     call_pb2_grpc,
@@ -32,9 +41,15 @@ from tierwise.wire.stream import CallStream
 T = TypeVar("T")
 
 RPC_TIMEOUT_S = 10.0
-CONNECTS_MAX = 4  # agents tried for one call whose stream broke
+LIST_TIMEOUT_S = 3.0
+SENDS_MAX = 6  # of one call whose stream broke: once, and five times again
+BACKOFF_FIRST_S = 0.05  # doubles with every send, so a call waits 1.6 s in all for an agent
+FAILURES_MAX = 2  # in a row, before an agent is avoided
+AVOID_S = 10.0
 CALL_MARGIN_S = 5.0
 DEFAULT_TIMEOUT_S = 90.0  # of a call by name whose own timeout is not known here
+DRAIN_S = 0.02
+ARGUMENTS_BYTES_MAX = 60 << 20  # one message holds 64 MiB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +64,7 @@ class Options:
     node: str = ""
     data_nodes: tuple[str, ...] = ()
     data_bytes: int = 0
+    idempotency_key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +75,16 @@ class Agent:
     tier: int
     address: str
     cpus: float
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """The open stream to the agent that takes this connection's calls."""
+
+    agent: Agent
+    channel: grpc.aio.Channel
+    stream: CallStream
+    has_answered: bool = False
 
 
 class Connection:
@@ -75,18 +101,26 @@ class Connection:
         self.policies = policy_pb2_grpc.PolicyServiceStub(self._scheduler)
         self.cluster = cluster_pb2_grpc.ClusterServiceStub(self._scheduler)
         self._agents: list[Agent] = []
-        self._entry: Agent | None = None
-        self._channel: grpc.aio.Channel | None = None
-        self._stream: CallStream | None = None
+        self._entry: _Entry | None = None
+        self._failure_counts: dict[str, int] = {}
+        self._avoided_until_s: dict[str, float] = {}
         self._lock = asyncio.Lock()
+
+    @property
+    def entry(self) -> Agent | None:
+        """Return the agent that takes the calls, if there is a stream to one."""
+        return self._entry.agent if self._entry is not None else None
 
     async def close(self) -> None:
         """Close the stream and every channel."""
-        if self._stream is not None:
-            await self._stream.close()
-        if self._channel is not None:
-            await self._channel.close()
+        entry, self._entry = self._entry, None
+        if entry is not None:
+            await entry.stream.close()
+            await entry.channel.close()
         await self._scheduler.close()
+        # gRPC shares one queue among all loops of the process, and stumbles over events of a
+        # loop that is closed: let it deliver what it still has for this one.
+        await asyncio.sleep(DRAIN_S)
 
     async def ask(
         self, method: Callable[..., Awaitable[T]], request: Any, timeout_s: float = RPC_TIMEOUT_S
@@ -115,13 +149,17 @@ class Connection:
         """
         cache = self._folder / "agents.json"
         try:
-            response = await self.ask(self.cluster.ListNodes, cluster_pb2.ListNodesRequest(), 3.0)
-        except Unavailable:
+            response = await self.ask(
+                self.cluster.ListNodes, cluster_pb2.ListNodesRequest(), LIST_TIMEOUT_S
+            )
+        except (Unavailable, DeadlineExceeded):
             if not self._agents:
                 try:
                     self._agents = msgspec.json.decode(cache.read_bytes(), type=list[Agent])
                 except (OSError, msgspec.DecodeError):
-                    raise
+                    self._agents = []
+            if not self._agents:
+                raise
             return self._agents
         self._agents = sorted(
             (
@@ -131,10 +169,8 @@ class Connection:
             ),
             key=lambda agent: (agent.tier, agent.node_id),
         )
-        try:
+        with contextlib.suppress(OSError):  # a read-only context works, it only forgets
             write_atomically(cache, msgspec.json.encode(self._agents))
-        except OSError:
-            pass  # a read-only context works, it only forgets
         return self._agents
 
     async def cpu_count(self) -> float:
@@ -147,78 +183,150 @@ class Connection:
     ) -> types_pb2.InvocationResult:
         """Run one invocation and return its result, with one item per argument set.
 
-        A broken stream is opened again, to another agent if need be, and the invocation sent
-        again under its old id: agents repeat the answer of what they ran before.
+        A broken stream is opened again, to another agent if that fails too, and the invocation
+        sent again under its old id: an agent repeats the answer of what it ran before.
 
         Raises:
+            PayloadTooLarge: The arguments do not fit into one message.
             DeadlineExceeded: There was no answer within the timeout and a margin.
-            Unavailable: No agent could be reached.
+            Unavailable: No agent could be reached; the message names those that were tried.
         """
         invocation = invocation_of(function, arguments, options)
         limit_s = (options.timeout_s or timeout_s or DEFAULT_TIMEOUT_S) + CALL_MARGIN_S
-        loop = asyncio.get_running_loop()
-        tried: set[str] = set()
-        stream: CallStream | None = None
+        entry: _Entry | None = None
         try:
             async with asyncio.timeout(limit_s):
-                for _ in range(CONNECTS_MAX):
-                    stream = self._stream or await self._connect(tried)
-                    done: asyncio.Future[types_pb2.InvocationResult | None] = loop.create_future()
-                    stream.send(invocation, _settle(done))
-                    result = await done
-                    if result is not None:
-                        return result
-                    await self._broken(stream, tried)
+                entry = self._entry or await self._connect()
+                result = await _sent(entry, invocation)
+                if result is not None:
+                    return result
+                tried = [entry]
+                for send in range(1, SENDS_MAX):
+                    await self._lost(entry)
+                    await asyncio.sleep(BACKOFF_FIRST_S * 2 ** (send - 1))
+                    entry = self._entry or await self._connect()
+                    tried.append(entry)
+                    result = await _sent(entry, invocation)
+                    if result is None:
+                        continue
+                    if _is_cancelled(result):
+                        # Not by us: an agent cancels what a broken stream leaves behind. It has
+                        # not run to its end, so it may run again.
+                        invocation.request_id = new_request_id()
+                        continue
+                    return result
+                await self._lost(entry)
         except TimeoutError:
-            if stream is not None:
-                stream.cancel(invocation.request_id)
+            if entry is not None:
+                entry.stream.cancel(invocation.request_id)
             raise DeadlineExceeded(f"{function} gave no answer within {limit_s:.0f} s") from None
         except asyncio.CancelledError:
-            if stream is not None:
-                stream.cancel(invocation.request_id)
+            if entry is not None:
+                entry.stream.cancel(invocation.request_id)
                 await asyncio.sleep(0)  # let the writer send it before the loop may stop
             raise
-        where = ", ".join(sorted(tried)) or "no agent"
-        raise Unavailable(f"the call was lost on its way to {where}; is the cluster up?")
+        names = ", ".join(dict.fromkeys(e.agent.node_id for e in tried))
+        cause = await diagnose(
+            entry.agent.address, self._credentials, node_dns_name(entry.agent.node_id)
+        )
+        raise Unavailable(f"{function} was sent {len(tried)} times and lost (to {names}): {cause}")
 
     # -- the stream to the entry agent ----------------------------------------------------------
 
-    async def _connect(self, tried: set[str]) -> CallStream:
+    async def _connect(self) -> _Entry:
         async with self._lock:
-            if self._stream is not None:
-                return self._stream
-            agents = await self.agents()
-            if not agents:
-                raise Unavailable("the cluster has no agent that takes calls; start one")
-            named = [agent for agent in agents if agent.node_id == self._config.entry]
-            if self._config.entry and not named and not tried:
-                raise NotFound(f"the entry node {self._config.entry!r} is not in the cluster")
-            candidates = [a for a in (*named, *agents) if a.node_id not in tried]
-            agent = candidates[0] if candidates else agents[0]
-            self._entry = agent
-            self._channel = secure_channel(
-                agent.address, self._credentials, node_dns_name(agent.node_id)
-            )
-            self._stream = CallStream(self._channel)
-            return self._stream
+            if self._entry is None:
+                agent = self._choose(await self.agents())
+                channel = secure_channel(
+                    agent.address, self._credentials, node_dns_name(agent.node_id)
+                )
+                self._entry = _Entry(agent, channel, CallStream(channel))
+            return self._entry
 
-    async def _broken(self, stream: CallStream, tried: set[str]) -> None:
-        if self._stream is not stream:
-            return  # another call has seen to it
-        if self._entry is not None:
-            tried.add(self._entry.node_id)
-        channel, self._channel, self._stream = self._channel, None, None
-        await stream.close()
-        if channel is not None:
-            await channel.close()
+    def _choose(self, agents: Sequence[Agent]) -> Agent:
+        """Return the agent to use: the configured one, else the nearest, but none that fails."""
+        if not agents:
+            raise Unavailable("the cluster has no agent that takes calls; start one")
+        wanted = self._config.entry
+        if wanted and not self._failure_counts and wanted not in {a.node_id for a in agents}:
+            known = ", ".join(agent.node_id for agent in agents)
+            raise NotFound(f"the entry node {wanted!r} is not in the cluster; it has {known}")
+        now_s = monotonic_s()
+        return min(
+            agents,
+            key=lambda agent: (
+                max(0.0, self._avoided_until_s.get(agent.node_id, 0.0) - now_s),
+                agent.node_id != wanted,
+                agent.tier,
+                agent.node_id,
+            ),
+        )
+
+    async def _lost(self, entry: _Entry) -> None:
+        """Take note that a stream broke; the next call opens another.
+
+        Raises:
+            TierwiseError: The agent refused us for good: trying again is of no use.
+        """
+        error = entry.stream.last_error
+        if self._entry is entry:  # otherwise another call has seen to it
+            self._entry = None
+            node_id = entry.agent.node_id
+            count = 1 if entry.has_answered else self._failure_counts.get(node_id, 0) + 1
+            self._failure_counts[node_id] = count
+            if count >= FAILURES_MAX:
+                self._avoided_until_s[node_id] = monotonic_s() + AVOID_S
+            await entry.stream.close()
+            await entry.channel.close()
+        if isinstance(error, grpc.RpcError):
+            refusal = error_from_rpc(error)
+            if isinstance(refusal, CallerError | Unauthenticated):
+                raise refusal from None
+
+
+async def _sent(
+    entry: _Entry, invocation: types_pb2.Invocation
+) -> types_pb2.InvocationResult | None:
+    """Send one invocation and wait for its result; None if the stream broke first."""
+    done: asyncio.Future[types_pb2.InvocationResult | None] = (
+        asyncio.get_running_loop().create_future()
+    )
+
+    def settle(result: types_pb2.InvocationResult | None) -> None:
+        if not done.done():
+            done.set_result(result)
+
+    entry.stream.send(invocation, settle)
+    result = await done
+    entry.has_answered |= result is not None
+    return result
+
+
+def _is_cancelled(result: types_pb2.InvocationResult) -> bool:
+    return bool(result.items) and all(item.error_code == "cancelled" for item in result.items)
+
+
+def new_request_id() -> str:
+    """Return a fresh id; 80 random bits, so that two never meet."""
+    return secrets.token_hex(10)
 
 
 def invocation_of(
     function: str, arguments: Sequence[bytes], options: Options
 ) -> types_pb2.Invocation:
-    """Return the message of a new call with a fresh id."""
+    """Return the message of a new call with a fresh id.
+
+    Raises:
+        PayloadTooLarge: It would not fit into one message.
+    """
+    size_bytes = sum(map(len, arguments))
+    if size_bytes > ARGUMENTS_BYTES_MAX:
+        raise PayloadTooLarge(
+            f"the arguments of {function} have {size_bytes} bytes, the limit of one call is "
+            f"{ARGUMENTS_BYTES_MAX}: send less, or send it in parts"
+        )
     invocation = types_pb2.Invocation(
-        request_id=secrets.token_hex(10),
+        request_id=new_request_id(),
         function=function,
         arguments=arguments,
         deadline_s=options.deadline_s or 0.0,
@@ -242,15 +350,3 @@ def scaled(options: Options, spec_deadline_s: float | None, item_count: int) -> 
     if deadline_s is None or item_count == 1:
         return options
     return replace(options, deadline_s=deadline_s * item_count)
-
-
-def _settle(
-    done: "asyncio.Future[types_pb2.InvocationResult | None]",
-) -> Callable[[types_pb2.InvocationResult | None], None]:
-    def settle(result: types_pb2.InvocationResult | None) -> None:
-        if not done.done():
-            done.set_result(result)
-
-    return settle
-
-

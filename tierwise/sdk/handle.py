@@ -1,13 +1,15 @@
 """Durable work from its submitter's side."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from tierwise.clock import monotonic_s
 from tierwise.errors import Cancelled, DeadlineExceeded, TierwiseError, Unavailable
+from tierwise.sdk.verb import Verb
 from tierwise.v1 import types_pb2, work_pb2
 from tierwise.wire import payload
 from tierwise.wire.errors import error_from_item, error_from_rpc
@@ -15,43 +17,66 @@ from tierwise.wire.errors import error_from_item, error_from_rpc
 if TYPE_CHECKING:
     from tierwise.sdk.client import Client
 
-T = TypeVar("T")
 POLL_S = 20.0
 RETRY_S = 0.5
+UNREACHABLE_S_MAX = 120.0  # a scheduler that restarts is waited for, one that is gone is not
 WATCH_TIMEOUT_S = 86400.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Where durable work stands: queued, leased, succeeded, failed, cancelled or dead."""
+
+    state: str
+    attempt_count: int
+    node: str
+    message: str
+
+
 class Handle:
-    """One piece of work that the scheduler has accepted; it outlives this process."""
+    """One piece of work that the scheduler has accepted; it outlives this process.
+
+    `result(timeout=None)`, `state()`, `cancel()` and `watch()` block; each has an `.aio` twin.
+    """
 
     def __init__(self, client: "Client", request_id: str) -> None:
         self._client = client
         self.request_id = request_id
+        self.result = Verb(self._get_client, self._result)
+        self.state = Verb(self._get_client, self._state)
+        self.cancel = Verb(self._get_client, self._cancel)
+        self.watch = WatchVerb(client, request_id)
 
     def __repr__(self) -> str:
         return f"Handle({self.request_id!r})"
 
-    def result(self, timeout: float | None = None) -> Any:
+    def _get_client(self) -> "Client":
+        return self._client
+
+    async def _result(self, timeout: float | None = None) -> Any:
         """Wait for the result and return it.
 
         Raises:
             DeadlineExceeded: It did not come within `timeout` seconds; the work goes on.
+            Unavailable: The scheduler has been away for two minutes, or beyond `timeout`.
             TierwiseError: How the work failed.
         """
-        return self._run(lambda: self.result_aio(timeout))
-
-    async def result_aio(self, timeout: float | None = None) -> Any:
-        """Wait as `result` does, on the running loop. A scheduler that restarts is waited for."""
         ends_s = None if timeout is None else monotonic_s() + timeout
+        away_since_s: float | None = None
         while True:
-            left_s = POLL_S if ends_s is None else max(0.0, min(POLL_S, ends_s - monotonic_s()))
+            now_s = monotonic_s()
+            left_s = POLL_S if ends_s is None else max(0.0, min(POLL_S, ends_s - now_s))
             try:
                 response = await self._get(left_s)
             except Unavailable:
-                if ends_s is not None and monotonic_s() >= ends_s:
+                now_s = monotonic_s()
+                away_since_s = away_since_s or now_s
+                gives_up_s = away_since_s + UNREACHABLE_S_MAX
+                if now_s >= (gives_up_s if ends_s is None else min(ends_s, gives_up_s)):
                     raise
                 await asyncio.sleep(RETRY_S)
                 continue
+            away_since_s = None
             if response.work.state == work_pb2.WORK_STATE_CANCELLED:
                 raise Cancelled(f"work {self.request_id} was cancelled")
             if response.HasField("result"):
@@ -63,46 +88,75 @@ class Handle:
                 raise TierwiseError(response.work.message)
             if ends_s is not None and monotonic_s() >= ends_s:
                 raise DeadlineExceeded(
-                    f"work {self.request_id} has not ended within {timeout} s; it goes on"
+                    f"work {self.request_id} has not ended within {timeout:g} s; it goes on"
                 )
 
-    def state(self) -> str:
+    async def _state(self) -> str:
         """Return queued, leased, succeeded, failed, cancelled or dead."""
-        return self._run(self._state)
+        return _progress((await self._get(0.0)).work).state
 
-    def cancel(self) -> None:
+    async def _cancel(self) -> None:
         """Stop the work, queued or running."""
+        connection = self._client.connection()
         request = work_pb2.CancelRequest(request_id=self.request_id)
-
-        async def cancel() -> None:
-            connection = self._client.connection()
-            await connection.ask(connection.work.Cancel, request)
-
-        self._run(cancel)
-
-    async def watch(self) -> AsyncIterator[work_pb2.Work]:
-        """Yield every change of state until the work has ended; on the running loop."""
-        request = work_pb2.WatchRequest(request_id=self.request_id)
-        call = self._client.connection().work.Watch(request, timeout=WATCH_TIMEOUT_S)
-        try:
-            async for response in call:
-                yield response.work
-        except grpc.RpcError as error:
-            raise error_from_rpc(error) from None
-        finally:
-            call.cancel()
+        await connection.ask(connection.work.Cancel, request)
 
     async def _get(self, wait_s: float) -> work_pb2.GetResultResponse:
         connection = self._client.connection()
         request = work_pb2.GetResultRequest(request_id=self.request_id, wait_s=wait_s)
         return await connection.ask(connection.work.GetResult, request, wait_s + 10.0)
 
-    async def _state(self) -> str:
-        response = await self._get(0.0)
-        return work_pb2.WorkState.Name(response.work.state).removeprefix("WORK_STATE_").lower()
 
-    def _run(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        return self._client.run(make)
+class WatchVerb:
+    """`.watch()` as an iterator, `.watch.aio()` as an asynchronous one."""
+
+    def __init__(self, client: "Client", request_id: str) -> None:
+        self._client = client
+        self._request_id = request_id
+
+    def __call__(self) -> Iterator[Progress]:
+        """Yield every change of state until the work has ended."""
+        changes = self.aio()
+
+        async def following() -> Progress | None:
+            return await anext(changes, None)
+
+        try:
+            while (progress := self._client.run(following)) is not None:
+                yield progress
+        finally:
+            self._client.run(lambda: _close(changes))
+
+    async def aio(self) -> AsyncIterator[Progress]:
+        """Yield as `__call__` does, without blocking the loop.
+
+        Raises:
+            TierwiseError: There is no such work, or the scheduler went away.
+        """
+        request = work_pb2.WatchRequest(request_id=self._request_id)
+        call = self._client.connection().work.Watch(request, timeout=WATCH_TIMEOUT_S)
+        try:
+            async for response in call:
+                yield _progress(response.work)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from None
+        finally:
+            call.cancel()
+
+
+async def _close(changes: AsyncIterator[Progress]) -> None:
+    close = getattr(changes, "aclose", None)
+    if close is not None:
+        await close()
+
+
+def _progress(work: work_pb2.Work) -> Progress:
+    return Progress(
+        state=work_pb2.WorkState.Name(work.state).removeprefix("WORK_STATE_").lower(),
+        attempt_count=work.attempt_count,
+        node=work.node_id,
+        message=work.message,
+    )
 
 
 def _value(result: types_pb2.InvocationResult) -> Any:

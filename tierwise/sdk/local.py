@@ -4,6 +4,7 @@ import fcntl
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ import msgspec
 from tierwise.clock import monotonic_s, pause
 from tierwise.config import AgentConfig, ClientConfig, LinkConfig, SchedulerConfig, dump
 from tierwise.domain.topology import Tier
-from tierwise.errors import FailedPrecondition, InvalidArgument, Unavailable
+from tierwise.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from tierwise.files import write_atomically
 from tierwise.sdk.client import Client
 from tierwise.v1 import cluster_pb2, types_pb2
@@ -28,7 +29,7 @@ STOP_TIMEOUT_S = 5.0
 # What each kind of node is declared, and emulated, to be. A cloud CPU is the reference.
 CPUS = {Tier.CLOUD: 4.0, Tier.FOG: 2.0, Tier.EDGE: 1.0}
 MEMORY_MIB = {Tier.CLOUD: 4096, Tier.FOG: 2048, Tier.EDGE: 768}
-SPEED = {Tier.CLOUD: 1.0, Tier.FOG: 0.7, Tier.EDGE: 0.4}
+SPEED = {Tier.CLOUD: 1.0, Tier.FOG: 0.6, Tier.EDGE: 0.15}
 # Order of magnitude of DETERMINISTIC6G's measured paths (12–29 ms to edge and cloud at p50) plus
 # a wide-area leg to the cloud; uplinks between LTE (31 Mbit/s) and 5G (72–77), SIGCOMM'21.
 LINKS = {
@@ -72,7 +73,11 @@ def parse_nodes(text: str) -> list[NodePlan]:
 
 
 class LocalCluster:
-    """Starts, watches and stops the processes. Everything it writes is in one state folder."""
+    """Starts, watches and stops the processes. Everything it writes is in one state folder.
+
+    The processes end with the thread that called `start`, however it ends: start from the main
+    thread, or from one that lives as long as the cluster should.
+    """
 
     def __init__(
         self,
@@ -104,6 +109,7 @@ class LocalCluster:
         self._on_progress = on_progress
         self._seed = seed
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._addresses: dict[str, str] = {}
         self._lock: int | None = None
 
     @property
@@ -151,40 +157,75 @@ class LocalCluster:
                 process.kill()
                 process.wait()
         self._processes.clear()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._release_lock()
 
     def kill(self, name: str) -> None:
-        """Kill a process as a crash would: "scheduler" or a node's name."""
-        process = self._processes[name]
+        """Kill a process as a crash would: "scheduler" or a node's name.
+
+        Raises:
+            NotFound: There is no such process.
+        """
+        process = self._process(name)
         process.kill()
         process.wait()
 
     def restart(self, name: str) -> None:
-        """Start a killed process again with its old identity and state."""
+        """Start a process that has ended again, with its old identity and state.
+
+        Returns at once; `wait_ready` waits until it serves.
+
+        Raises:
+            NotFound: There is no such process.
+            FailedPrecondition: It is running.
+        """
+        if self._process(name).poll() is None:
+            raise FailedPrecondition(f"{name} is running; kill it first")
         if name == "scheduler":
             self._spawn(name, "scheduler.daemon", self.state / "scheduler.toml")
         else:
             self._spawn(name, "agent.daemon", self.state / "agents" / name / "agent.toml")
 
+    def wait_ready(self) -> None:
+        """Return when every node is ready.
+
+        Raises:
+            Unavailable: A process has ended, or one is not ready after a minute.
+        """
+        with Client(self.state / "scheduler/admin") as admin:
+            self._wait_ready(admin)
+
     def pid(self, name: str) -> int:
         """Return the process id of "scheduler" or a node."""
-        return self._processes[name].pid
+        return self._process(name).pid
 
     def ended(self) -> list[str]:
         """Return the names of processes that have ended."""
         return [name for name, process in self._processes.items() if process.poll() is not None]
 
     def clean(self) -> None:
-        """Remove the state folder; the cluster must be stopped."""
-        shutil.rmtree(self.state, ignore_errors=True)
+        """Remove what earlier runs left in the state folder.
+
+        Raises:
+            FailedPrecondition: A cluster runs in it.
+        """
+        if not self.state.exists():
+            return
+        self._take_lock()
+        try:
+            for path in self.state.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path.name != "lock":
+                    path.unlink()
+        finally:
+            self._release_lock()
 
     # -- processes ------------------------------------------------------------------------------
 
     def _start_scheduler(self) -> None:
         self._on_progress("starting the scheduler")
         folder = self.state / "scheduler"
+        path = self.state / "scheduler.toml"
         config = SchedulerConfig(
             state_dir=str(folder),
             listen=self._address_before("main"),
@@ -193,20 +234,32 @@ class LocalCluster:
             policy=self._policy,
             links=self._links,
         )
-        write_atomically(self.state / "scheduler.toml", dump(config))
+        write_atomically(path, dump(config))
         (folder / "address").unlink(missing_ok=True)
-        self._spawn("scheduler", "scheduler.daemon", self.state / "scheduler.toml")
+        self._spawn("scheduler", "scheduler.daemon", path)
         self._wait_for(folder / "address", "scheduler")
-        self._addresses = msgspec.toml.decode((folder / "address").read_bytes())
-        write_atomically(self.state / "addresses.toml", (folder / "address").read_bytes())
+        written = (folder / "address").read_bytes()
+        self._addresses = msgspec.toml.decode(written, type=dict[str, str])
+        write_atomically(self.state / "addresses.toml", written)
+        # A scheduler that crashes must come back where agents and clients look for it.
+        main, join = self._addresses["main"], self._addresses["join"]
+        write_atomically(path, dump(msgspec.structs.replace(config, listen=main, join_listen=join)))
 
     def _address_before(self, key: str) -> str:
-        """Return the address of the run before, so that agents find the scheduler again."""
+        """Return the address of the run before if it is free, so that contexts go on working."""
         try:
-            known = msgspec.toml.decode((self.state / "addresses.toml").read_bytes())
-            return str(known[key])
+            written = (self.state / "addresses.toml").read_bytes()
+            known = msgspec.toml.decode(written, type=dict[str, str])[key]
         except (OSError, msgspec.DecodeError, KeyError):
             return "127.0.0.1:0"
+        return known if _is_free(known) else "127.0.0.1:0"
+
+    def _process(self, name: str) -> subprocess.Popen[bytes]:
+        try:
+            return self._processes[name]
+        except KeyError:
+            known = ", ".join(self._processes) or "nothing"
+            raise NotFound(f"there is no process {name!r} here; running: {known}") from None
 
     def _start_agent(self, node: NodePlan, admin: Client) -> None:
         self._on_progress(f"starting {node.name}")
@@ -260,12 +313,16 @@ class LocalCluster:
     def _wait_ready(self, admin: Client) -> None:
         names = {node.name for node in self.plan}
         ends_s = monotonic_s() + START_TIMEOUT_S
+        told = ""
 
         async def ready() -> set[str]:
             connection = admin.connection()
-            response = await connection.ask(
-                connection.cluster.ListNodes, cluster_pb2.ListNodesRequest()
-            )
+            try:
+                response = await connection.ask(
+                    connection.cluster.ListNodes, cluster_pb2.ListNodesRequest()
+                )
+            except Unavailable:
+                return set()  # the scheduler is being restarted
             return {
                 n.node.node_id
                 for n in response.nodes
@@ -276,7 +333,9 @@ class LocalCluster:
             self._check_alive()
             if monotonic_s() > ends_s:
                 raise Unavailable(f"not ready in time: {', '.join(sorted(names - there))}")
-            self._on_progress(f"{len(names & there)} of {len(names)} nodes ready")
+            text = f"{len(names & there)} of {len(names)} nodes ready"
+            if text != told:
+                self._on_progress(told := text)
             pause(0.05)
 
     def _wait_for(self, path: Path, name: str) -> None:
@@ -299,6 +358,11 @@ class LocalCluster:
         config = ClientConfig(scheduler=self._addresses["main"])
         write_atomically(self.context / "client.toml", dump(config))
 
+    def _release_lock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
     def _take_lock(self) -> None:
         self._lock = os.open(self.state / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
@@ -310,3 +374,11 @@ class LocalCluster:
                 f"a cluster runs in {self.state} already: stop it, or choose another --state"
             ) from None
 
+
+def _is_free(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_server((host, int(port))):
+            return True
+    except (OSError, ValueError):
+        return False

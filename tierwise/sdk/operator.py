@@ -21,7 +21,7 @@ _PREFIXES = (
 
 
 class Operator:
-    """Synchronous questions and orders; every method raises TierwiseError as the cluster answers."""
+    """Synchronous questions and orders; methods raise TierwiseError as the cluster answers."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -69,9 +69,7 @@ class Operator:
     def work(self, state: str = "", limit: int = 100) -> list[Record]:
         """Return durable work, newest first; `state` is queued, leased, …, dead or empty."""
         value = work_pb2.WorkState.Value(f"WORK_STATE_{state.upper()}") if state else 0
-        request = work_pb2.ListWorkRequest(
-            state=work_pb2.WorkState.ValueType(value), limit=limit
-        )
+        request = work_pb2.ListWorkRequest(state=work_pb2.WorkState.ValueType(value), limit=limit)
         return self._list("work", "ListWork", request, "work")
 
     def redrive(self, request_id: str) -> Record:
@@ -82,9 +80,7 @@ class Operator:
 
     def policies(self) -> list[Record]:
         """Return built-in and published policies."""
-        return self._list(
-            "policies", "ListPolicies", policy_pb2.ListPoliciesRequest(), "policies"
-        )
+        return self._list("policies", "ListPolicies", policy_pb2.ListPoliciesRequest(), "policies")
 
     def publish(self, weights: bytes, card: bytes) -> Record:
         """Publish a policy file; return what is known of it."""

@@ -1,37 +1,30 @@
 """A function that lives on the cluster, and the ways to call it."""
 
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from tierwise.config import parse_duration_s
 from tierwise.domain.function import FunctionSpec, Priority
 from tierwise.domain.topology import Tier, parse_tier
-from tierwise.errors import InvalidArgument, TierwiseError
+from tierwise.errors import InvalidArgument, NotFound, TierwiseError, Unavailable
 from tierwise.sdk.connection import Options, invocation_of
 from tierwise.sdk.handle import Handle
-from tierwise.sdk.mapping import map_chunks, value_of
+from tierwise.sdk.mapping import Mapping, Target, encode, take, value_of
+from tierwise.sdk.verb import Verb
 from tierwise.v1 import work_pb2
-from tierwise.wire import payload
 
 if TYPE_CHECKING:
     from tierwise.sdk.client import Client
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-class Verb(Generic[P, R]):
-    """One way to call: `verb(…)` blocks, `await verb.aio(…)` does not."""
-
-    def __init__(
-        self, client: "Callable[[], Client]", aio: Callable[P, Coroutine[Any, Any, R]]
-    ) -> None:
-        self._client = client
-        self.aio = aio
-
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        return self._client().run(lambda: self.aio(*args, **kwargs))
+QUEUE_S = 30.0  # a call may wait this long in queues on top of its timeout, as agents have it
+SUBMIT_TIMEOUT_S = 30.0
+SUBMIT_TRIES_MAX = 6
+SUBMIT_RETRY_FIRST_S = 0.2  # doubles: a scheduler that restarts is waited for, 6 s in all
+SUBMIT_ITEMS_MAX = 500
+SUBMIT_BYTES_MAX = 16 << 20
 
 
 class MapVerb:
@@ -46,7 +39,9 @@ class MapVerb:
         ordered: bool = True,
         return_exceptions: bool = False,
     ) -> Iterator[Any]:
-        """Yield the result of each input, as `map` does; inputs are read lazily.
+        """Yield the result of each input, as `map` does.
+
+        Inputs are read lazily and in this thread, and only so many ahead as keep the cluster busy.
 
         Args:
             *iterables: One per argument of the function.
@@ -54,19 +49,25 @@ class MapVerb:
             return_exceptions: Yield errors in place of results instead of raising the first.
         """
         client = self._function.client()
-        chunks = self._function.chunks(zip(*iterables, strict=False), is_ordered=ordered)
-
-        async def following() -> list[Any] | None:
-            return await anext(chunks, None)
-
+        inputs = zip(*iterables, strict=False)
+        mapping = client.run(lambda: self._function.mapping(is_ordered=ordered))
+        in_flight_count, has_more = 0, True
         try:
-            while (results := client.run(following)) is not None:
-                for result in results:
-                    if isinstance(result, TierwiseError) and not return_exceptions:
-                        raise result
-                    yield result
+            while in_flight_count or has_more:
+                while has_more and in_flight_count < mapping.window:
+                    if blobs := take(inputs, mapping.item_count):
+                        client.call_soon(mapping.start, blobs)
+                        in_flight_count += 1
+                    else:
+                        has_more = False
+                    if mapping.is_ready:
+                        break
+                if in_flight_count:
+                    results = client.run(mapping.next)
+                    in_flight_count -= 1
+                    yield from _checked(results, return_exceptions)
         finally:
-            client.run(lambda: _close(chunks))
+            client.run(mapping.close)
 
     async def aio(
         self,
@@ -74,16 +75,27 @@ class MapVerb:
         ordered: bool = True,
         return_exceptions: bool = False,
     ) -> AsyncIterator[Any]:
-        """Yield as `__call__` does, without blocking the loop."""
-        chunks = self._function.chunks(zip(*iterables, strict=False), is_ordered=ordered)
+        """Yield as `__call__` does, without blocking the loop; the iterables must not block it."""
+        inputs = zip(*iterables, strict=False)
+        mapping = await self._function.mapping(is_ordered=ordered)
+        in_flight_count, has_more = 0, True
         try:
-            async for results in chunks:
-                for result in results:
-                    if isinstance(result, TierwiseError) and not return_exceptions:
-                        raise result
-                    yield result
+            while in_flight_count or has_more:
+                while has_more and in_flight_count < mapping.window:
+                    if blobs := take(inputs, mapping.item_count):
+                        mapping.start(blobs)
+                        in_flight_count += 1
+                    else:
+                        has_more = False
+                    if mapping.is_ready:
+                        break
+                if in_flight_count:
+                    results = await mapping.next()
+                    in_flight_count -= 1
+                    for result in _checked(results, return_exceptions):
+                        yield result
         finally:
-            await _close(chunks)
+            await mapping.close()
 
 
 class RemoteFunction:
@@ -116,6 +128,7 @@ class RemoteFunction:
         node: str = "",
         data_nodes: Iterable[str] = (),
         data_bytes: int = 0,
+        idempotency_key: str = "",
     ) -> "RemoteFunction":
         """Return the same function with other wishes for its calls.
 
@@ -128,20 +141,23 @@ class RemoteFunction:
             node: Run on this node and no other.
             data_nodes: Nodes that hold the data it reads.
             data_bytes: How much that is, to weigh moving it.
+            idempotency_key: Of durable work: the same key is accepted once, whoever sends it again.
 
         Raises:
             InvalidArgument: A value is not understood.
         """
+        old = self._options
         changed = replace(
-            self._options,
-            deadline_s=_or(deadline, parse_duration_s, self._options.deadline_s),
-            timeout_s=_or(timeout, parse_duration_s, self._options.timeout_s),
-            priority=_or(priority, parse_priority, self._options.priority),
-            budget_usd=self._options.budget_usd if budget_usd is None else budget_usd,
-            tiers=_or(tier, parse_tiers, self._options.tiers),
-            node=node or self._options.node,
-            data_nodes=tuple(data_nodes) or self._options.data_nodes,
-            data_bytes=data_bytes or self._options.data_bytes,
+            old,
+            deadline_s=old.deadline_s if deadline is None else parse_duration_s(deadline),
+            timeout_s=old.timeout_s if timeout is None else parse_duration_s(timeout),
+            priority=old.priority if priority is None else parse_priority(priority),
+            budget_usd=old.budget_usd if budget_usd is None else budget_usd,
+            tiers=old.tiers if tier is None else parse_tiers(tier),
+            node=node or old.node,
+            data_nodes=tuple(data_nodes) or old.data_nodes,
+            data_bytes=data_bytes or old.data_bytes,
+            idempotency_key=idempotency_key or old.idempotency_key,
         )
         return self._with(changed)
 
@@ -152,55 +168,63 @@ class RemoteFunction:
         """Return the name to call, and the declaration if it is known here."""
         return self.name, None
 
-    async def _remote(self, *args: Any, **kwargs: Any) -> Any:
+    def forget(self) -> bool:
+        """Forget what is known of the deployed version; return whether another try may help."""
+        return False
+
+    async def mapping(self, *, is_ordered: bool) -> Mapping:
+        """Return a new map on the running loop."""
+        mapping = Mapping(self.client().connection(), await self._target(), is_ordered=is_ordered)
+        await mapping.open()
+        return mapping
+
+    async def _target(self) -> Target:
         name, spec = await self.resolve()
-        blob = _encode(args, kwargs)
-        timeout_s = spec.timeout_s + 30.0 if spec is not None else None
-        result = await self.client().connection().invoke(name, [blob], self._options, timeout_s)
-        value = value_of(result.items[0])
+        if spec is None:
+            return Target(function=name, options=self._options)
+        return Target(
+            function=name,
+            options=self._options,
+            deadline_s=spec.deadline_s,
+            timeout_s=spec.timeout_s + QUEUE_S,
+        )
+
+    async def _remote(self, *args: Any, **kwargs: Any) -> Any:
+        value = await self._call(encode(args, kwargs))
+        if isinstance(value, NotFound) and self.forget():
+            value = await self._call(encode(args, kwargs))  # it was deleted: deploy it again
         if isinstance(value, TierwiseError):
             raise value
         return value
 
+    async def _call(self, blob: bytes) -> Any:
+        name, spec = await self.resolve()
+        timeout_s = spec.timeout_s + QUEUE_S if spec is not None else None
+        result = await self.client().connection().invoke(name, [blob], self._options, timeout_s)
+        return value_of(result.items[0])
+
     async def _spawn(self, *args: Any, **kwargs: Any) -> Handle:
-        return (await self._submit([_encode(args, kwargs)]))[0]
+        return (await self._submit([encode(args, kwargs)]))[0]
 
     async def _spawn_map(self, *iterables: Iterable[Any]) -> list[Handle]:
-        """Submit one piece of durable work per input; all or none is accepted."""
-        return await self._submit([_encode(args, {}) for args in zip(*iterables, strict=False)])
+        """Submit one piece of durable work per input, in batches that are accepted as a whole."""
+        return await self._submit([encode(args, {}) for args in zip(*iterables, strict=False)])
 
     async def _submit(self, blobs: list[bytes]) -> list[Handle]:
         name, _ = await self.resolve()
         client = self.client()
-        connection = client.connection()
-        request = work_pb2.SubmitRequest(
-            submissions=[
-                work_pb2.Submission(invocation=invocation_of(name, [blob], self._options))
-                for blob in blobs
-            ]
-        )
-        response = await connection.ask(connection.work.Submit, request, 30.0)
-        return [Handle(client, request_id) for request_id in response.request_ids]
-
-    async def chunks(
-        self, argument_sets: Iterable[tuple[Any, ...]], *, is_ordered: bool
-    ) -> AsyncIterator[list[Any]]:
-        """Yield lists of results; see `map`."""
-        name, spec = await self.resolve()
-        found = map_chunks(
-            self.client().connection(),
-            name,
-            argument_sets,
-            self._options,
-            deadline_s=spec.deadline_s if spec is not None else None,
-            timeout_s=spec.timeout_s if spec is not None else None,
-            is_ordered=is_ordered,
-        )
-        try:
-            async for results in found:
-                yield results
-        finally:
-            await _close(found)
+        submissions = [
+            work_pb2.Submission(invocation=invocation_of(name, [blob], self._options))
+            for blob in blobs
+        ]
+        if key := self._options.idempotency_key:
+            for index, submission in enumerate(submissions):
+                submission.idempotency_key = key if len(blobs) == 1 else f"{key}/{index}"
+        handles = []
+        for batch in _batches(submissions):
+            response = await _submitted(client, work_pb2.SubmitRequest(submissions=batch))
+            handles += [Handle(client, request_id) for request_id in response.request_ids]
+        return handles
 
 
 def parse_priority(value: str | Priority) -> Priority:
@@ -214,9 +238,7 @@ def parse_priority(value: str | Priority) -> Priority:
     try:
         return Priority[value.upper()]
     except KeyError:
-        raise InvalidArgument(
-            f"priority {value!r}: use low, normal, high or critical"
-        ) from None
+        raise InvalidArgument(f"priority {value!r}: use low, normal, high or critical") from None
 
 
 def parse_tiers(value: str | Iterable[str]) -> frozenset[Tier]:
@@ -235,22 +257,37 @@ def parse_tiers(value: str | Iterable[str]) -> frozenset[Tier]:
     return tiers
 
 
-V = TypeVar("V")
-W = TypeVar("W")
+def _checked(results: list[Any], return_exceptions: bool) -> Iterator[Any]:
+    for result in results:
+        if isinstance(result, TierwiseError) and not return_exceptions:
+            raise result
+        yield result
 
 
-def _or(value: V | None, parse: Callable[[V], W], otherwise: W | None) -> W | None:
-    return otherwise if value is None else parse(value)
+async def _submitted(client: "Client", request: work_pb2.SubmitRequest) -> work_pb2.SubmitResponse:
+    """Submit, again if the scheduler is away for a moment: the ids make that safe."""
+    connection = client.connection()
+    for retry in itertools.count():
+        try:
+            return await connection.ask(connection.work.Submit, request, SUBMIT_TIMEOUT_S)
+        except Unavailable:
+            if retry + 1 >= SUBMIT_TRIES_MAX:
+                raise
+        await asyncio.sleep(SUBMIT_RETRY_FIRST_S * 2**retry)
+    raise AssertionError("unreachable")
 
 
-def _encode(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
-    try:
-        return payload.encode((args, kwargs))
-    except payload.PayloadError as error:
-        raise InvalidArgument(f"the arguments cannot travel: {error}") from None
-
-
-async def _close(chunks: AsyncIterator[Any]) -> None:
-    close = getattr(chunks, "aclose", None)
-    if close is not None:
-        await close()
+def _batches(submissions: list[work_pb2.Submission]) -> Iterator[list[work_pb2.Submission]]:
+    """Split submissions into messages that the scheduler takes."""
+    batch: list[work_pb2.Submission] = []
+    size_bytes = 0
+    for submission in submissions:
+        submission_bytes = submission.ByteSize()
+        is_full = len(batch) >= SUBMIT_ITEMS_MAX or size_bytes + submission_bytes > SUBMIT_BYTES_MAX
+        if batch and is_full:
+            yield batch
+            batch, size_bytes = [], 0
+        batch.append(submission)
+        size_bytes += submission_bytes
+    if batch:
+        yield batch

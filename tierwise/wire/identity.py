@@ -1,4 +1,7 @@
-"""Who is who: certificates with the identity in their SAN, and the client side of joining."""
+"""Who is who: identities, credentials, and the client side of joining.
+
+What needs the cryptography package is in `certificates`, so that an agent loads it to join only.
+"""
 
 import asyncio
 import hashlib
@@ -9,11 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
-
 from tierwise.domain.ids import is_name
 from tierwise.errors import InvalidArgument, Unauthenticated, Unavailable
 from tierwise.files import write_atomically
@@ -107,25 +105,7 @@ class Credentials:
             write_atomically(folder / name, content)
 
 
-def new_key() -> ec.EllipticCurvePrivateKey:
-    """Return a fresh P-256 key."""
-    return ec.generate_private_key(ec.SECP256R1())
 
-
-def key_to_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    """Return the key as unencrypted PKCS#8 PEM."""
-    return key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
-
-
-def signing_request(key: ec.EllipticCurvePrivateKey, name: str) -> bytes:
-    """Return a PEM signing request; the authority ignores its subject."""
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    request = x509.CertificateSigningRequestBuilder().subject_name(subject)
-    return request.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
 def fingerprint(certificate_pem: bytes) -> str:
@@ -198,6 +178,8 @@ async def join(address: str, token: str, name: str) -> tuple[Credentials, str, I
             f"the certificate at {address} is not the one in the token: the token is of another "
             "cluster, or somebody is in between"
         )
+    from tierwise.wire.certificates import key_to_pem, new_key, signing_request
+
     key = new_key()
     options = [("grpc.ssl_target_name_override", JOIN_DNS_NAME)]
     async with grpc.aio.secure_channel(
@@ -214,25 +196,4 @@ async def join(address: str, token: str, name: str) -> tuple[Credentials, str, I
             raise error_from_rpc(error) from None
     credentials = Credentials(response.authority, response.certificate, key_to_pem(key))
     return credentials, response.scheduler_address, parse_identity(response.identity)
-
-
-def expiry_unix_s(credentials: Credentials) -> float:
-    """Return when the certificate ends, seconds since the epoch."""
-    certificate = x509.load_pem_x509_certificate(credentials.certificate)
-    return certificate.not_valid_after_utc.timestamp()
-
-
-def own_identity(credentials: Credentials) -> Identity:
-    """Return the identity in one's own certificate.
-
-    Raises:
-        Unauthenticated: There is none.
-    """
-    certificate = x509.load_pem_x509_certificate(credentials.certificate)
-    try:
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        return parse_identity(names.get_values_for_type(x509.UniformResourceIdentifier)[0])
-    except (x509.ExtensionNotFound, IndexError):
-        raise Unauthenticated("the certificate holds no tierwise identity") from None
-
 

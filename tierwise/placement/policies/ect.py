@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from tierwise.domain.decision import Decision, NotPlaced
+from tierwise.domain.decision import Decision
 from tierwise.domain.ids import PolicyId
 from tierwise.domain.request import Request
 from tierwise.domain.view import ClusterView
-from tierwise.placement.ranking import rank
+from tierwise.placement.ranking import Ranking, rank_or_place
 from tierwise.placement.score import DEFAULT_WEIGHTS, ScoreWeights
 
 
@@ -20,7 +20,7 @@ class EarliestCompletion:
 
     def decide(self, view: ClusterView, request: Request, rng: np.random.Generator) -> Decision:
         """Return the candidates by rising base score."""
-        ranking = rank(view, request, self._weights)
-        if isinstance(ranking, NotPlaced):
+        ranking = rank_or_place(self.policy_id, view, request, self._weights)
+        if not isinstance(ranking, Ranking):
             return ranking
-        return ranking.placed(self.policy_id, np.argsort(ranking.scores, kind="stable"))
+        return ranking.placed(self.policy_id, ranking.by_score())

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from tierwise.domain.decision import Decision, NotPlaced
+from tierwise.domain.decision import Decision
 from tierwise.domain.ids import PolicyId
 from tierwise.domain.request import Request
 from tierwise.domain.view import ClusterView
-from tierwise.placement.ranking import rank
+from tierwise.placement.ranking import Ranking, rank_or_place
 
 
 class LeastLoaded:
@@ -16,8 +16,8 @@ class LeastLoaded:
 
     def decide(self, view: ClusterView, request: Request, rng: np.random.Generator) -> Decision:
         """Return the candidates by rising load."""
-        ranking = rank(view, request)
-        if isinstance(ranking, NotPlaced):
+        ranking = rank_or_place(self.policy_id, view, request)
+        if not isinstance(ranking, Ranking):
             return ranking
         load_s = ranking.estimates.latency_s - ranking.estimates.column("cold_start_s")
         return ranking.placed(self.policy_id, np.argsort(load_s, kind="stable"))

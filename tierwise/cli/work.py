@@ -17,8 +17,17 @@ from tierwise.errors import InvalidArgument, NotFound
 Arguments = Annotated[list[str] | None, typer.Argument(help="JSON values, or plain text")]
 Name = Annotated[str, typer.Argument(help="function", autocompletion=complete_functions)]
 Node = Annotated[str, typer.Option(help="run on this node", autocompletion=complete_nodes)]
-Deadline = Annotated[str | None, typer.Option(help="for example 200ms")]
-Tier = Annotated[str | None, typer.Option(help="edge, fog or cloud")]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", "-f", help="last argument: the bytes of this file, - for standard input"
+    ),
+]
+Deadline = Annotated[str | None, typer.Option(help="how soon it should be there, say 200ms")]
+Timeout = Annotated[str | None, typer.Option(help="when to give up, for example 30s")]
+Tier = Annotated[list[str] | None, typer.Option(help="edge, fog or cloud; may be repeated")]
+Priority = Annotated[str | None, typer.Option(help="low, normal, high or critical")]
+Budget = Annotated[float | None, typer.Option(help="US$ that the call may cost", min=0.0)]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -54,17 +63,27 @@ def deploy(
 def invoke(
     function: Name,
     arguments: Arguments = None,
-    data: Annotated[Path | None, typer.Option("--file", "-f", help="one argument: this file's bytes")] = None,
+    data: Data = None,
     node: Node = "",
     deadline: Deadline = None,
+    timeout: Timeout = None,
     tier: Tier = None,
+    priority: Priority = None,
+    budget: Budget = None,
     output: Output = Format.JSON,
 ) -> None:
     """Call a function and print its result."""
     from tierwise.sdk.client import Client
 
     with Client() as client:
-        remote = client.function(function).options(node=node, deadline=deadline, tier=tier)
+        remote = client.function(function).options(
+            node=node,
+            deadline=deadline,
+            timeout=timeout,
+            tier=tier,
+            priority=priority,
+            budget_usd=budget,
+        )
         result = remote.remote(*_values(arguments, data))
     show_value(_plain(result), output)
 
@@ -72,8 +91,14 @@ def invoke(
 def submit(
     function: Name,
     arguments: Arguments = None,
-    data: Annotated[Path | None, typer.Option("--file", "-f", help="one argument: this file's bytes")] = None,
+    data: Data = None,
     node: Node = "",
+    deadline: Deadline = None,
+    timeout: Timeout = None,
+    tier: Tier = None,
+    priority: Priority = None,
+    budget: Budget = None,
+    key: Annotated[str, typer.Option(help="idempotency key: work is accepted once per key")] = "",
     wait: Annotated[bool, typer.Option("--wait", help="wait for the result and print it")] = False,
     output: Output = Format.JSON,
 ) -> None:
@@ -81,7 +106,16 @@ def submit(
     from tierwise.sdk.client import Client
 
     with Client() as client:
-        handle = client.function(function).options(node=node).spawn(*_values(arguments, data))
+        remote = client.function(function).options(
+            node=node,
+            deadline=deadline,
+            timeout=timeout,
+            tier=tier,
+            priority=priority,
+            budget_usd=budget,
+            idempotency_key=key,
+        )
+        handle = remote.spawn(*_values(arguments, data))
         if wait:
             say(f"accepted as {handle.request_id}; waiting")
             show_value(_plain(handle.result()), output)
@@ -99,9 +133,10 @@ def _values(arguments: list[str] | None, data: Path | None) -> list[Any]:
             values.append(argument)
     if data is not None:
         try:
-            values.append(data.read_bytes())
+            is_stdin = str(data) == "-"
+            values.append(sys.stdin.buffer.read() if is_stdin else data.read_bytes())
         except OSError as error:
-            raise InvalidArgument(f"--file {data}: {error.strerror}") from None
+            raise InvalidArgument(f"--data {data}: {error.strerror}") from None
     return values
 
 
@@ -139,14 +174,16 @@ def _apps(target: str) -> list[Any]:
 
 
 def _load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = path.stem if path.stem not in sys.modules else f"app_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise InvalidArgument(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[name] = module
     sys.path.insert(0, str(path.parent.resolve()))
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # the user's file may do anything
-        raise InvalidArgument(f"{path} could not be imported: {type(error).__name__}: {error}") from error
+        kind = type(error).__name__
+        raise InvalidArgument(f"{path} could not be imported: {kind}: {error}") from error
     return module

@@ -1,0 +1,209 @@
+"""How long does one placement decision take, and where does the time go?
+
+    python -m benchmarks.bench_decision
+
+One thread, views of 1 to 64 feasible nodes. The rows are measured interleaved, round by round, so
+that a slow moment of the machine hits all of them. The weights are random: the time of a forward
+pass does not depend on them.
+"""
+
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy starts its threads
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from tierwise.clock import precise_s
+from tierwise.cost.estimate import estimate
+from tierwise.domain.function import FunctionProfile, FunctionSpec
+from tierwise.domain.ids import NodeId, RequestId
+from tierwise.domain.request import Request
+from tierwise.domain.resources import Resources
+from tierwise.domain.topology import LinkTable, Node, Tier
+from tierwise.domain.view import ClusterView, NodeReading, NodeView
+from tierwise.placement.features import BOUND, CANDIDATES_MAX, FEATURES, SCHEMA, encode
+from tierwise.placement.policies.ect import EarliestCompletion
+from tierwise.placement.policies.learned import Card, LearnedPolicy, Network, initial
+from tierwise.placement.policy import Policy
+from tierwise.placement.ranking import Ranking, rank
+from tierwise.placement.score import DEFAULT_WEIGHTS
+
+SEED = 7
+ROUNDS = 60
+CALLS = 50  # per round and row
+HIDDEN = 64
+NODE_COUNTS = (1, 4, 16, 64)
+TARGET_US = {1: 10.0, 16: 100.0}
+STEPS = ("estimate", "features", "forward")
+
+SPEC = FunctionSpec(namespace="bench", name="f", version=1, code_digest="d")
+REQUEST = Request(request_id=RequestId("r"), spec=SPEC, origin=NodeId("n-00"), request_bytes=50_000)
+
+
+def make_view(node_count: int, rng: np.random.Generator) -> ClusterView:
+    """Return a view of that many nodes, all feasible, with different loads."""
+    rows = []
+    for i in range(node_count):
+        node = Node(
+            node_id=NodeId(f"n-{i:02}"),
+            tier=Tier(1 + i % 3),
+            capacity=Resources(cpus=4, memory_mib=4096),
+            speed=float(rng.uniform(0.25, 2.0)),
+        )
+        reading = NodeReading(
+            sequence=1,
+            free=Resources(cpus=float(rng.integers(5)), memory_mib=int(rng.integers(4096))),
+            queued=int(rng.integers(4)),
+            backlog_s=float(rng.exponential(0.1)),
+            warm={SPEC.function_id: int(rng.integers(3))},
+            eviction_price_s_per_mib=1e-4,
+        )
+        rows.append(NodeView(node=node, reading=reading, received_at_s=9.5))
+    return ClusterView(
+        now_s=10.0,
+        origin=rows[0].node,
+        nodes=tuple(rows),
+        links=LinkTable(),
+        profiles={SPEC.function_id: FunctionProfile(rate_per_s=3.0)},
+    )
+
+
+def make_learned(rng: np.random.Generator) -> LearnedPolicy:
+    """Return a policy with random weights that trusts itself everywhere."""
+    start = initial(HIDDEN, rng)
+    last = (rng.standard_normal(HIDDEN) * 0.1).astype(np.float32)
+    network = Network(**(start.arrays() | {"w4": last}))
+    card = Card(
+        name="bench",
+        version=1,
+        schema=SCHEMA,
+        beta=4.0,
+        lam=1.0,
+        score=asdict(DEFAULT_WEIGHTS),
+        low=[-BOUND] * len(FEATURES),
+        high=[BOUND] * len(FEATURES),
+    )
+    return LearnedPolicy(network, card)
+
+
+def pieces(view: ClusterView, policy: LearnedPolicy) -> dict[str, Callable[[], object]]:
+    """Return the steps of one decision that are worth a column of their own."""
+    ranking = rank(view, REQUEST, candidates_max=CANDIDATES_MAX)
+    assert isinstance(ranking, Ranking)
+    features = encode(view, REQUEST, ranking.estimates, ranking.scores)
+    return {
+        "estimate": lambda: estimate(view, REQUEST, view.nodes),
+        "features": lambda: encode(view, REQUEST, ranking.estimates, ranking.scores),
+        "forward": lambda: policy.network.forward(features),
+    }
+
+
+def calls_of(policy: Policy, view: ClusterView, rng: np.random.Generator) -> Callable[[], object]:
+    """Return one whole decision as a call without arguments."""
+    return lambda: policy.decide(view, REQUEST, rng)
+
+
+def measure(
+    calls: dict[tuple[int, str], Callable[[], object]],
+) -> dict[tuple[int, str], np.ndarray]:
+    """Return microseconds per call, one figure a round, shape (ROUNDS,), of each call."""
+    figures: dict[tuple[int, str], list[float]] = {key: [] for key in calls}
+    for round_number in range(ROUNDS + 2):
+        for key, call in calls.items():
+            start_s = precise_s()
+            for _ in range(CALLS):
+                call()
+            if round_number >= 2:  # the first ones warm up
+                figures[key].append((precise_s() - start_s) / CALLS * 1e6)
+    return {key: np.array(values) for key, values in figures.items()}
+
+
+def main() -> None:
+    rng = np.random.default_rng(SEED)
+    learned, ect = make_learned(rng), EarliestCompletion()
+    calls: dict[tuple[int, str], Callable[[], object]] = {}
+    for node_count in NODE_COUNTS:
+        view = make_view(node_count, rng)
+        calls[node_count, "ect"] = calls_of(ect, view, rng)
+        calls[node_count, "learned"] = calls_of(learned, view, rng)
+        if node_count > 1:
+            calls |= {(node_count, name): call for name, call in pieces(view, learned).items()}
+    figures = measure(calls)
+
+    console = Console()
+    table = Table(
+        box=box.SIMPLE,
+        padding=(0, 0, 0, 1),
+        title="One placement decision: µs, median [10 % … 90 %] over rounds",
+        caption=(
+            f"{platform.machine()}, {cpu_name()}, Python {platform.python_version()}, "
+            f"NumPy {np.__version__}, commit {commit()}, seed {SEED}; "
+            f"{ROUNDS} rounds of {CALLS} calls. ratio: learned ÷ ect. target: for learned. The "
+            "last columns are steps of learned; a sole candidate needs no features and no network, and "
+            f"of many the best {CANDIDATES_MAX} by base score are compared."
+        ),
+    )
+    for header in ("nodes", "ect", "learned", "ratio", "target"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for header in STEPS:
+        table.add_column(header, justify="right", no_wrap=True, style="dim")
+    for node_count in NODE_COUNTS:
+        one = {name: figures[n, name] for n, name in figures if n == node_count}
+        target = TARGET_US.get(node_count)
+        table.add_row(
+            str(node_count),
+            spread(one["ect"]),
+            spread(one["learned"]),
+            f"{np.median(one['learned'] / one['ect']):.1f}",
+            "" if target is None else verdict(float(np.median(one["learned"])), target),
+            *(f"{np.median(one[name]):.1f}" if name in one else "–" for name in STEPS),
+        )
+    console.print(table)
+
+
+def spread(figures: np.ndarray) -> str:
+    """Return `median [10 % … 90 %]`."""
+    low, middle, high = np.percentile(figures, (10, 50, 90))
+    digits = 1 if middle < 100.0 else 0
+    return f"{middle:.{digits}f} [{low:.0f}…{high:.0f}]"
+
+
+def verdict(figure_us: float, target_us: float) -> str:
+    """Return the target and whether the median holds it."""
+    return f"≤{target_us:g} {'met' if figure_us <= target_us else 'MISSED'}"
+
+
+def cpu_name() -> str:
+    """Return the processor's name, as far as the system tells, and the number of its cores."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        found = next((x.split(":", 1)[1].strip() for x in lines if "model name" in x), "")
+    except OSError:
+        found = platform.processor()
+    return f"{found or 'unknown CPU'} × {os.cpu_count()}"
+
+
+def commit() -> str:
+    """Return the short id of the commit that is measured, with `+` if files were changed."""
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+if __name__ == "__main__":
+    main()
