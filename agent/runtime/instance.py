@@ -16,7 +16,7 @@ import msgspec
 
 from agent.runtime.parent import ZygoteProcess
 
-LOG_BYTES_MAX = 8 << 10
+LOG_BYTES_MAX = 8000  # with the note of what was dropped it stays within 8 KiB
 LOG_READ_MAX = 4 << 20  # how much is read and dropped in one go before the loop gets its turn
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 DEATH_WAIT_S = 1.0
