@@ -112,6 +112,7 @@ class Simulator:
         }
         self._channels: dict[tuple[NodeId, NodeId], Channel] = {}
         self._profiles: dict[FunctionId, FunctionProfile] = {}
+        self._requests: dict[RequestId, Request] = {}
         self._question: Question | None = None
         self._waiting_events: list[tuple[_SimNode, NodeEvent]] = []
         self._plane = ControlPlane(
@@ -213,10 +214,14 @@ class Simulator:
             spec=behaviour.spec,
             origin=arrival.origin,
             priority=arrival.priority,
-            deadline_s=behaviour.spec.deadline_s,
-            timeout_s=behaviour.spec.timeout_s,
+            deadline_s=behaviour.spec.deadline_s * arrival.item_count,
+            timeout_s=behaviour.spec.timeout_s * arrival.item_count,
             request_bytes=arrival.request_bytes,
+            item_count=arrival.item_count,
+            data_nodes=() if arrival.data_node is None else (arrival.data_node,),
+            data_bytes=arrival.data_bytes,
         )
+        self._requests[request.request_id] = request
         self._next_arrival()
         if arrival.is_durable:
             self._tell_plane(Submitted(request=replace(request, origin=SCHEDULER)))
@@ -257,7 +262,7 @@ class Simulator:
         function = outcome.function_id
         old = self._profiles.get(function, FunctionProfile())
         weight = max(PROFILE_SMOOTHING, 1.0 / (old.call_count + 1))
-        run_s = outcome.latency.run_s * speed
+        run_s = outcome.latency.run_s * speed / outcome.item_count
         cold_s = old.cold_start_s
         if outcome.is_cold:
             cold_s += max(weight, 0.3) * (outcome.latency.cold_start_s * speed - cold_s)
@@ -329,19 +334,21 @@ class Simulator:
                 pass  # StopInstance needs no hands here; Report is what `_user_got` sees anyway
 
     def _run(self, sim: _SimNode, command: RunOn) -> None:
-        ticket = next(
-            i for i in (sim.machine.pool.get(command.instance_id),) if i is not None
-        )
-        behaviour = self.world.trace.behaviours[ticket.spec.function_id]
+        instance = sim.machine.pool.get(command.instance_id)
+        assert instance is not None, "a command names an instance that the machine has"
+        behaviour = self.world.trace.behaviours[instance.spec.function_id]
         noise = float(self._service.lognormal(0.0, behaviour.run_sigma))
-        run_s = behaviour.profile.run_s * noise / sim.node.speed
+        request = self._requests[command.request_id]
+        run_s = behaviour.profile.run_s * request.item_count * noise / sim.node.speed
+        if request.data_nodes and sim.node.node_id not in request.data_nodes:
+            run_s += self.world.links.default.transfer_s(request.data_bytes)
         is_late = run_s > command.timeout_s
         finished = RunFinished(
             instance_id=command.instance_id,
             request_id=command.request_id,
             run_s=min(run_s, command.timeout_s),
             is_instance_alive=not is_late,
-            response_bytes=behaviour.profile.response_bytes,
+            response_bytes=behaviour.profile.response_bytes * request.item_count,
             error_code="function_timed_out" if is_late else "",
         )
         self._at(finished.run_s, self._alive_step, sim, sim.life, finished)
