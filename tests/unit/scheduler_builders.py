@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import grpc
 import msgspec
 
+from tierwise.errors import TierwiseError
 from tierwise.v1 import (
     call_pb2_grpc,
     cluster_pb2,
@@ -30,6 +31,7 @@ from tierwise.v1 import (
     work_pb2_grpc,
 )
 from tierwise.wire.channel import secure_channel
+from tierwise.wire.errors import error_from_rpc
 from tierwise.wire.identity import Credentials, join, scheduler_dns_name
 
 PATIENCE_S = 20.0
@@ -135,6 +137,25 @@ async def connected(main: str, credentials: Credentials) -> AsyncIterator[Client
         yield Client(channel)
 
 
+async def refused_session(
+    main: str, credentials: Credentials, hello: node_pb2.SessionRequest
+) -> TierwiseError:
+    """Open a session that is refused; return the error, whichever call it comes from."""
+    for _ in range(10):
+        async with connected(main, credentials) as client:
+            call = client.nodes.Session()
+            try:
+                await call.write(hello)
+                while isinstance(await call.read(), node_pb2.SessionResponse):
+                    pass
+            except grpc.RpcError as failure:
+                error = error_from_rpc(failure)
+                # A write that meets the refusal half way hides it: grpc.aio says only this.
+                if "Internal error from Core" not in str(error):
+                    return error
+    raise AssertionError("the session was not refused")
+
+
 @asynccontextmanager
 async def user_of(
     scheduler: SchedulerProcess, role: "cluster_pb2.Role.ValueType", name: str = ""
@@ -161,7 +182,7 @@ class FakeAgent:
         self.news = asyncio.Event()
         self.ended = asyncio.Event()
         self.end_error: BaseException | None = None
-        self._stack: list[Any] = []
+        self.writing = asyncio.Lock()
 
     async def __aenter__(self) -> "FakeAgent":
         await self.connect()
@@ -176,21 +197,25 @@ class FakeAgent:
         self.channel = secure_channel(self.main, self.credentials, scheduler_dns_name())
         self.client = Client(self.channel)
         self.call = self.client.nodes.Session()
-        leases = list(self.held.items()) if held is None else list(held)
-        hello = node_pb2.Hello(
-            node=types_pb2.Node(
-                node_id=self.name,
-                tier=types_pb2.TIER_FOG,
-                capacity=types_pb2.Resources(cpus=self.cpus, memory_mib=4096),
-                speed=1.0,
-                address="127.0.0.1:1",
-            ),
-            version="0",
-            leases=[node_pb2.Lease(request_id=key, lease=lease) for key, lease in leases],
-        )
-        await self.call.write(node_pb2.SessionRequest(hello=hello))
+        await self.call.write(self.hello(held))
         self._tasks = [asyncio.ensure_future(self._read()), asyncio.ensure_future(self._beat())]
         await self.told("welcome")
+
+    def hello(self, held: Sequence[tuple[str, int]] | None = None) -> node_pb2.SessionRequest:
+        leases = list(self.held.items()) if held is None else list(held)
+        return node_pb2.SessionRequest(
+            hello=node_pb2.Hello(
+                node=types_pb2.Node(
+                    node_id=self.name,
+                    tier=types_pb2.TIER_FOG,
+                    capacity=types_pb2.Resources(cpus=self.cpus, memory_mib=4096),
+                    speed=1.0,
+                    address="127.0.0.1:1",
+                ),
+                version="0",
+                leases=[node_pb2.Lease(request_id=key, lease=lease) for key, lease in leases],
+            )
+        )
 
     async def disconnect(self) -> None:
         for task in self._tasks:
@@ -223,7 +248,8 @@ class FakeAgent:
         )
 
     async def send(self, message: node_pb2.SessionRequest) -> None:
-        await self.call.write(message)
+        async with self.writing:  # a stream takes one write at a time
+            await self.call.write(message)
 
     async def report(self, *outcomes: types_pb2.Outcome, log: str = "") -> None:
         """Send a heartbeat with call reports."""

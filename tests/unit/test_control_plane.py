@@ -2,6 +2,9 @@
 
 from dataclasses import replace
 
+import numpy as np
+import pytest
+
 from scheduler.machine import LOSSES_MAX, LOST_AFTER, UNPLACED_S_MAX, ControlPlane
 from tierwise.domain.command import (
     AskPolicy,
@@ -17,6 +20,7 @@ from tierwise.domain.command import (
 from tierwise.domain.decision import NotPlaced, Placed, Reason
 from tierwise.domain.event import (
     CancelAsked,
+    ControlEvent,
     Decided,
     HeartbeatReceived,
     NodeDrainAsked,
@@ -33,8 +37,10 @@ from tierwise.domain.request import Request
 from tierwise.domain.resources import Resources
 from tierwise.domain.topology import Node, NodeState, Tier
 from tierwise.domain.view import NodeReading
+from tierwise.placement.policy import create
 
 A, B = NodeId("a"), NodeId("b")
+ECT = create("ect")
 SPEC = FunctionSpec(namespace="default", name="f", version=1, code_digest="d", retries_max=1)
 
 
@@ -382,3 +388,135 @@ def test_equal_histories_give_equal_commands() -> None:
         return out + plane.step(Ticked(), 3.0) + plane.step(Ticked(), 20.0)
 
     assert history() == history()
+
+
+class History:
+    """Random events against a plane, with nodes that forget, repeat, delay and die."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.plane = ControlPlane()
+        self.now_s = 0.0
+        self.names = [NodeId(name) for name in "abc"]
+        self.open: set[NodeId] = set()
+        self.held: dict[NodeId, dict[RequestId, int]] = {name: {} for name in self.names}
+        self.late: list[tuple[NodeId, RequestId, int]] = []
+        self.leases: dict[RequestId, int] = {}
+        self.submitted: list[RequestId] = []
+        self.ended: list[RequestId] = []
+        self.sequence = 0
+
+    def feed(self, event: ControlEvent) -> None:
+        events = [event]
+        while events:
+            for command in self.plane.step(events.pop(0), self.now_s):
+                match command:
+                    case AskPolicy(request=request, view=view):
+                        decision = ECT.decide(view, request, self.rng)
+                        decided = Decided(
+                            request_id=request.request_id,
+                            decision=decision,
+                            policy_id=ECT.policy_id,
+                        )
+                        events.insert(0, decided)
+                    case Dispatch(node_id=node_id, request=request):
+                        assert node_id in self.open
+                        assert request.lease == self.leases.get(request.request_id, 0) + 1
+                        self.leases[request.request_id] = request.lease
+                        if self.rng.random() < 0.9:  # else it is lost on the way
+                            self.held[node_id][request.request_id] = request.lease
+                        assert len(self.plane._backlog.leased_to(node_id)) <= 8
+                    case Record(outcome=outcome) | DeadLetter(outcome=outcome):
+                        self.ended.append(outcome.request_id)
+                    case CancelAt(node_id=node_id, request_id=request_id):
+                        lease = self.held[node_id].pop(request_id, None)
+                        if lease is not None:
+                            self.finish(node_id, request_id, lease, state=OutcomeState.CANCELLED)
+
+    def finish(self, where: NodeId, name: RequestId, lease: int, **changes: object) -> None:
+        self.late.append((where, name, lease))
+        result = replace(outcome(name, lease, **changes), node_id=where)
+        self.feed(WorkFinished(node_id=where, outcome=result))
+
+    def beat(self) -> None:
+        for name in sorted(self.open):
+            self.sequence += 1
+            reading = NodeReading(sequence=self.sequence, free=Resources(cpus=1, memory_mib=512))
+            self.feed(HeartbeatReceived(node_id=name, reading=reading))
+        self.feed(Ticked())
+
+    def connect(self, name: NodeId) -> None:
+        self.open.add(name)
+        self.feed(SessionOpened(node=node(name), leases=tuple(self.held[name].items())))
+
+    def random_event(self) -> None:
+        rng = self.rng
+        name = self.names[rng.integers(3)]
+        self.now_s += float(rng.exponential(0.5))
+        draw = rng.random()
+        if draw < 0.35:
+            request_id = RequestId(f"w{len(self.submitted)}")
+            self.submitted.append(request_id)
+            self.feed(work(request_id))
+        elif draw < 0.65 and self.held[name] and name in self.open:
+            request_id = sorted(self.held[name])[0]
+            lease = self.held[name].pop(request_id)
+            code = rng.choice(["", "function_raised", "function_died", "overloaded"])
+            states = {"": OutcomeState.OK, "overloaded": OutcomeState.REFUSED}
+            state = states.get(code, OutcomeState.FAILED)
+            self.finish(name, request_id, lease, state=state, error_code=str(code))
+        elif draw < 0.7 and self.late:
+            self.finish(*self.late[rng.integers(len(self.late))])  # once more
+        elif draw < 0.75 and self.submitted:
+            cancelled = self.submitted[rng.integers(len(self.submitted))]
+            self.feed(CancelAsked(request_id=cancelled))
+        elif draw < 0.8 and name in self.open:
+            self.open.discard(name)
+            self.feed(SessionClosed(node_id=name))
+            if rng.random() < 0.5:
+                self.held[name].clear()  # its process died
+        elif draw < 0.9 and name not in self.open:
+            self.connect(name)
+        elif draw < 0.93:
+            self.feed(NodeDrainAsked(node_id=name, is_on=bool(rng.random() < 0.5)))
+        elif draw < 0.95:
+            self.now_s += 11.0  # nobody was heard for a while
+            self.feed(Ticked())
+        else:
+            self.beat()
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_every_piece_of_work_ends_exactly_once_whatever_happens(seed: int) -> None:
+    history = History(seed)
+    for _ in range(300):
+        history.random_event()
+    for name in history.names:  # then all is well, and everything must come to its end
+        history.feed(NodeDrainAsked(node_id=name, is_on=False))
+        history.connect(name)
+    for _ in range(2000):
+        if history.plane.job_count == 0:
+            break
+        history.now_s += 0.9
+        history.beat()
+        for name in history.names:
+            for request_id, lease in list(history.held[name].items()):
+                del history.held[name][request_id]
+                history.finish(name, request_id, lease)
+            if history.rng.random() < 0.05:  # work that was lost on the way comes to light
+                history.connect(name)
+    assert history.plane.job_count == 0
+    assert sorted(history.ended) == sorted(history.submitted), f"seed {seed}"
+
+
+def test_a_node_that_returns_with_an_old_lease_does_not_get_the_work_back() -> None:
+    plane = leased()
+    plane.step(HeartbeatReceived(node_id=B, reading=NodeReading(sequence=1)), 9.0)
+    plane.step(Ticked(), LOST_AFTER)
+    ask_of(plane.step(Ticked(), 11.0))
+    place(plane, "w", B, 11.0)
+    died = {"state": OutcomeState.FAILED, "error_code": "function_died", "message": "gone"}
+    plane.step(finished("w", 2, B, **died), 11.1)
+    plane.step(SessionOpened(node=node(A), leases=((RequestId("w"), 1),)), 11.2)
+    assert plane.step(finished("w", 1), 11.3) == []
+    assert ask_of(plane.step(Ticked(), 13.0)).request.request_id == "w"

@@ -143,6 +143,7 @@ def test_the_policy_is_named_after_its_card() -> None:
 
 @pytest.mark.parametrize("policy", [
     LearnedPolicy(network(), card(lam=0.0)),
+    LearnedPolicy(network(), card(lam=0.0, beta=0.0)),
     LearnedPolicy(initial(8, np.random.default_rng(0)), card()),
 ])  # fmt: skip
 @pytest.mark.parametrize("k", [2, 5, 16, 40])

@@ -2,17 +2,24 @@
 
 import asyncio
 import signal
+import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from scheduler_builders import (
+    Client,
     SchedulerProcess,
     agent_of,
     connected,
     outcome_pb,
+    refused_session,
     result_pb,
     user_of,
 )
@@ -28,6 +35,9 @@ from tierwise.errors import (
     Unauthenticated,
     Unavailable,
 )
+from tierwise.placement.features import FEATURES, SCHEMA
+from tierwise.placement.policies import learned
+from tierwise.placement.score import DEFAULT_WEIGHTS
 from tierwise.v1 import (
     call_pb2,
     cluster_pb2,
@@ -541,15 +551,13 @@ async def test_rights_follow_the_role_and_no_certificate_means_no_entry(
             await user.cluster.DrainNode(cluster_pb2.DrainNodeRequest(node_id="x"), timeout=5)
         with Refused(PermissionDenied):
             await node.submit("w")
-        call = user.nodes.Session()
-        await call.write(node_pb2.SessionRequest(hello=node_pb2.Hello()))
-        with Refused(PermissionDenied, "Session needs node"):
-            await call.read()
+    hello = node_pb2.SessionRequest(hello=node_pb2.Hello())
+    error = await refused_session(scheduler.main, scheduler.admin, hello)
+    assert isinstance(error, PermissionDenied)
+    assert "Session needs node" in str(error)
     options = [("grpc.ssl_target_name_override", "scheduler.tierwise")]
     anonymous = grpc.ssl_channel_credentials(scheduler.admin.authority)
     async with grpc.aio.secure_channel(scheduler.main, anonymous, options) as channel:
-        from scheduler_builders import Client
-
         with Refused(Unavailable):
             await Client(channel).deploy()
 
@@ -557,12 +565,9 @@ async def test_rights_follow_the_role_and_no_certificate_means_no_entry(
 async def test_a_node_cannot_open_the_session_of_another(scheduler: SchedulerProcess) -> None:
     agent = await agent_of(scheduler, unique("n"))
     agent.name = "somebody-else"
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(1):
-            await agent.connect()
-    assert isinstance(agent.end_error, grpc.RpcError)
-    assert isinstance(error_from_rpc(agent.end_error), PermissionDenied)
-    await agent.disconnect()
+    error = await refused_session(scheduler.main, agent.credentials, agent.hello())
+    assert isinstance(error, PermissionDenied)
+    assert "somebody-else" in str(error)
 
 
 async def test_a_removed_node_loses_its_session_and_may_not_return(
@@ -577,12 +582,9 @@ async def test_a_removed_node_loses_its_session_and_may_not_return(
             await asyncio.wait_for(agent.ended.wait(), 10)
         nodes = (await admin.cluster.ListNodes(cluster_pb2.ListNodesRequest(), timeout=5)).nodes
         assert agent.name not in {n.node.node_id for n in nodes}
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(1):
-                await agent.connect()
-        assert isinstance(agent.end_error, grpc.RpcError)
-        assert isinstance(error_from_rpc(agent.end_error), Unauthenticated)
-        await agent.disconnect()
+        error = await refused_session(scheduler.main, agent.credentials, agent.hello())
+        assert isinstance(error, Unauthenticated)
+        assert "revoked" in str(error)
 
 
 async def test_a_drained_node_is_told_so_again_after_both_restart(
@@ -634,3 +636,123 @@ async def test_nonsense_on_a_session_does_not_harm_the_others(scheduler: Schedul
         await asyncio.sleep(0.3)
         await good.finish(work)
         assert (await user.result(work_id)).result.items[0].value == work_id.encode()
+
+
+# -- the process ---------------------------------------------------------------------------------
+
+
+def policy_file(name: str, seed: int) -> tuple[bytes, bytes]:
+    count = len(FEATURES)
+    card = learned.Card(
+        name=name,
+        version=1,
+        schema=SCHEMA,
+        beta=1.0,
+        lam=0.5,
+        score=asdict(DEFAULT_WEIGHTS),
+        low=[0.0] * count,
+        high=[1.0] * count,
+        seed=seed,
+    )
+    return learned.save(learned.initial(8, np.random.default_rng(seed)), card)
+
+
+async def test_a_published_policy_is_used_fetched_and_still_in_use_after_a_restart(
+    own_scheduler: SchedulerProcess,
+) -> None:
+    scheduler = own_scheduler.start()
+    weights, card = policy_file("mine", 1)
+    publish = policy_pb2.PublishPolicyRequest(weights=weights, card=card)
+    agent = await agent_of(scheduler, "node-a")
+    async with connected(scheduler.main, scheduler.admin) as admin, agent:
+        first = (await admin.policies.PublishPolicy(publish, timeout=5)).policy
+        again = (await admin.policies.PublishPolicy(publish, timeout=5)).policy
+        assert first.policy_id == again.policy_id == "mine@1"
+        weights, card = policy_file("mine", 2)
+        publish = policy_pb2.PublishPolicyRequest(weights=weights, card=card)
+        second = (await admin.policies.PublishPolicy(publish, timeout=5)).policy
+        assert second.policy_id == "mine@2"
+        await admin.policies.PromotePolicy(
+            policy_pb2.PromotePolicyRequest(policy_id="mine@2"), timeout=5
+        )
+        await agent.told("policy", lambda p: p.policy_id == "mine@2" and not p.builtin)
+        request = policy_pb2.FetchPolicyRequest(policy_id="mine@2")
+        fetched = await agent.client.policies.FetchPolicy(request, timeout=5)
+        assert learned.load(fetched.weights, fetched.card).policy_id == "mine@2"
+    scheduler.end(signal.SIGKILL)
+    scheduler.start()
+    async with connected(scheduler.main, scheduler.admin) as admin, agent:
+        await agent.told("policy", lambda p: p.policy_id == "mine@2")
+        listed = await admin.policies.ListPolicies(policy_pb2.ListPoliciesRequest(), timeout=5)
+        assert [p.policy_id for p in listed.policies if p.is_active] == ["mine@2"]
+        await admin.policies.RollBackPolicy(policy_pb2.RollBackPolicyRequest(), timeout=5)
+        await agent.told("policy", lambda p: p.builtin == "ect")
+
+
+async def test_functions_tokens_and_usage_survive_a_kill(own_scheduler: SchedulerProcess) -> None:
+    scheduler = own_scheduler.start()
+    async with connected(scheduler.main, scheduler.admin) as admin:
+        spec = await admin.deploy("kept", b"code")
+        token = await admin.token(cluster_pb2.ROLE_NODE)
+    scheduler.end(signal.SIGKILL)
+    scheduler.start()
+    await join(scheduler.join, token, "node-a")
+    async with connected(scheduler.main, scheduler.admin) as admin:
+        request = function_pb2.GetFunctionRequest(function="kept@1")
+        found = await admin.functions.GetFunction(request, timeout=5)
+        assert found.spec == spec
+
+
+async def test_the_processes_keep_their_ports_over_a_restart(
+    own_scheduler: SchedulerProcess,
+) -> None:
+    scheduler = own_scheduler.start()
+    before = scheduler.main, scheduler.join
+    scheduler.end(signal.SIGKILL)
+    scheduler.main = ""  # it is not told
+    scheduler.start()
+    assert (scheduler.main, scheduler.join) == before
+
+
+async def test_health_and_reflection_answer_on_the_main_port(scheduler: SchedulerProcess) -> None:
+    async with connected(scheduler.main, scheduler.admin) as client:
+        stub = health_pb2_grpc.HealthStub(client.channel)
+        request = health_pb2.HealthCheckRequest(service="tierwise.v1.WorkService")
+        answer = await stub.Check(request, timeout=5)
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_a_second_scheduler_on_the_same_folder_is_refused(own_scheduler: SchedulerProcess) -> None:
+    own_scheduler.start()
+    second = failed_start(own_scheduler.config)
+    assert second.returncode == 1
+    assert "another scheduler is running" in second.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "words", "code"),
+    [
+        ('listen = "nonsense"', "write host:port", 2),
+        ('policy = "no-such"', "no-such", 1),
+        ("log_level = 'loud'", "log_level", 2),
+        ("unknown_key = 1", "unknown_key", 2),
+        ('database = "sqlite:////no/such/folder/x.db"', "cannot be opened", 1),
+        ('links = {"edge-moon" = {rtt_ms = 1, bandwidth_mbit_per_s = 1}}', "edge-moon", 2),
+    ],
+)
+def test_a_wrong_configuration_ends_the_process_with_the_reason(
+    tmp_path: Path, line: str, words: str, code: int
+) -> None:
+    config = tmp_path / "scheduler.toml"
+    ports = 'listen = "127.0.0.1:0"\njoin_listen = "127.0.0.1:0"\n'
+    ports = "" if line.startswith("listen") else ports
+    config.write_text(f'state_dir = "{tmp_path / "state"}"\n{ports}{line}\n')
+    failed = failed_start(config)
+    assert failed.returncode == code, failed.stderr
+    assert words in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def failed_start(config: Path) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "scheduler.daemon", "--config", str(config)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)

@@ -1,0 +1,388 @@
+"""The command line: what it prints where, and how it ends."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tierwise.cli import main
+from tierwise.errors import ERROR_BY_CODE, TierwiseError, error_from_code
+
+VERBS = (
+    *("up", "agent", "scheduler", "deploy", "invoke", "submit", "get", "describe", "logs"),
+    *("usage", "explain", "top", "drain", "remove", "login", "token", "policy", "doctor"),
+    *("version", "completion", "redrive", "delete"),
+)
+
+NODE = {
+    "node": {
+        "node_id": "edge-1",
+        "tier": "edge",
+        "capacity": {"cpus": 1.0, "memory_mib": 768},
+        "speed": 0.4,
+        "address": "127.0.0.1:1",
+    },
+    "state": "ready",
+    "reading": {
+        "free": {"cpus": 0.5, "memory_mib": 700},
+        "running": 1,
+        "queued": 2,
+        "warm": {"default/f@1": 3},
+    },
+    "host": {"cpu_percent": 12.0, "agent_rss_mib": 55.0},
+    "age_s": 0.4,
+    "policy_id": "ect@1",
+}
+CANDIDATE = {
+    "node_id": "edge-1",
+    "transfer_s": 0.0,
+    "wait_s": 0.001,
+    "cold_start_s": 0.2,
+    "run_s": 0.05,
+    "return_s": 0.0,
+    "displaced_s": 0.0,
+    "money_usd": 2e-7,
+    "score": 0.25,
+    "residual": -0.5,
+    "propensity": 1.0,
+}
+OUTCOME = {
+    "request_id": "abc123",
+    "function_id": "default/f@1",
+    "state": "ok",
+    "origin": "edge-2",
+    "node_id": "edge-1",
+    "latency": {
+        "queue_s": 0.0,
+        "transfer_s": 0.01,
+        "cold_start_s": 0.1,
+        "run_s": 0.05,
+        "return_s": 0.01,
+    },
+    "deadline_s": 0.1,
+    "priority": "high",
+    "money_usd": 3e-7,
+    "error_code": "",
+    "message": "",
+    "tried": [{"node_id": "fog-1", "reason": "queue full"}],
+    "policy_id": "learned@1",
+    "explanation": {
+        "candidates": [CANDIDATE],
+        "masked": [{"node_id": "cloud-1", "reason": "over budget"}],
+        "heuristic_choice": "edge-1",
+        "fallback": "",
+    },
+}
+
+
+class Asked:
+    """Stands for the cluster: gives prepared records and remembers what was asked."""
+
+    def __init__(self) -> None:
+        self.orders: list[tuple[Any, ...]] = []
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [NODE]
+
+    def call(self, request_id: str) -> dict[str, Any]:
+        return {"outcome": OUTCOME, "log": "hello\n"}
+
+    def calls(self, function: str = "", node: str = "", limit: int = 50) -> list[dict[str, Any]]:
+        return []
+
+    def tokens(self) -> list[dict[str, Any]]:
+        return []
+
+    def work(self, state: str = "", limit: int = 100) -> list[dict[str, Any]]:
+        return []
+
+    def drain(self, node: str, *, is_on: bool) -> None:
+        self.orders.append(("drain", node, is_on))
+
+    def create_token(self, role: str, name: str, ttl_s: float) -> dict[str, Any]:
+        self.orders.append(("token", role, name, ttl_s))
+        return {"token": "tw1.pin.secret", "expires_unix_s": 0.0}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    stand_in = Asked()
+
+    @contextmanager
+    def operator() -> Any:
+        yield stand_in
+
+    for module in ("get", "explain", "top", "admin", "common"):
+        monkeypatch.setattr(f"tierwise.cli.{module}.operator", operator)
+    return stand_in
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(main.app, list(arguments))
+
+
+def run_process(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run the real command in a process of its own."""
+    code = "from tierwise.cli.main import run; run()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **variables},
+    )
+
+
+# -- help and usage -----------------------------------------------------------------------------
+
+
+def test_help_lists_every_verb_and_the_exit_codes() -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    for verb in VERBS:
+        assert f" {verb} " in result.output, verb
+    assert "130 interrupted" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [[v] for v in VERBS if v not in ("agent", "scheduler")]
+    + [["token", "create"], ["policy", "promote"], ["policy", "publish"], ["policy", "rollback"]],
+    ids=" ".join,
+)
+def test_every_verb_explains_itself(verb: list[str]) -> None:
+    result = run(*verb, "--help")
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["get"],
+        ["get", "nodes", "-o", "xml"],
+        ["frobnicate"],
+        ["top", "--interval", "0"],
+        ["invoke", "f", "--budget", "-1"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_ends_with_two(arguments: list[str]) -> None:
+    assert run(*arguments).exit_code == 2
+
+
+def test_help_loads_neither_grpc_nor_numpy() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from tierwise.cli.main import app; "
+        "CliRunner().invoke(app, ['--help']); "
+        "print([m for m in ('grpc', 'numpy', 'cryptography', 'sqlalchemy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_completion_prints_a_script_per_shell() -> None:
+    for shell in ("bash", "zsh", "fish"):
+        assert "_TIERWISE_COMPLETE" in run("completion", shell).output
+
+
+# -- errors -------------------------------------------------------------------------------------
+
+
+def test_every_error_has_one_of_the_documented_exit_codes() -> None:
+    expected = {"not_found": 3, "unavailable": 4, "permission_denied": 5, "unauthenticated": 5}
+    for code in ERROR_BY_CODE:
+        wanted = expected.get(code)
+        found = main.exit_code(error_from_code(code, "x"))
+        assert found == wanted if wanted else found in (1, 2), code
+
+
+def test_an_error_is_one_line_on_standard_error_without_a_traceback(tmp_path: Path) -> None:
+    done = run_process("get", "nodes", TIERWISE_CONTEXT=str(tmp_path))
+    assert done.returncode == 3
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "tierwise up" in done.stderr
+
+
+def test_debugging_shows_the_traceback(tmp_path: Path) -> None:
+    done = run_process("get", "nodes", TIERWISE_CONTEXT=str(tmp_path), TIERWISE_DEBUG="1")
+    assert "Traceback" in done.stderr
+
+
+def test_a_cluster_that_is_away_ends_with_four(tmp_path: Path) -> None:
+    from scheduler.authority import Authority
+    from tierwise.wire.identity import Identity, Role
+
+    Authority(tmp_path / "ca").issue(Identity(Role.USER, "ada")).save(tmp_path / "client")
+    (tmp_path / "client/client.toml").write_text('scheduler = "127.0.0.1:1"\n')
+    done = run_process("get", "nodes", TIERWISE_CONTEXT=str(tmp_path / "client"))
+    assert done.returncode == 4
+    assert "nobody listens at 127.0.0.1:1" in done.stderr
+
+
+def test_a_bug_is_named_without_a_traceback(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def fail(**_: Any) -> None:
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr(main, "app", fail)
+    with pytest.raises(SystemExit) as ended:
+        main.run()
+    assert ended.value.code == 1
+    assert "internal error, ZeroDivisionError: oh" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["get", "moons"], "choose one of nodes"),
+        (["describe", "moon", "x"], "describe 'moon'"),
+        (["get", "work", "--state", "odd"], "--state 'odd'"),
+        (["token", "create", "--role", "king"], "--role 'king'"),
+        (["token", "create", "--ttl", "soon"], "'soon' is no duration"),
+        (["up", "--nodes", "3x"], "1c,1f,2e"),
+        (["completion", "tcsh"], "choose one of bash"),
+    ],
+)
+def test_invalid_input_is_named(asked: Asked, arguments: list[str], message: str) -> None:
+    result = run(*arguments)
+    assert isinstance(result.exception, TierwiseError)
+    assert message in str(result.exception)
+    assert main.exit_code(result.exception) == 2
+
+
+# -- reading ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("output", "check"),
+    [
+        ("json", lambda text: json.loads(text)[0]["node"]["node_id"] == "edge-1"),
+        ("yaml", lambda text: "node_id: edge-1" in text),
+        ("name", lambda text: text == "edge-1\n"),
+        ("table", lambda text: text.split()[:3] == ["NAME", "TIER", "STATE"]),
+    ],
+)
+def test_nodes_come_in_every_format(
+    asked: Asked, output: str, check: Callable[[str], bool]
+) -> None:
+    for verb in (["get", "nodes"], ["top", "--once"]):
+        result = run(*verb, "-o", output)
+        assert result.exit_code == 0, result.output
+        assert check(result.stdout), result.stdout
+
+
+def test_an_empty_list_leaves_standard_output_empty(asked: Asked) -> None:
+    result = run("get", "calls")
+    assert result.stdout == ""
+    assert "no calls yet" in result.stderr
+
+
+def test_explain_shows_candidates_masks_refusals_and_where_the_time_went(asked: Asked) -> None:
+    text = run("explain", "abc").output
+    for part in (
+        "default/f@1",
+        "ran on    edge-1",
+        "learned@1",
+        "deadline 100.0 ms missed",
+        "fog-1: queue full",
+        "cloud-1: over budget",
+        "-0.50",
+        "base score's choice",
+        "predicted",
+        "actual",
+        "170.0 ms",
+    ):
+        assert part in text, part
+    assert json.loads(run("explain", "abc", "-o", "json").stdout)["request_id"] == "abc123"
+
+
+def test_logs_print_what_a_call_printed(asked: Asked) -> None:
+    assert run("logs", "abc").stdout == "--- abc123 on edge-1 ---\nhello\n"
+
+
+# -- orders -------------------------------------------------------------------------------------
+
+
+def test_a_node_is_drained_and_taken_back(asked: Asked) -> None:
+    assert run("drain", "edge-1").exit_code == 0
+    assert run("drain", "edge-1", "--undo").exit_code == 0
+    assert asked.orders == [("drain", "edge-1", True), ("drain", "edge-1", False)]
+
+
+def test_a_token_goes_alone_to_standard_output(asked: Asked) -> None:
+    result = run("token", "create", "--role", "user", "--name", "ada", "--ttl", "10m")
+    assert result.stdout == "tw1.pin.secret\n"
+    assert asked.orders == [("token", "user", "ada", 600.0)]
+
+
+def test_removing_a_node_asks_first(asked: Asked) -> None:
+    result = CliRunner().invoke(main.app, ["remove", "edge-1"], input="n\n")
+    assert result.exit_code == 1
+    assert asked.orders == []
+
+
+# -- doing --------------------------------------------------------------------------------------
+
+
+def test_arguments_are_json_where_they_are_json_and_text_otherwise(tmp_path: Path) -> None:
+    from tierwise.cli.work import _values
+
+    data = tmp_path / "data"
+    data.write_bytes(b"\x00raw")
+    assert _values(["1", "[2, 3]", '"x"', "plain"], data) == [1, [2, 3], "x", "plain", b"\x00raw"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("x = 1", "makes no tierwise.App"),
+        ("1/0", "ZeroDivisionError"),
+        ("def broken(:", "SyntaxError"),
+    ],
+)
+def test_a_file_that_cannot_be_deployed_says_why(
+    tmp_path: Path, content: str, message: str
+) -> None:
+    from tierwise.cli.work import _apps
+
+    file = tmp_path / "mine_to_deploy.py"
+    file.write_text(content)
+    with pytest.raises(TierwiseError, match=message):
+        _apps(str(file))
+
+
+def test_a_named_app_is_found_even_if_the_file_is_named_like_a_module(tmp_path: Path) -> None:
+    from tierwise.cli.work import _apps
+
+    file = tmp_path / "json.py"
+    file.write_text("import tierwise\nfirst = tierwise.App('one')\nsecond = tierwise.App('two')\n")
+    assert [app.name for app in _apps(f"{file}:second")] == ["two"]
+    assert sorted(app.name for app in _apps(str(file))) == ["one", "two"]
+    assert json.loads("1") == 1
+    with pytest.raises(TierwiseError, match="App named third"):
+        _apps(f"{file}:third")
+
+
+def test_the_doctor_answers_for_every_check(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TIERWISE_CONTEXT", str(tmp_path))
+    result = run("doctor", "-o", "json")
+    checks = {check["check"]: check for check in json.loads(result.stdout)}
+    assert checks["python"]["result"] == "ok"
+    assert checks["ports"]["result"] == "ok"
+    assert checks["context"]["result"] == "warn"
+    assert {"cgroup", "gpu", "grpcio"} <= set(checks)
+    assert all(
+        check["hint"] or check["result"] == "ok"
+        for check in checks.values()
+        if check["check"] != "context"
+    )

@@ -1,0 +1,76 @@
+"""`tierwise/Placement-v0` keeps gymnasium's and stable-baselines3's contracts."""
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from stable_baselines3.common.env_checker import check_env as sb3_check_env
+
+import envs
+from envs.placement import COLUMNS, PlacementEnv
+from envs.vector import PlacementVecEnv
+from tierwise.placement.features import CANDIDATES_MAX
+
+
+def base_scores_choice(observation: np.ndarray) -> int:  # type: ignore[type-arg]
+    return int(np.argmin(observation[:, -2] + 1e3 * (1.0 - observation[:, -1])))
+
+
+def test_it_is_registered_and_passes_both_checkers() -> None:
+    envs.register()
+    environment = gymnasium.make("tierwise/Placement-v0", preset="small", request_count=40)
+    check_env(environment.unwrapped, skip_render_check=True)
+    sb3_check_env(environment.unwrapped)
+
+
+def test_an_episode_pays_for_every_request_exactly_once() -> None:
+    environment = PlacementEnv("small", 80)
+    observation, _ = environment.reset(seed=4)
+    rewards = 0.0
+    is_over = False
+    while not is_over:
+        action = np.int64(base_scores_choice(observation))
+        observation, reward, _, is_over, info = environment.step(action)
+        rewards += reward
+    assert info["ended_count"] == 80
+    assert rewards == pytest.approx(-0.1 * info["cost_s"])
+
+
+def test_the_same_seed_and_actions_give_the_same_episode() -> None:
+    def rewards() -> list[float]:
+        environment = PlacementEnv("random", 60)
+        observation, _ = environment.reset(seed=11)
+        found = []
+        for _ in range(30):
+            action = np.int64(base_scores_choice(observation))
+            observation, reward, _, is_over, _ = environment.step(action)
+            found.append(reward)
+            if is_over:
+                break
+        return found
+
+    assert rewards() == rewards()
+
+
+def test_an_invalid_action_becomes_the_base_scores_choice_and_is_counted() -> None:
+    environment = PlacementEnv("small", 60)
+    environment.reset(seed=1)
+    assert not environment.action_masks()[CANDIDATES_MAX - 1]
+    *_, info = environment.step(np.int64(CANDIDATES_MAX - 1))
+    assert info["invalid_count"] == 1
+
+
+def test_the_batched_environment_is_many_single_ones() -> None:
+    batch = PlacementVecEnv(3, seed=5, preset="small", request_count=40)
+    observations = batch.reset()
+    assert observations.shape == (3, CANDIDATES_MAX, COLUMNS)
+    ends = 0
+    for _ in range(60):
+        actions = np.array([base_scores_choice(o) for o in observations])
+        assert batch.action_masks()[np.arange(3), actions].all()
+        observations, _, dones, infos = batch.step(actions)
+        for is_over, info in zip(dones, infos, strict=True):
+            assert ("terminal_observation" in info) == bool(is_over)
+            assert info.get("TimeLimit.truncated", False) == bool(is_over)
+            ends += int(is_over)
+    assert ends >= 3

@@ -1,0 +1,100 @@
+"""Training is reproducible, resumes, and exports what it trained."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tierwise.placement.policies import learned
+from tierwise.placement.policies.ect import EarliestCompletion
+from training.evaluate import HELD_OUT, compare, interval, iqm
+from training.export import disagreement, to_network
+from training.network import Residual
+from training.ppo import Settings, train
+
+TINY = Settings(
+    steps=1024,
+    seed=3,
+    preset="small",
+    env_count=8,
+    hidden=8,
+    request_count=30,
+    validation_worlds=1,
+    evaluation_worlds=1,
+    name="tiny",
+)
+
+
+def test_two_short_trainings_from_one_seed_give_equal_weights(tmp_path: Path) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+        assert train(TINY, folder, is_resumed=False)
+    first, second = (np.load(folder / "policy.npz") for folder in folders)
+    assert all((first[name] == second[name]).all() for name in first.files)
+
+
+def test_a_run_can_be_resumed_and_ends_as_a_loadable_policy(tmp_path: Path) -> None:
+    assert train(TINY, tmp_path, is_resumed=False)
+    longer = replace(TINY, steps=2048)
+    assert train(longer, tmp_path, is_resumed=True)
+    policy = learned.load(
+        (tmp_path / "policy.npz").read_bytes(), (tmp_path / "policy.json").read_bytes()
+    )
+    assert policy.policy_id == "tiny@1"
+    assert "--seed 3" in policy.card.command
+    assert json.loads((tmp_path / "policy.json").read_text())["evaluation"]["worlds"] == 1
+
+
+def test_numpy_equals_torch_and_a_fresh_network_is_the_base_score() -> None:
+    torch.manual_seed(0)
+    residual = Residual(16)
+    fresh = to_network(residual)
+    assert np.all(fresh.forward(np.ones((3, 24), dtype=np.float32)) == 0.0)
+    torch.nn.init.normal_(residual.layer4.weight)
+    torch.nn.init.normal_(residual.layer4.bias)
+    assert disagreement(residual, to_network(residual)) <= 1e-5
+
+
+def test_the_residual_does_not_depend_on_the_order_of_candidates() -> None:
+    torch.manual_seed(1)
+    residual = Residual(16)
+    torch.nn.init.normal_(residual.layer4.weight)
+    features = torch.randn(1, 16, 24)
+    valid = (torch.arange(16) < 9).float()[None]
+    order = torch.cat([torch.randperm(9), torch.arange(9, 16)])
+    straight = residual(features, valid)[0, order]
+    shuffled = residual(features[:, order], valid[:, order])[0]
+    assert torch.allclose(straight[:9], shuffled[:9], atol=1e-5)
+
+
+def test_what_is_not_valid_has_no_influence() -> None:
+    torch.manual_seed(2)
+    residual = Residual(16)
+    torch.nn.init.normal_(residual.layer4.weight)
+    features = torch.randn(1, 16, 24)
+    valid = (torch.arange(16) < 5).float()[None]
+    changed = features.clone()
+    changed[:, 5:] = 7.0
+    assert torch.equal(residual(features, valid)[:, :5], residual(changed, valid)[:, :5])
+
+
+def test_a_policy_compared_with_itself_differs_by_nothing() -> None:
+    rows = compare(
+        {"ect": EarliestCompletion(), "same": EarliestCompletion()},
+        ["small"],
+        range(HELD_OUT, HELD_OUT + 3),
+        60,
+    )
+    same = next(row for row in rows if row["policy"] == "same")
+    assert same["versus_ect"] == same["versus_ect_low"] == same["versus_ect_high"] == 0.0
+
+
+def test_the_interquartile_mean_ignores_outliers_and_lies_in_its_interval() -> None:
+    values = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 1e9])
+    assert iqm(values) == 4.5
+    steady = np.random.default_rng(0).normal(10.0, 1.0, 200)
+    low, high = interval(steady)
+    assert low < iqm(steady) < high
