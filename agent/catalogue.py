@@ -92,4 +92,3 @@ class CodeFolder:
                 await asyncio.to_thread(write_atomically, path, code)
         self._locks.pop(code_digest, None)
         return path
-

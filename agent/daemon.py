@@ -30,9 +30,9 @@ from tierwise.files import write_atomically
 from tierwise.placement.policy import create
 from tierwise.v1 import invocation_pb2_grpc
 from tierwise.wire.channel import AuthorizationInterceptor, new_server, server_credentials
+from tierwise.wire.daemon import configure_logs, follow_parent
 from tierwise.wire.errors import ErrorInterceptor
 from tierwise.wire.identity import Credentials, Role, join
-from tierwise.wire.daemon import configure_logs, follow_parent
 from tierwise.wire.serving import add_health_and_reflection
 
 log = structlog.get_logger()
@@ -65,9 +65,7 @@ async def serve(config: AgentConfig, token: str) -> None:
         )
         bound_port = server.add_secure_port(f"{host}:{port}", server_credentials(credentials))
         node = _node(config, probe, f"{host}:{bound_port}")
-        machine = NodeMachine(
-            node, queue_max=config.queue_max, first_sequence=int(wall_s() * 1000)
-        )
+        machine = NodeMachine(node, queue_max=config.queue_max, first_sequence=int(wall_s() * 1000))
         runtime = Runtime(state_dir=state / "runtime")
         await runtime.open()
         policies = PolicySlot(state / "policy")

@@ -69,12 +69,12 @@ class Ingress(invocation_pb2_grpc.InvocationServiceServicer):
             self._shell.cancel(request.invocation.request_id)
             raise
 
-    async def InvokeStream(
+    async def InvokeStream(  # type: ignore[override]  # writes to the context, yields nothing
         self,
         request_iterator: AsyncIterator[invocation_pb2.InvokeStreamRequest],
         context: "grpc.aio.ServicerContext[object, object]",
     ) -> None:
-        """Run invocations as they come, answer as they end; a broken stream cancels what is open."""
+        """Run invocations as they come, answer as they end; a broken stream cancels the rest."""
         caller = _Caller(context)
         replies = _Replies()
         open_ids: set[str] = set()
@@ -100,9 +100,7 @@ class Ingress(invocation_pb2_grpc.InvocationServiceServicer):
                         self._take(invocation, caller, replied)
                     for request_id in message.cancels:
                         self._shell.cancel(request_id)
-                while open_ids:  # the caller has said all, and still listens
-                    await asyncio.sleep(0.01)
-                await replies.flushed()
+                await replies.flushed(lambda: not open_ids)  # the caller has said all
             finally:
                 writer.cancel()
                 for request_id in list(open_ids):
@@ -176,7 +174,7 @@ class _Replies:
     def __init__(self) -> None:
         self._results: list[types_pb2.InvocationResult] = []
         self._wake: asyncio.Future[None] | None = None
-        self._is_writing = False
+        self._idle = asyncio.Event()
 
     def put(self, result: types_pb2.InvocationResult) -> None:
         self._results.append(result)
@@ -189,16 +187,16 @@ class _Replies:
             while self._results:
                 count = _fitting(self._results)
                 batch, self._results = self._results[:count], self._results[count:]
-                self._is_writing = True
                 await context.write(invocation_pb2.InvokeStreamResponse(results=batch))
-                self._is_writing = False
             self._wake = loop.create_future()
+            self._idle.set()
             await self._wake
 
-    async def flushed(self) -> None:
-        """Return when everything has been written."""
-        while self._results or self._is_writing:
-            await asyncio.sleep(0.005)
+    async def flushed(self, is_complete: Callable[[], bool]) -> None:
+        """Return when `is_complete` and everything has been written."""
+        while self._results or not is_complete():
+            self._idle.clear()
+            await self._idle.wait()
 
 
 def _fitting(results: list[types_pb2.InvocationResult]) -> int:
@@ -213,9 +211,7 @@ def _fitting(results: list[types_pb2.InvocationResult]) -> int:
     return min(len(results), BATCH_RESULTS_MAX)
 
 
-def _refusal(
-    invocation: types_pb2.Invocation, error: TierwiseError
-) -> types_pb2.InvocationResult:
+def _refusal(invocation: types_pb2.Invocation, error: TierwiseError) -> types_pb2.InvocationResult:
     item = item_from_error(error)
     count = min(max(1, len(invocation.arguments)), ITEMS_MAX)
     return types_pb2.InvocationResult(request_id=invocation.request_id, items=[item] * count)

@@ -4,8 +4,8 @@ Pure. The node that a user reaches *owns* the request: it asks the policy, runs 
 forwards it, tries the next candidate when one refuses, and answers. A node that receives a request
 from a peer or from the scheduler is a *host*: it re-checks what it can do now, and runs or refuses.
 
-    user ──Arrived──► AskPolicy ──Decided──┬─► queue ─► StartInstance? ─► RunOn ──RunFinished──► Reply
-                                           └─► Forward ──PeerReplied / PeerFailed──► Reply or next
+    user ─Arrived─► AskPolicy ─Decided─┬─► queue ─► StartInstance? ─► RunOn ─RunFinished─► Reply
+                                       └─► Forward ─PeerReplied / PeerFailed─► Reply or next
 """
 
 from collections import OrderedDict
@@ -50,7 +50,7 @@ from tierwise.domain.event import (
     Ticked,
     ViewReceived,
 )
-from tierwise.domain.ids import FunctionId, NodeId, PolicyId, RequestId
+from tierwise.domain.ids import NO_POLICY, FunctionId, NodeId, PolicyId, RequestId
 from tierwise.domain.outcome import LatencySplit, Outcome, OutcomeState
 from tierwise.domain.request import HOPS_MAX, TRIES_MAX, Request
 from tierwise.domain.topology import Link, Node, NodeState
@@ -92,7 +92,7 @@ class Ticket:
     is_cancelled: bool = False
     instance: Instance | None = None
     explanation: Explanation | None = None
-    policy_id: PolicyId = PolicyId("")
+    policy_id: PolicyId = NO_POLICY
 
     @property
     def is_host(self) -> bool:
@@ -565,9 +565,7 @@ class NodeMachine:
         """Take the request off the peer's pending work, unless a newer reading has done so."""
         row = self._table.get(ticket.node_id) if ticket.node_id is not None else None
         if row is not None and row.reading.sequence == ticket.sent_sequence:
-            self._table.change(
-                row.node.node_id, pending_s=max(0.0, row.pending_s - ticket.sent_s)
-            )
+            self._table.change(row.node.node_id, pending_s=max(0.0, row.pending_s - ticket.sent_s))
 
     # -- ends -----------------------------------------------------------------------------------
 
@@ -604,9 +602,7 @@ class NodeMachine:
         )
         self._finish(ticket, outcome, out)
 
-    def _refuse(
-        self, ticket: Ticket, reason: Reason, now_s: float, out: list[NodeCommand]
-    ) -> None:
+    def _refuse(self, ticket: Ticket, reason: Reason, now_s: float, out: list[NodeCommand]) -> None:
         del self._tickets[ticket.request.request_id]
         outcome = self._outcome(
             ticket,
@@ -707,9 +703,7 @@ class NodeMachine:
         for ticket in [t for t in self._tickets.values() if t.ends_at_s <= now_s]:
             if ticket.phase is Phase.FORWARDED and ticket.node_id is not None:
                 self._settle_pending(ticket)
-                out.append(
-                    CancelAt(node_id=ticket.node_id, request_id=ticket.request.request_id)
-                )
+                out.append(CancelAt(node_id=ticket.node_id, request_id=ticket.request.request_id))
                 self._expire(ticket, now_s, out)
             elif ticket.phase is Phase.QUEUED:
                 self._leave_queue(ticket)

@@ -42,7 +42,7 @@ class PeerStreams:
         self._closing: set[asyncio.Task[None]] = set()
 
     def send(self, node_id: NodeId, invocation: types_pb2.Invocation, on_result: OnResult) -> None:
-        """Send one invocation; `on_result` follows exactly once, None if the peer is unreachable."""
+        """Send one invocation; `on_result` follows once, None if the peer is unreachable."""
         loop = asyncio.get_running_loop()
         peer = self._peer(node_id)
         if peer is None:

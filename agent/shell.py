@@ -193,7 +193,7 @@ class Shell:
         *,
         caller: str = "",
     ) -> None:
-        """Take a request; `on_reply` is called once with its result, perhaps before this returns."""
+        """Take a request; `on_reply` gets its result once, perhaps before this returns."""
         call = self._calls.get(request.request_id)
         if call is not None:
             call.on_reply.append(on_reply)
@@ -306,9 +306,7 @@ class Shell:
             if wait_s > 0.0:
                 await asyncio.sleep(wait_s)
             self.feed(
-                InstanceStarted(
-                    instance_id=command.instance_id, cold_start_s=cold_start_s + wait_s
-                )
+                InstanceStarted(instance_id=command.instance_id, cold_start_s=cold_start_s + wait_s)
             )
 
     async def _start_worker(self, instance_id: str, spec: FunctionSpec) -> None:
@@ -382,9 +380,7 @@ class Shell:
                 log.exception("peer.sent_nonsense", node_id=command.node_id)
                 self.feed(PeerFailed(request_id=request_id, node_id=command.node_id))
                 return
-            self.feed(
-                PeerReplied(request_id=request_id, node_id=command.node_id, outcome=outcome)
-            )
+            self.feed(PeerReplied(request_id=request_id, node_id=command.node_id, outcome=outcome))
 
         invocation = convert.invocation_from_request(command.request, call.arguments)
         self._peers.send(command.node_id, invocation, replied)
@@ -394,9 +390,7 @@ class Shell:
         items = call.items
         if len(items) != outcome.item_count:
             items = [
-                types_pb2.Item(
-                    error_code=outcome.error_code or "internal", message=outcome.message
-                )
+                types_pb2.Item(error_code=outcome.error_code or "internal", message=outcome.message)
             ] * outcome.item_count
         result = types_pb2.InvocationResult(
             request_id=outcome.request_id,

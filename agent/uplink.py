@@ -5,6 +5,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from typing import Any
 
 import grpc
 import structlog
@@ -177,7 +178,7 @@ class Uplink:
             leases=[node_pb2.Lease(request_id=request, lease=lease) for request, lease in held],
         )
 
-    async def _write(self, call: "grpc.aio.StreamStreamCall[object, object]") -> None:
+    async def _write(self, call: Any) -> None:
         """Send results at once and a heartbeat every interval."""
         next_beat_s = monotonic_s()
         while True:
@@ -278,9 +279,7 @@ class Uplink:
                 )
             )
             return
-        self._shell.invoke(
-            request, invocation.arguments, self._outbox.put, caller="scheduler"
-        )
+        self._shell.invoke(request, invocation.arguments, self._outbox.put, caller="scheduler")
 
     async def _assigned(self, assignment: node_pb2.PolicyAssignment) -> None:
         async def fetch(policy_id: str) -> tuple[bytes, bytes]:

@@ -43,7 +43,7 @@ CALLS = 50  # per round and row
 HIDDEN = 64
 NODE_COUNTS = (1, 4, 16, 64)
 TARGET_US = {1: 10.0, 16: 100.0}
-STEPS = ("estimate", "features", "forward")
+STEPS = ("estimate", "encode", "forward")
 
 SPEC = FunctionSpec(namespace="bench", name="f", version=1, code_digest="d")
 REQUEST = Request(request_id=RequestId("r"), spec=SPEC, origin=NodeId("n-00"), request_bytes=50_000)
@@ -102,7 +102,7 @@ def pieces(view: ClusterView, policy: LearnedPolicy) -> dict[str, Callable[[], o
     features = encode(view, REQUEST, ranking.estimates, ranking.scores)
     return {
         "estimate": lambda: estimate(view, REQUEST, view.nodes),
-        "features": lambda: encode(view, REQUEST, ranking.estimates, ranking.scores),
+        "encode": lambda: encode(view, REQUEST, ranking.estimates, ranking.scores),
         "forward": lambda: policy.network.forward(features),
     }
 
@@ -142,14 +142,16 @@ def main() -> None:
     console = Console()
     table = Table(
         box=box.SIMPLE,
-        padding=(0, 0, 0, 1),
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+        pad_edge=False,
         title="One placement decision: µs, median [10 % … 90 %] over rounds",
         caption=(
             f"{platform.machine()}, {cpu_name()}, Python {platform.python_version()}, "
             f"NumPy {np.__version__}, commit {commit()}, seed {SEED}; "
             f"{ROUNDS} rounds of {CALLS} calls. ratio: learned ÷ ect. target: for learned. The "
-            "last columns are steps of learned; a sole candidate needs no features and no network, and "
-            f"of many the best {CANDIDATES_MAX} by base score are compared."
+            "last columns are steps of learned; a sole candidate needs no features and no network, "
+            f"and of many the best {CANDIDATES_MAX} by base score are compared."
         ),
     )
     for header in ("nodes", "ect", "learned", "ratio", "target"):

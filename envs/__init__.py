@@ -1,9 +1,9 @@
-"""The simulated world in which policies are trained and compared. It drives the production machines."""
+"""The simulated world in which policies are trained: it drives the production machines.
 
+Importing this package registers `tierwise/Placement-v0` (gymnasium 1.x loads no plugins by itself):
+`import envs`, or `gymnasium.make("envs:tierwise/Placement-v0")`.
+"""
 
-def register() -> None:
-    """Register `tierwise/Placement-v0`; gymnasium calls this through its entry point."""
-    import gymnasium
+import gymnasium
 
-    if "tierwise/Placement-v0" not in gymnasium.registry:
-        gymnasium.register("tierwise/Placement-v0", entry_point="envs.placement:PlacementEnv")
+gymnasium.register("tierwise/Placement-v0", entry_point="envs.placement:PlacementEnv")

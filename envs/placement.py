@@ -117,8 +117,8 @@ class PlacementEnv(gymnasium.Env[Observation, np.int64]):
     of its base score to the best ÷ deadline, and 1 if the row is valid.
 
     ### Rewards
-    A tenth of minus the objective's cost (`cost.objective`, second-equivalents) of the requests that ended
-    since the last decision, each at most 30 s.
+    A tenth of minus the objective's cost (`cost.objective`, second-equivalents) of the requests
+    that ended since the last decision, each at most 30 s.
 
     ### Starting State
     A fresh world of the preset, drawn from the seed; nothing is warm.
@@ -127,7 +127,7 @@ class PlacementEnv(gymnasium.Env[Observation, np.int64]):
     Truncation when the trace has ended and every request has its end: the task itself never ends.
     """
 
-    metadata = {"render_modes": []}
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - so does gymnasium
 
     def __init__(self, preset: str = "random", request_count: int = 400) -> None:
         """Make the environment.
@@ -157,9 +157,7 @@ class PlacementEnv(gymnasium.Env[Observation, np.int64]):
         self._episode.observe(self._observation)
         return self._observation.copy(), self._info()
 
-    def step(
-        self, action: np.int64
-    ) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.int64) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Place one request and run on to the next decision."""
         assert self._episode is not None, "call reset first"
         self._episode.decide(int(action))
@@ -194,4 +192,3 @@ def new_episode(preset: str, world_seed: int, request_count: int) -> Episode:
         if episode.advance():
             return episode
     raise ValueError(f"100 worlds of preset {preset!r} in a row hold no decision")
-

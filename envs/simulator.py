@@ -1,7 +1,7 @@
 """A discrete-event simulation whose nodes and scheduler are the production state machines.
 
 Only the hands are simulated here: workers that take sampled times, links that delay, a clock that
-jumps from event to event. `NodeMachine` and `ControlPlane` are the very classes that the daemons run.
+jumps from event to event. `NodeMachine` and `ControlPlane` are the classes that the daemons run.
 """
 
 import hashlib
@@ -107,9 +107,7 @@ class Simulator:
         self._service, self._link_rng, self._fault_rng = map(np.random.default_rng, spawned)
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._sequence = 0
-        self._nodes = {
-            node.node_id: _SimNode(node, NodeMachine(node)) for node in world.nodes
-        }
+        self._nodes = {node.node_id: _SimNode(node, NodeMachine(node)) for node in world.nodes}
         self._channels: dict[tuple[NodeId, NodeId], Channel] = {}
         self._profiles: dict[FunctionId, FunctionProfile] = {}
         self._requests: dict[RequestId, Request] = {}

@@ -50,7 +50,8 @@ def make_functions(rng: np.random.Generator, count: int) -> list[Behaviour]:
     """Draw functions.
 
     Run times are lognormal with a median of 100 ms and cold starts with a median of 0.25 s: within
-    what AWS Lambda shows for scripted languages and Java (95–260 ms, lambda-perf 2026-06). Popularity is Zipf with exponent 1.
+    what AWS Lambda shows for scripted languages and Java (95–260 ms, lambda-perf 2026-06).
+    Popularity is Zipf with exponent 1.
     """
     behaviours = []
     for index in range(count):
@@ -143,9 +144,7 @@ def make_trace(
                 data_bytes,
             )
         )
-    return Trace(
-        behaviours={b.spec.function_id: b for b in behaviours}, arrivals=tuple(arrivals)
-    )
+    return Trace(behaviours={b.spec.function_id: b for b in behaviours}, arrivals=tuple(arrivals))
 
 
 def _shape(rng: np.random.Generator, nodes: list[Node]) -> tuple[int, NodeId | None, int]:

@@ -50,9 +50,7 @@ class PlacementVecEnv(VecEnv):
 
     def step_wait(
         self,
-    ) -> tuple[
-        NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]
-    ]:
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
         """Take the remembered actions; ended episodes are truncated, not terminated."""
         rewards = np.zeros(self.num_envs, dtype=np.float32)
         dones = np.zeros(self.num_envs, dtype=np.bool_)
@@ -92,7 +90,7 @@ class PlacementVecEnv(VecEnv):
         """Answer `action_masks`, the only method that the learner calls."""
         if method_name != "action_masks":
             raise AttributeError(f"placement episodes have no method {method_name!r}")
-        return [mask for mask in self.action_masks()[self._indices(indices)]]
+        return list(self.action_masks()[self._indices(indices)])
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
         """Return attributes of the episodes; `render_mode` is None for each."""

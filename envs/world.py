@@ -142,8 +142,6 @@ def _links(cloud_rtt_ms: float, uplink_mbit: float) -> LinkTable:
     }
     by_tier: dict[tuple[Tier, Tier], Link] = {}
     for (source, target), (rtt_ms, mbit, jitter_ms) in figures.items():
-        link = Link(
-            rtt_s=rtt_ms / 1e3, bandwidth_bytes_per_s=mbit * MBIT, jitter_s=jitter_ms / 1e3
-        )
+        link = Link(rtt_s=rtt_ms / 1e3, bandwidth_bytes_per_s=mbit * MBIT, jitter_s=jitter_ms / 1e3)
         by_tier[source, target] = by_tier[target, source] = link
     return LinkTable(by_tier=by_tier)

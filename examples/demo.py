@@ -174,7 +174,7 @@ def run_all(
 def run_rounds(folder: Path, client: tierwise.Client, progress: Progress) -> list[float]:
     """Run the federated rounds under the learned policy."""
     files, pictures, labels = digits.split(folder, EDGES)
-    step = progress.add_task("federated learning on digits, clients pinned to edges", total=FL_ROUNDS)
+    step = progress.add_task("federated learning, clients pinned to edges", total=FL_ROUNDS)
 
     async def run() -> list[float]:
         found = []
@@ -190,15 +190,18 @@ def run_rounds(folder: Path, client: tierwise.Client, progress: Progress) -> lis
 def explain_example(ask: Operator, request_id: str) -> str:
     """Say why one call, the slowest under the learned policy, ran where it did."""
     outcome = ask.call(request_id)["outcome"]
-    split = ", ".join(f"{k[:-2].replace('_', ' ')} {v * 1e3:.0f} ms" for k, v in outcome["latency"].items())
+    split = ", ".join(
+        f"{name[:-2].replace('_', ' ')} {seconds * 1e3:.0f} ms"
+        for name, seconds in outcome["latency"].items()
+    )
     rows = (outcome.get("explanation") or {}).get("candidates", [])
     scores = ", ".join(
         f"{row['node_id']} {row['score']:.3f} s (p {row['propensity']:.2f})"
         for row in sorted(rows, key=lambda row: -row["propensity"])
     )
     return (
-        f"\nThe slowest call of the learned policy, {request_id}, came to {outcome['origin']} and ran on "
-        f"{outcome['node_id']}:\n  {split}\n  base scores: {scores}\n"
+        f"\nThe slowest call of the learned policy, {request_id}, came to {outcome['origin']} "
+        f"and ran on {outcome['node_id']}:\n  {split}\n  base scores: {scores}\n"
         "With a cluster of your own running (tierwise up), any call explains itself:\n"
         "  tierwise get calls;  tierwise explain CALL"
     )
@@ -213,11 +216,12 @@ def print_results(
 ) -> None:
     """Print what the platform recorded."""
     table = Table(
-        title=f"{call_count} real calls from two edges, the same trace (seed {seed}) for each policy",
+        title=f"{call_count} real calls from two edges, the same (seed {seed}) for each policy",
         caption="Real processes and code; link delays and device speeds are emulated.",
     )
     table.add_column("policy")
-    for title in ("p50", "p95", "deadline missed", "cost per million", "edge / fog / cloud", "failed"):
+    titles = ("p50", "p95", "deadline missed", "cost per million", "edge / fog / cloud", "failed")
+    for title in titles:
         table.add_column(title, justify="right")
     for policy, found in results.items():
         share = found["share"]

@@ -1,4 +1,4 @@
-"""Text scoring: a TF-IDF classifier, trained where it is deployed from and shipped with the code."""
+"""Text scoring: a TF-IDF classifier, trained on the spot and shipped with the code."""
 
 import re
 from typing import Any

@@ -1,37 +1,32 @@
 """The cluster's certificate authority, its one-time join tokens and its revocations."""
 
-import datetime
 import hashlib
+import os
 import secrets
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
-from cryptography import x509
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from scheduler import certificates
 from tierwise.clock import wall_s
 from tierwise.domain.ids import is_name
-from tierwise.errors import FailedPrecondition, InvalidArgument, Unauthenticated
+from tierwise.errors import AlreadyExists, FailedPrecondition, InvalidArgument, Unauthenticated
 from tierwise.files import write_atomically
 from tierwise.wire.certificates import key_to_pem, new_key, signing_request
-from tierwise.wire.identity import (
-    JOIN_DNS_NAME,
-    Credentials,
-    Identity,
-    Role,
-    fingerprint,
-    split_token,
-)
+from tierwise.wire.identity import Credentials, Identity, Role, fingerprint, split_token
 
 AUTHORITY_DAYS = 3650
 LEAF_DAYS = 365
+DAY_S = 86_400.0
 TOKENS_MAX = 10_000
-TOKEN_TTL_S_MAX = 30 * 86400.0
-USED_KEPT_S = 7 * 86400.0  # so that a second use is told from an unknown token
+TOKEN_TTL_S_MAX = 30 * DAY_S
+USED_KEPT_S = 7 * DAY_S  # so that a second use is told from an unknown token
+CERTIFICATES_MAX = 256  # remembered of one identity; only its own scheduler renews that often
+FILES = ("ca.pem", "ca-key.pem", "book.json")
 
 
 class TokenRecord(msgspec.Struct):
@@ -46,46 +41,49 @@ class TokenRecord(msgspec.Struct):
 
 
 class _Book(msgspec.Struct):
-    """Everything of the authority that changes."""
+    """Everything of the authority that changes.
+
+    A revoked name is in `revoked` until it joins again; its certificates of before stay in
+    `revoked_certificates` until they expire. Both maps of certificates go from fingerprint to
+    expiry, seconds since the epoch.
+    """
 
     cluster_id: str
     tokens: dict[str, TokenRecord] = {}
     revoked: set[str] = set()
-
-
-@dataclass(frozen=True, slots=True)
-class _Signer:
-    certificate: x509.Certificate
-    key: ec.EllipticCurvePrivateKey
-
-    @property
-    def pem(self) -> bytes:
-        return self.certificate.public_bytes(serialization.Encoding.PEM)
+    issued: dict[str, dict[str, float]] = {}  # by URI
+    revoked_certificates: dict[str, float] = {}
 
 
 class Authority:
-    """Signs identities. All state is in one folder; every change is on disk before it counts."""
+    """Signs identities. All state is in one folder; every change is on disk before it counts.
 
-    def __init__(self, folder: Path) -> None:
+    Safe to use from several threads. One process at a time may hold the folder.
+    """
+
+    def __init__(self, folder: Path, clock: Callable[[], float] = wall_s) -> None:
         """Open the authority in `folder`, making a new one if the folder is empty.
 
+        Args:
+            folder: Holds the key, the certificate and the book; only the owner may look into it.
+            clock: Gives seconds since the epoch.
+
         Raises:
-            FailedPrecondition: The folder holds half an authority.
+            FailedPrecondition: The folder holds half an authority, or a damaged one.
         """
         self._folder = folder
+        self._clock = clock
+        self._lock = threading.RLock()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        parts = [folder / name for name in ("ca.pem", "ca-key.pem", "book.json")]
-        present = [path.exists() for path in parts]
-        if any(present) and not all(present):
-            missing = ", ".join(p.name for p, is_there in zip(parts, present, strict=True) if not is_there)
-            raise FailedPrecondition(f"{folder} lacks {missing}: restore it from a backup")
-        if not any(present):
-            self._create(parts)
-        certificate = x509.load_pem_x509_certificate(parts[0].read_bytes())
-        key = serialization.load_pem_private_key(parts[1].read_bytes(), password=None)
-        assert isinstance(key, ec.EllipticCurvePrivateKey)
-        self._signer = _Signer(certificate, key)
-        self._book = msgspec.json.decode(parts[2].read_bytes(), type=_Book)
+        missing = [name for name in FILES if not (folder / name).exists()]
+        if len(missing) == len(FILES):
+            self._create()
+        elif missing:
+            raise FailedPrecondition(
+                f"{folder} lacks {', '.join(missing)}: restore it from a backup, or remove the "
+                "folder to begin a new cluster"
+            )
+        self._load()
         self._join = self._join_credentials()
 
     @property
@@ -103,50 +101,61 @@ class Authority:
         """Return the self-signed certificate of the join port."""
         return self._join
 
+    # -- certificates ---------------------------------------------------------------------------
+
     def issue(self, identity: Identity) -> Credentials:
         """Return new credentials for `identity`, with a key made here."""
         key = new_key()
-        return Credentials(
-            self._signer.pem, self.sign(signing_request(key, identity.name), identity), key_to_pem(key)
-        )
+        request = signing_request(key, identity.name)
+        return Credentials(self._signer.pem, self.sign(request, identity), key_to_pem(key))
 
     def sign(self, request_pem: bytes, identity: Identity) -> bytes:
         """Return a PEM certificate for the key in a signing request; its subject is ignored.
 
+        A name that was revoked is welcome again; the certificates it had before are not.
+
         Raises:
             InvalidArgument: It is no valid signing request.
         """
-        try:
-            request = x509.load_pem_x509_csr(request_pem)
-            if not request.is_signature_valid:
-                raise InvalidSignature
-        except (ValueError, InvalidSignature):
-            raise InvalidArgument("the signing request is not valid: make a new one") from None
-        public_key = request.public_key()
-        if not isinstance(public_key, ec.EllipticCurvePublicKey):
-            raise InvalidArgument("the signing request must hold an elliptic-curve key (P-256)")
-        names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(identity.uri)]
-        if identity.dns_name is not None:
-            names.append(x509.DNSName(identity.dns_name))
-        usages = [ExtendedKeyUsageOID.CLIENT_AUTH]
-        if identity.dns_name is not None:
-            usages.append(ExtendedKeyUsageOID.SERVER_AUTH)
-        builder = (
-            _builder(_name(identity.name), public_key, LEAF_DAYS)
-            .issuer_name(self._signer.certificate.subject)
-            .add_extension(x509.SubjectAlternativeName(names), critical=False)
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
-        )
-        certificate = builder.sign(self._signer.key, hashes.SHA256())
-        self._book.revoked.discard(identity.uri)  # a fresh token makes a removed node welcome
-        self._store()
-        return certificate.public_bytes(serialization.Encoding.PEM)
+        public_key = certificates.requested_key(request_pem)
+        now_s = self._clock()
+        pem = self._signer.sign(public_key, identity, now_s, LEAF_DAYS)
+        with self._lock:
+            held = self._book.issued.setdefault(identity.uri, {})
+            held[fingerprint(pem)] = now_s + LEAF_DAYS * DAY_S
+            while len(held) > CERTIFICATES_MAX:
+                del held[next(iter(held))]  # the oldest
+            self._book.revoked.discard(identity.uri)
+            self._store()
+        return pem
+
+    def admit(self, token: str, name: str, request_pem: bytes) -> tuple[Identity, bytes]:
+        """Redeem a token and sign at once: of two simultaneous uses, one is refused.
+
+        A bad signing request does not use up the token.
+
+        Returns:
+            The identity that was granted, and its PEM certificate.
+
+        Raises:
+            Unauthenticated: The token is unknown, was used before, or has expired.
+            InvalidArgument: It is for another name, or name or signing request are none.
+            AlreadyExists: The token names nobody and the name is in use.
+        """
+        certificates.requested_key(request_pem)
+        with self._lock:
+            identity = self.redeem(token, name)
+            return identity, self.sign(request_pem, identity)
 
     # -- tokens ---------------------------------------------------------------------------------
 
     def create_token(self, role: Role, name: str, ttl_s: float) -> tuple[str, TokenRecord]:
         """Return a token that works once, and its record.
+
+        Args:
+            role: What it makes of the one who redeems it.
+            name: Who that must be; empty for anybody whose name is free.
+            ttl_s: How long it may be redeemed.
 
         Raises:
             InvalidArgument: The role may not join, the name is none, or the time is out of bounds.
@@ -158,20 +167,22 @@ class Authority:
             raise InvalidArgument(f"{name!r} is no name: use a-z, 0-9, '-', '.', '_'")
         if not 1.0 <= ttl_s <= TOKEN_TTL_S_MAX:
             raise InvalidArgument("a token lives between 1 second and 30 days")
-        self._purge()
-        if len(self._book.tokens) >= TOKENS_MAX:
-            raise FailedPrecondition(f"there are {TOKENS_MAX} open tokens; wait until some expire")
         secret = secrets.token_urlsafe(24)
-        record = TokenRecord(
-            secrets.token_hex(4), _sha256(secret), role, name, wall_s() + ttl_s
-        )
-        self._book.tokens[record.secret_sha256] = record
-        self._store()
+        with self._lock:
+            self._purge()
+            if len(self._book.tokens) >= TOKENS_MAX:
+                raise FailedPrecondition(f"there are {TOKENS_MAX} tokens; wait until some expire")
+            record = TokenRecord(
+                secrets.token_hex(4), _sha256(secret), role, name, self._clock() + ttl_s
+            )
+            self._book.tokens[record.secret_sha256] = record
+            self._store()
         return f"tw1.{fingerprint(self._join.certificate)}.{secret}", record
 
     def tokens(self) -> list[TokenRecord]:
         """Return the records of all tokens that are remembered."""
-        return list(self._book.tokens.values())
+        with self._lock:
+            return list(self._book.tokens.values())
 
     def redeem(self, token: str, name: str) -> Identity:
         """Use up a token and return the identity that it grants.
@@ -179,62 +190,113 @@ class Authority:
         Raises:
             Unauthenticated: It is unknown, was used before, or has expired.
             InvalidArgument: It is for another name, or the name is none.
+            AlreadyExists: It names nobody and the name is in use.
         """
         _, secret = split_token(token)
-        record = self._book.tokens.get(_sha256(secret))
-        if record is None:
-            raise Unauthenticated("this join token is unknown here; create one on this cluster")
-        if record.is_used:
-            raise Unauthenticated("this join token was used before; each works once: create another")
-        if record.expires_unix_s < wall_s():
-            raise Unauthenticated("this join token has expired; create another")
-        if record.name and record.name != name:
-            raise InvalidArgument(f"this join token is for {record.name!r}, not for {name!r}")
         if not is_name(name):
-            raise InvalidArgument(f"{name!r} is no name: use a-z, 0-9, '-', '.', '_'")
-        record.is_used = True
-        self._store()
-        return Identity(record.role, name)
+            raise InvalidArgument(f"{name[:80]!r} is no name: use a-z, 0-9, '-', '.', '_'")
+        with self._lock:
+            record = self._book.tokens.get(_sha256(secret))
+            if record is None:
+                raise Unauthenticated(
+                    "this join token is unknown here: it is of another cluster, was withdrawn or "
+                    "expired long ago; create another"
+                )
+            if record.is_used:
+                raise Unauthenticated(
+                    "this join token was used before; each works once: create another"
+                )
+            if record.expires_unix_s < self._clock():
+                raise Unauthenticated("this join token has expired; create another")
+            if record.name and record.name != name:
+                raise InvalidArgument(f"this join token is for {record.name!r}, not for {name!r}")
+            identity = Identity(record.role, name)
+            if not record.name and self._is_taken(identity):
+                raise AlreadyExists(
+                    f"the {record.role} name {name!r} is taken: choose another, or create a token "
+                    "for just this name to replace its owner"
+                )
+            record.is_used = True
+            self._store()
+        return identity
+
+    def _is_taken(self, identity: Identity) -> bool:
+        """Return whether somebody holds a valid certificate of this name."""
+        now_s = self._clock()
+        held = self._book.issued.get(identity.uri, {})
+        return identity.uri not in self._book.revoked and any(end > now_s for end in held.values())
 
     # -- revocation -----------------------------------------------------------------------------
 
     def revoke(self, identity: Identity) -> None:
-        """Refuse an identity until it joins again with a new token."""
-        self._book.revoked.add(identity.uri)
-        self._store()
+        """Refuse a name until it joins again with a new token, and its certificates for ever.
+
+        Open tokens for just this name are withdrawn.
+        """
+        with self._lock:
+            book = self._book
+            book.revoked.add(identity.uri)
+            book.revoked_certificates.update(book.issued.pop(identity.uri, {}))
+            for key, record in list(book.tokens.items()):
+                if not record.is_used and Identity(record.role, record.name) == identity:
+                    del book.tokens[key]
+            self._purge()
+            self._store()
 
     def is_revoked(self, identity: Identity) -> bool:
-        """Return whether an identity is refused."""
-        return identity.uri in self._book.revoked
+        """Return whether a name, or the certificate that it showed, is refused."""
+        book = self._book
+        return identity.uri in book.revoked or identity.fingerprint in book.revoked_certificates
 
     def revoked(self) -> list[str]:
-        """Return the URIs of all refused identities."""
-        return sorted(self._book.revoked)
+        """Return the URIs and certificate fingerprints that are refused; see Identity.is_among."""
+        with self._lock:
+            return [*sorted(self._book.revoked), *sorted(self._book.revoked_certificates)]
 
     # -- storage --------------------------------------------------------------------------------
 
     def _purge(self) -> None:
-        limit = wall_s() - USED_KEPT_S
-        self._book.tokens = {
-            key: record for key, record in self._book.tokens.items() if record.expires_unix_s > limit
+        """Forget tokens and certificates that have expired."""
+        book, now_s = self._book, self._clock()
+        book.tokens = {
+            key: record
+            for key, record in book.tokens.items()
+            if record.expires_unix_s > now_s - USED_KEPT_S
         }
+        book.revoked_certificates = _unexpired(book.revoked_certificates, now_s)
+        held = {uri: _unexpired(ends, now_s) for uri, ends in book.issued.items()}
+        book.issued = {uri: ends for uri, ends in held.items() if ends}
 
     def _store(self) -> None:
+        """Write the book so that a power cut does not make a used token new again."""
         write_atomically(self._folder / "book.json", msgspec.json.encode(self._book))
+        descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
-    def _create(self, parts: list[Path]) -> None:
+    def _create(self) -> None:
         key = new_key()
         cluster_id = secrets.token_hex(6)
-        subject = _name(f"tierwise cluster {cluster_id}")
-        certificate = (
-            _builder(subject, key.public_key(), AUTHORITY_DAYS)
-            .issuer_name(subject)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .sign(key, hashes.SHA256())
-        )
-        write_atomically(parts[1], key_to_pem(key))
-        write_atomically(parts[2], msgspec.json.encode(_Book(cluster_id)))
-        write_atomically(parts[0], certificate.public_bytes(serialization.Encoding.PEM))
+        pem = certificates.self_signed_authority(key, cluster_id, self._clock(), AUTHORITY_DAYS)
+        contents = (pem, key_to_pem(key), msgspec.json.encode(_Book(cluster_id)))
+        for name, content in zip(FILES, contents, strict=True):
+            write_atomically(self._folder / name, content)
+
+    def _load(self) -> None:
+        certificate, key_pem, book = ((self._folder / name).read_bytes() for name in FILES)
+        try:
+            key = serialization.load_pem_private_key(key_pem, password=None)
+            if not isinstance(key, ec.EllipticCurvePrivateKey):
+                raise ValueError("ca-key.pem holds no elliptic-curve key")
+            self._signer = certificates.Signer.load(certificate, key)
+            self._book = msgspec.json.decode(book, type=_Book)
+        except (ValueError, TypeError, msgspec.DecodeError) as error:
+            raise FailedPrecondition(
+                f"the authority in {self._folder} is damaged: {error}; restore it from a backup, "
+                "or remove the folder to begin a new cluster"
+            ) from None
 
     def _join_credentials(self) -> Credentials:
         """Load or make the join port's own certificate; tokens pin it."""
@@ -242,40 +304,15 @@ class Authority:
         if (folder / "cert.pem").exists():
             return Credentials.load(folder)
         key = new_key()
-        subject = _name(JOIN_DNS_NAME)
-        certificate = (
-            _builder(subject, key.public_key(), AUTHORITY_DAYS)
-            .issuer_name(subject)
-            .add_extension(
-                x509.SubjectAlternativeName([x509.DNSName(JOIN_DNS_NAME)]), critical=False
-            )
-            .sign(key, hashes.SHA256())
-        )
-        pem = certificate.public_bytes(serialization.Encoding.PEM)
+        pem = certificates.self_signed_join(key, self._clock(), AUTHORITY_DAYS)
         credentials = Credentials(pem, pem, key_to_pem(key))
         credentials.save(folder)
         return credentials
 
 
-def _builder(
-    subject: x509.Name, public_key: ec.EllipticCurvePublicKey, days: int
-) -> x509.CertificateBuilder:
-    now = datetime.datetime.fromtimestamp(wall_s(), datetime.UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .public_key(public_key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(minutes=5))  # clocks differ
-        .not_valid_after(now + datetime.timedelta(days=days))
-    )
-
-
-def _name(text: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text[:64])])
+def _unexpired(ends: dict[str, float], now_s: float) -> dict[str, float]:
+    return {key: end for key, end in ends.items() if end > now_s}
 
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-

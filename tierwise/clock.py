@@ -23,5 +23,5 @@ def precise_s() -> float:
 
 
 def pause(duration_s: float) -> None:
-    """Block the calling thread for `duration_s` seconds; only for shells with a thread of their own."""
+    """Block the calling thread for `duration_s` seconds; for shells with a thread of their own."""
     time.sleep(duration_s)

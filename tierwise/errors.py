@@ -220,7 +220,7 @@ def error_from_code(
     remote_traceback: str = "",
     retry_after_s: float | None = None,
 ) -> TierwiseError:
-    """Return the exception for a `code` that came over the wire; unknown codes give the base class."""
+    """Return the exception for a `code` from the wire; unknown codes give the base class."""
     return ERROR_BY_CODE.get(code, TierwiseError)(
         message,
         remote_type=remote_type,

@@ -1,6 +1,6 @@
 """Compare policies in the simulator: the same worlds, the same seeds, intervals.
 
-    python -m training.evaluate --policies ect,learned --presets small,campus --seeds 20
+python -m training.evaluate --policies ect,learned --presets small,campus --seeds 20
 """
 
 import argparse
@@ -164,8 +164,19 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(title="simulated worlds, held-out seeds", box=None)
-    for title in ("preset", "policy", "cost s [95 % CI]", "vs ect [95 % CI]", "p50 ms", "p95 ms",
-                  "missed", "cold", "$/1000", "edge/fog/cloud", "µs/decision*"):
+    for title in (
+        "preset",
+        "policy",
+        "cost s [95 % CI]",
+        "vs ect [95 % CI]",
+        "p50 ms",
+        "p95 ms",
+        "missed",
+        "cold",
+        "$/1000",
+        "edge/fog/cloud",
+        "µs/decision*",
+    ):
         table.add_column(title, justify="left" if title in ("preset", "policy") else "right")
     for row in rows:
         versus = ""
@@ -211,7 +222,8 @@ def main() -> int:
         parser.error(str(error))
     from tqdm import tqdm
 
-    with tqdm(total=len(presets) * len(policies) * flags.seeds, unit="world", file=sys.stderr) as bar:
+    total = len(presets) * len(policies) * flags.seeds
+    with tqdm(total=total, unit="world", file=sys.stderr) as bar:
         rows = compare(
             policies,
             presets,

@@ -49,7 +49,8 @@ def disagreement(residual: Residual, network: Network, *, samples: int = 200) ->
         with torch.no_grad():
             expected = residual(torch.from_numpy(features)[None], torch.ones(1, k))[0].numpy()
         found = network.forward(features)
-        worst = max(worst, float(np.max(np.abs(found - expected) / np.maximum(1.0, np.abs(expected)))))
+        relative = np.abs(found - expected) / np.maximum(1.0, np.abs(expected))
+        worst = max(worst, float(relative.max()))
     return worst
 
 

@@ -1,6 +1,6 @@
 """The residual network in torch, inside a policy of sb3-contrib's MaskablePPO.
 
-Its arithmetic is that of `tierwise.placement.policies.learned.Network`; `training.export` checks it.
+Its arithmetic is that of `tierwise.placement.network.Network`; `training.export` checks it.
 """
 
 from typing import Any
@@ -27,7 +27,9 @@ class Residual(nn.Module):
         nn.init.zeros_(self.layer4.weight)
         nn.init.zeros_(self.layer4.bias)
 
-    def pooled(self, features: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def pooled(
+        self, features: torch.Tensor, valid: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return hidden values (b, k, H) and their mean‖max over valid candidates (b, 2H)."""
         hidden = torch.relu(self.layer2(torch.relu(self.layer1(features))))
         weight = valid.unsqueeze(-1)
@@ -46,7 +48,7 @@ class Residual(nn.Module):
 
 
 class Heads(nn.Module):
-    """What stable-baselines3 calls the MLP extractor: logits on one side, a context on the other."""
+    """What stable-baselines3 calls the MLP extractor: logits, and a context for the value."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -63,7 +65,8 @@ class Heads(nn.Module):
         """Return logits −β·gap + f, shape (b, 16); masking follows outside."""
         rows = flat.view(flat.shape[0], CANDIDATES_MAX, -1)
         residual = self.residual(rows[:, :, :-2], rows[:, :, -1])
-        return residual - BETA * rows[:, :, -2]
+        logits: torch.Tensor = residual - BETA * rows[:, :, -2]
+        return logits
 
     def forward_critic(self, flat: torch.Tensor) -> torch.Tensor:
         """Return what the value is read from, shape (b, 2H)."""
@@ -78,15 +81,22 @@ class ResidualPolicy(MaskableActorCriticPolicy):
         self._hidden = hidden
         super().__init__(*args, **kwargs)
 
+    @property
+    def residual(self) -> Residual:
+        """Return the network that is exported."""
+        heads: Any = self.mlp_extractor
+        found: Residual = heads.residual
+        return found
+
     def _build_mlp_extractor(self) -> None:
-        self.mlp_extractor = Heads(self._hidden)
+        heads: Any = Heads(self._hidden)  # the base class says MlpExtractor, and asks only this
+        self.mlp_extractor = heads
 
     def _build(self, lr_schedule: Any) -> None:
         """Build, without the layer that would mix the candidates, and without re-initialising f."""
         super()._build(lr_schedule)
         self.action_net = nn.Identity()
-        nn.init.zeros_(self.mlp_extractor.residual.layer4.weight)
-        nn.init.zeros_(self.mlp_extractor.residual.layer4.bias)
-        self.optimizer = self.optimizer_class(
-            self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs
-        )
+        nn.init.zeros_(self.residual.layer4.weight)
+        nn.init.zeros_(self.residual.layer4.bias)
+        make: Any = self.optimizer_class
+        self.optimizer = make(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)

@@ -124,7 +124,9 @@ class Watch(BaseCallback):
 
     def validate(self) -> None:
         """Judge the present weights; keep them if they are the best so far."""
-        network = to_network(self.model.policy.mlp_extractor.residual)  # type: ignore[union-attr, arg-type]
+        policy_in_torch = self.model.policy
+        assert isinstance(policy_in_torch, ResidualPolicy)
+        network = to_network(policy_in_torch.residual)
         policy = as_policy(network, self._settings, self._progress, lam=1.0)
         ratio = self._validation.ratio(policy)
         self.logger.record("validation/cost_ratio", ratio)
@@ -230,9 +232,7 @@ def _resume(folder: Path, environment: PlacementVecEnv, progress: Progress) -> M
     return model
 
 
-def _finish(
-    settings: Settings, folder: Path, validation: Validation, progress: Progress
-) -> None:
+def _finish(settings: Settings, folder: Path, validation: Validation, progress: Progress) -> None:
     """Choose λ on validation, judge on held-out worlds, write the policy and its card."""
     with np.load(folder / "best.npz", allow_pickle=False) as stored:
         network = Network(**{name: stored[name] for name in stored.files})
@@ -286,10 +286,8 @@ def _command(settings: Settings) -> str:
 
 
 def _new_folder(root: Path, name: str) -> Path:
-    number = 1 + max(
-        (int(path.name.rpartition("_")[2]) for path in root.glob(f"{name}_*") if path.name.rpartition("_")[2].isdigit()),
-        default=0,
-    )
+    endings = [path.name.rpartition("_")[2] for path in root.glob(f"{name}_*")]
+    number = 1 + max((int(ending) for ending in endings if ending.isdigit()), default=0)
     folder = root / f"{name}_{number}"
     folder.mkdir(parents=True)
     return folder
@@ -358,7 +356,6 @@ def _ship(folder: Path) -> None:
     card = json.loads((folder / "policy.json").read_text()) | {"name": "learned"}
     write_atomically(target / "shipped.npz", (folder / "policy.npz").read_bytes())
     write_atomically(target / "shipped.json", json.dumps(card, indent=2).encode())
-
 
 
 if __name__ == "__main__":

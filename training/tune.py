@@ -1,6 +1,6 @@
 """Tune the weights of the base score on validation worlds, one weight after the other.
 
-    python -m training.tune --seeds 24
+python -m training.tune --seeds 24
 """
 
 import argparse

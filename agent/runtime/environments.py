@@ -50,7 +50,7 @@ class Environments:
         return Environment(environment_id=name, python=folder / "bin/python")
 
     async def _build(self, folder: Path, requirements: tuple[str, ...]) -> None:
-        """Install into the final place and move it there only in name: a marker says it is whole."""
+        """Install into a folder beside, and rename it when it is whole."""
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ class Environments:
             *SHIM_REQUIREMENTS,
             *requirements,
         )
-        partial.replace(folder)  # the interpreter is called by path: the move breaks no script we use
+        partial.replace(folder)  # we call the interpreter by path: the move breaks nothing
 
 
 async def _run(*command: str) -> None:

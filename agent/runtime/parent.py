@@ -128,9 +128,9 @@ class ZygoteProcess:
             return
         event = json.loads(message)
         if "forked" in event:
-            self._forked.pop(event["forked"], lambda pid: None)(event["pid"])
+            self._forked.pop(event["forked"], _ignore)(event["pid"])
         elif "ended" in event:
-            self._ended.pop(event["ended"], lambda code: None)(event["code"])
+            self._ended.pop(event["ended"], _ignore)(event["code"])
         elif self._ready is not None and not self._ready.done():
             self._ready.set_result(None)
 
@@ -147,3 +147,7 @@ class ZygoteProcess:
         self._forked.clear()
         for callback in ended.values():
             callback(None)
+
+
+def _ignore(_: object) -> None:
+    """Take what nobody waits for any more."""

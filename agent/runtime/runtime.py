@@ -1,4 +1,4 @@
-"""Workers as the agent sees them: start, run, stop. One asyncio loop, no thread, no task per call."""
+"""Workers as the agent sees them: start, run, stop. One loop, no thread, no task per call."""
 
 import asyncio
 import shutil

@@ -38,7 +38,9 @@ def die_with_parent(parent_pid: int) -> None:
         os._exit(1)
 
 
-def enter(*, parent_pid: int, keep: tuple[int, ...], log: int, folder: str, memory_mib: int) -> None:
+def enter(
+    *, parent_pid: int, keep: tuple[int, ...], log: int, folder: str, memory_mib: int
+) -> None:
     """Apply every layer to this process.
 
     Args:

@@ -4,7 +4,7 @@ Stands alone: it sees the standard library, msgspec, cloudpickle and two sibling
 zygote loaded by path; never tierwise itself. Frames in both directions are a u32 length and a body.
 
     agent → worker   u32 item count, then per item u32 length and the encoded (args, kwargs)
-    worker → agent   msgpack [items, done]; items are [index, kind, value, type, message, traceback],
+    worker → agent   msgpack [items, done]; an item is [index, kind, value, type, message, trace],
                      done is None or [run seconds, peak MiB]; first of all one frame for the start
 """
 

@@ -78,8 +78,8 @@ class Store:
     ) -> T:
         """Run `action` in the next transaction; return its result once that is on disk.
 
-        An action that raises is rolled back alone; the others of the batch stay. It may run twice
-        (the first time is rolled back), so it must do nothing but use its connection.
+        An action that raises is rolled back alone; the others of the batch stay. It may run again
+        after a rollback, so it must do nothing but use its connection.
 
         Args:
             action: Statements of one unit.
@@ -156,13 +156,21 @@ class Store:
                 return
 
     def _commit(self, batch: list[_Write]) -> list[_Result]:
-        """Run a batch in one transaction; if the database fails it, each write in its own."""
+        """Run a batch in one transaction, so that a write that fails takes no other with it.
+
+        Savepoints cost half the speed: they are used only if a write of the batch was refused. If
+        the database itself fails, each write runs alone, which shows whose fault it was.
+        """
         if len(batch) == 1:
             return [self._commit_one(batch[0])]
         try:
-            with self._engine.begin() as connection:
-                return [_run_nested(write, connection) for write in batch]
-        except Exception:  # whose fault it was, and what it was, shows when they run alone
+            try:
+                with self._engine.begin() as connection:
+                    return [(write.action(connection), None) for write in batch]
+            except TierwiseError:
+                with self._engine.begin() as connection:
+                    return [_run_nested(write, connection) for write in batch]
+        except Exception:
             return [self._commit_one(write) for write in batch]
 
     def _commit_one(self, write: _Write) -> _Result:

@@ -1,4 +1,4 @@
-"""What must hold for the simulator and for live daemons alike, or the one says nothing of the other."""
+"""What must hold for the simulator and for live daemons alike."""
 
 from collections.abc import Iterator
 

@@ -1,6 +1,5 @@
 """`tierwise up` leaves nothing behind: no process, no file outside its folder."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -30,7 +29,7 @@ def test_interrupting_up_stops_every_process(tmp_path: Path) -> None:
     assert up.wait(20) == 0
     _, alive = psutil.wait_procs(children, timeout=5)
     assert alive == []
-    assert os.listdir(tmp_path) == [".tierwise"]
+    assert [path.name for path in tmp_path.iterdir()] == [".tierwise"]
 
 
 def test_a_killed_up_takes_its_processes_along(tmp_path: Path) -> None:

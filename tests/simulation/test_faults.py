@@ -76,9 +76,7 @@ def check_run(seed: int) -> Simulator:
     simulator = Simulator(world, seed)
     simulator.on_step = check_resources
     simulator.run(create("ect" if seed % 2 else "least-loaded"))
-    durable = {
-        f"r{index + 1:06}" for index, a in enumerate(world.trace.arrivals) if a.is_durable
-    }
+    durable = {f"r{index + 1:06}" for index, a in enumerate(world.trace.arrivals) if a.is_durable}
     every = {f"r{index + 1:06}" for index in range(len(world.trace.arrivals))}
     answered = Counter(outcome.request_id for outcome in simulator.outcomes)
     recorded = Counter(outcome.request_id for outcome, _ in simulator.recorded)

@@ -6,7 +6,6 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
-import envs
 from envs.placement import COLUMNS, PlacementEnv
 from envs.vector import PlacementVecEnv
 from tierwise.placement.features import CANDIDATES_MAX
@@ -17,8 +16,7 @@ def base_scores_choice(observation: np.ndarray) -> int:  # type: ignore[type-arg
 
 
 def test_it_is_registered_and_passes_both_checkers() -> None:
-    envs.register()
-    environment = gymnasium.make("tierwise/Placement-v0", preset="small", request_count=40)
+    environment = gymnasium.make("envs:tierwise/Placement-v0", preset="small", request_count=40)
     check_env(environment.unwrapped, skip_render_check=True)
     sb3_check_env(environment.unwrapped)
 

@@ -45,9 +45,7 @@ CLOUD = NodeId("cloud-1")
 
 
 def node(name: str = EDGE, tier: Tier = Tier.EDGE, *, cpus: float = 1, memory: int = 512) -> Node:
-    return Node(
-        node_id=NodeId(name), tier=tier, capacity=Resources(cpus=cpus, memory_mib=memory)
-    )
+    return Node(node_id=NodeId(name), tier=tier, capacity=Resources(cpus=cpus, memory_mib=memory))
 
 
 def spec(name: str = "f", **changes: object) -> FunctionSpec:
@@ -69,9 +67,7 @@ def decided(name: str, *nodes: str) -> Decided:
 
 
 def finished(instance: str, name: str, **changes: object) -> RunFinished:
-    base = RunFinished(
-        instance_id=InstanceId(instance), request_id=RequestId(name), run_s=0.1
-    )
+    base = RunFinished(instance_id=InstanceId(instance), request_id=RequestId(name), run_s=0.1)
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
@@ -251,9 +247,7 @@ def test_when_every_candidate_failed_the_caller_learns_each_reason() -> None:
     machine = with_cloud(NodeMachine(node()))
     machine.step(Arrived(request=request("r")), 1.0)
     machine.step(decided("r", CLOUD), 1.0)
-    outcome = outcome_of(
-        machine.step(PeerFailed(request_id=RequestId("r"), node_id=CLOUD), 1.1)
-    )
+    outcome = outcome_of(machine.step(PeerFailed(request_id=RequestId("r"), node_id=CLOUD), 1.1))
     assert outcome.state is OutcomeState.UNPLACEABLE
     assert "cloud-1: node unreachable" in outcome.message
 
@@ -360,9 +354,7 @@ def test_cancelling_works_in_every_phase() -> None:
     away = machine.step(cancel[2], 1.1)
     assert away[0] == CancelAt(node_id=CLOUD, request_id=RequestId("away"))
     assert outcome_of(away).state is OutcomeState.CANCELLED
-    killed = finished(
-        instance, "running", is_instance_alive=False, error_code="cancelled"
-    )
+    killed = finished(instance, "running", is_instance_alive=False, error_code="cancelled")
     assert outcome_of(machine.step(killed, 1.2)).state is OutcomeState.CANCELLED
     assert list(machine.tickets()) == []
 

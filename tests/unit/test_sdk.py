@@ -301,8 +301,8 @@ async def test_a_call_cancelled_by_a_broken_stream_runs_again_under_a_new_id(
     tmp_path: Path,
 ) -> None:
     def cancelled_once(invocation: types_pb2.Invocation) -> types_pb2.InvocationResult:
-        ids = {seen.request_id for seen in agent.seen}
-        return failure(invocation, Cancelled("broken")) if len(ids) == 1 else echo(invocation)
+        is_old = invocation.request_id == agent.seen[0].request_id
+        return failure(invocation, Cancelled("broken")) if is_old else echo(invocation)
 
     agent = FakeAgent("edge-1", reply=cancelled_once, is_breaking=True)
     async with FakeCluster(tmp_path, agent) as cluster, Client(cluster.context) as client:
@@ -310,6 +310,7 @@ async def test_a_call_cancelled_by_a_broken_stream_runs_again_under_a_new_id(
         await agent.heard.wait()
         agent.is_breaking = False
         assert await call == 5
+        assert agent.stream_count == 2, "an answer, even this one, is no reason to reconnect"
 
 
 async def test_a_silent_agent_ends_in_a_deadline_and_a_cancel(

@@ -53,9 +53,7 @@ def test_a_trace_asks_for_the_load_that_was_ordered() -> None:
             burstiness=1.0,
         )
         asked_s = sum(
-            trace.behaviours[a.function].profile.run_s
-            for a in trace.arrivals
-            if a.item_count == 1
+            trace.behaviours[a.function].profile.run_s for a in trace.arrivals if a.item_count == 1
         )
         loads.append(asked_s / trace.arrivals[-1].at_s / capacity)
     assert np.mean(loads) == pytest.approx(0.5, rel=0.25)

@@ -10,6 +10,8 @@ from tierwise.clock import wall_s
 from tierwise.errors import InvalidArgument, NotFound
 
 KINDS = ("nodes", "functions", "calls", "policies", "work", "tokens")
+_SINGULAR = ("node", "function", "call", "policie", "policy", "work", "token")
+_DESCRIBED = ("node", "function", "call", "policie", "policy", "work")
 
 
 def add_to(app: typer.Typer) -> None:
@@ -30,6 +32,9 @@ def get(
     output: Output = Format.TABLE,
 ) -> None:
     """List what there is."""
+    if kind.rstrip("s") not in _SINGULAR:
+        raise InvalidArgument(f"get {kind!r}: choose one of {', '.join(KINDS)}")
+    state = _work_state(state)
     with operator() as ask:
         match kind.rstrip("s"):
             case "node":
@@ -56,16 +61,14 @@ def get(
                 show(found, output, POLICY_COLUMNS, name=lambda r: str(r["policy_id"]))
             case "work":
                 show(
-                    ask.work(_work_state(state), limit),
+                    ask.work(state, limit),
                     output,
                     WORK_COLUMNS,
                     name=lambda r: str(r["request_id"]),
                     empty="no durable work yet: `tierwise submit FUNCTION …`",
                 )
-            case "token":
-                show(ask.tokens(), output, TOKEN_COLUMNS, name=lambda r: str(r["token_id"]))
             case _:
-                raise InvalidArgument(f"get {kind!r}: choose one of {', '.join(KINDS)}")
+                show(ask.tokens(), output, TOKEN_COLUMNS, name=lambda r: str(r["token_id"]))
 
 
 def describe(
@@ -74,6 +77,8 @@ def describe(
     output: Output = Format.YAML,
 ) -> None:
     """Show everything about one thing."""
+    if kind.rstrip("s") not in _DESCRIBED:
+        raise InvalidArgument(f"describe {kind!r}: node, function, policy, work or call")
     with operator() as ask:
         match kind.rstrip("s"):
             case "function":
@@ -85,10 +90,8 @@ def describe(
             case "policy" | "policie":
                 found = _pick(ask.policies(), lambda r: r["policy_id"], name, "policy")
                 found["card"] = _card(found["card"])
-            case "work":
-                found = _pick(ask.work(limit=1000), lambda r: r["request_id"], name, "work")
             case _:
-                raise InvalidArgument(f"describe {kind!r}: node, function, policy, work or call")
+                found = _pick(ask.work(limit=1000), lambda r: r["request_id"], name, "work")
     show_value(found, output)
 
 

@@ -7,10 +7,10 @@ import typer
 
 from tierwise.cli.common import operator
 from tierwise.cli.get import NODE_COLUMNS
-from tierwise.cli.output import Format, Output, build_table, show
+from tierwise.cli.output import Column, Format, Output, build_table, show
 from tierwise.clock import pause
 
-COLUMNS = [
+COLUMNS: list[Column] = [
     *NODE_COLUMNS[:-1],
     ("host cpu %", lambda record: (record.get("host") or {}).get("cpu_percent", 0.0)),
     ("agent mib", lambda record: (record.get("host") or {}).get("agent_rss_mib", 0.0)),

@@ -53,12 +53,11 @@ def up(
     def stop_now(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt  # `start` stops what it has started, then passes it on
 
+    status = Console(stderr=True).status("starting")
+    cluster = LocalCluster(state, nodes, policy=policy, emulate=not real, on_progress=status.update)
     for number in STOP_SIGNALS:
         signal.signal(number, stop_now)
-    with Console(stderr=True).status("starting") as status:
-        cluster = LocalCluster(
-            state, nodes, policy=policy, emulate=not real, on_progress=status.update
-        )
+    with status:
         if clean:
             cluster.clean()
         cluster.start()

@@ -13,7 +13,7 @@ from tierwise.domain.view import NodeReading
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrived:
-    """A request reached this node: from a user (`hops` 0), a peer, or the scheduler (`lease` > 0)."""
+    """A request came: from a user (`hops` 0), a peer, or the scheduler (`lease` > 0)."""
 
     request: Request
     transfer_s: float = 0.0  # what the previous hop cost, if known

@@ -9,11 +9,13 @@ RequestId = NewType("RequestId", str)
 InstanceId = NewType("InstanceId", str)
 PolicyId = NewType("PolicyId", str)  # "name@version"
 
+NO_POLICY = PolicyId("")  # nobody has decided
+
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
 
 
 def is_name(text: str) -> bool:
-    """Return whether `text` may name a node, namespace, function or policy (DNS-label-like, ≤ 63)."""
+    """Return whether `text` may name a node, namespace, function or policy (≤ 63 characters)."""
     return _NAME.fullmatch(text) is not None
 
 
@@ -23,7 +25,7 @@ def function_id(namespace: str, name: str, version: int) -> FunctionId:
 
 
 def split_function_id(text: str) -> tuple[str, str, int | None]:
-    """Return (namespace, name, version) of `name`, `ns/name` or `ns/name@3`; version None means latest.
+    """Return (namespace, name, version) of `name`, `ns/name` or `ns/name@3`; None means latest.
 
     Raises:
         ValueError: A part is not a valid name or the version is not a positive integer.
@@ -32,7 +34,7 @@ def split_function_id(text: str) -> tuple[str, str, int | None]:
     namespace, _, name = path.rpartition("/")
     namespace = namespace or "default"
     if not is_name(namespace) or not is_name(name):
-        raise ValueError(f"{text!r} is no function name: use name, namespace/name or namespace/name@3")
+        raise ValueError(f"{text!r} is no function: use name, namespace/name or namespace/name@3")
     if not version_text:
         if "@" in text:
             raise ValueError(f"{text!r} ends in '@' without a version")

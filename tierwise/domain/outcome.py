@@ -5,7 +5,7 @@ from enum import IntEnum
 
 from tierwise.domain.decision import Explanation, Reason
 from tierwise.domain.function import Priority
-from tierwise.domain.ids import FunctionId, NodeId, PolicyId, RequestId
+from tierwise.domain.ids import NO_POLICY, FunctionId, NodeId, PolicyId, RequestId
 
 
 class OutcomeState(IntEnum):
@@ -60,7 +60,7 @@ class Outcome:
     message: str = ""
     reason: Reason | None = None  # for REFUSED
     tried: tuple[tuple[NodeId, Reason], ...] = ()
-    policy_id: PolicyId = PolicyId("")
+    policy_id: PolicyId = NO_POLICY
     explanation: Explanation | None = None
     lease: int = 0
 

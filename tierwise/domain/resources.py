@@ -32,3 +32,6 @@ class Resources:
             memory_mib=self.memory_mib - other.memory_mib,
             gpu_slots=self.gpu_slots - other.gpu_slots,
         )
+
+
+NOTHING = Resources()

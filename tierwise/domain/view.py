@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 from tierwise.domain.function import PRIOR, FunctionProfile
 from tierwise.domain.ids import FunctionId, NodeId
-from tierwise.domain.resources import Resources
+from tierwise.domain.resources import NOTHING, Resources
 from tierwise.domain.topology import LinkTable, Node, NodeState
 
 _NONE_WARM: Mapping[FunctionId, int] = MappingProxyType({})
@@ -26,7 +26,7 @@ class NodeReading:
     """
 
     sequence: int = 0
-    free: Resources = Resources()
+    free: Resources = NOTHING
     running: int = 0
     queued: int = 0
     backlog_s: float = 0.0
@@ -98,7 +98,9 @@ class ViewTable:
         if self._rows.pop(node_id, None) is not None:
             self._snapshot = None
 
-    def heard(self, node_id: NodeId, reading: NodeReading, now_s: float, age_s: float = 0.0) -> bool:
+    def heard(
+        self, node_id: NodeId, reading: NodeReading, now_s: float, age_s: float = 0.0
+    ) -> bool:
         """Store a reading if it is newer than the one held; return whether it was.
 
         A newer reading resets `pending_s`: the node has counted that work itself.

@@ -48,6 +48,7 @@ FAILURES_MAX = 2  # in a row, before an agent is avoided
 AVOID_S = 10.0
 CALL_MARGIN_S = 5.0
 DEFAULT_TIMEOUT_S = 90.0  # of a call by name whose own timeout is not known here
+SWEEP_S = 0.1  # how exactly calls end on time
 DRAIN_S = 0.02
 ARGUMENTS_BYTES_MAX = 60 << 20  # one message holds 64 MiB
 
@@ -105,6 +106,8 @@ class Connection:
         self._failure_counts: dict[str, int] = {}
         self._avoided_until_s: dict[str, float] = {}
         self._lock = asyncio.Lock()
+        self._open: dict[asyncio.Future[types_pb2.InvocationResult | None], float] = {}
+        self._sweep: asyncio.TimerHandle | None = None
 
     @property
     def entry(self) -> Agent | None:
@@ -114,6 +117,8 @@ class Connection:
     async def close(self) -> None:
         """Close the stream and every channel."""
         entry, self._entry = self._entry, None
+        if self._sweep is not None:
+            self._sweep.cancel()
         if entry is not None:
             await entry.stream.close()
             await entry.channel.close()
@@ -193,43 +198,95 @@ class Connection:
         """
         invocation = invocation_of(function, arguments, options)
         limit_s = (options.timeout_s or timeout_s or DEFAULT_TIMEOUT_S) + CALL_MARGIN_S
-        entry: _Entry | None = None
+        ends_s = monotonic_s() + limit_s
+        entry = self._entry
         try:
-            async with asyncio.timeout(limit_s):
-                entry = self._entry or await self._connect()
-                result = await _sent(entry, invocation)
+            if entry is not None:
+                result = await self._sent(entry, invocation, ends_s)
                 if result is not None:
                     return result
-                tried = [entry]
-                for send in range(1, SENDS_MAX):
-                    await self._lost(entry)
-                    await asyncio.sleep(BACKOFF_FIRST_S * 2 ** (send - 1))
-                    entry = self._entry or await self._connect()
-                    tried.append(entry)
-                    result = await _sent(entry, invocation)
-                    if result is None:
-                        continue
-                    if _is_cancelled(result):
-                        # Not by us: an agent cancels what a broken stream leaves behind. It has
-                        # not run to its end, so it may run again.
-                        invocation.request_id = new_request_id()
-                        continue
-                    return result
-                await self._lost(entry)
+            async with asyncio.timeout(ends_s - monotonic_s()):
+                return await self._send_again(entry, invocation, ends_s)
         except TimeoutError:
-            if entry is not None:
-                entry.stream.cancel(invocation.request_id)
             raise DeadlineExceeded(f"{function} gave no answer within {limit_s:.0f} s") from None
-        except asyncio.CancelledError:
-            if entry is not None:
-                entry.stream.cancel(invocation.request_id)
-                await asyncio.sleep(0)  # let the writer send it before the loop may stop
-            raise
+
+    async def _send_again(
+        self, entry: _Entry | None, invocation: types_pb2.Invocation, ends_s: float
+    ) -> types_pb2.InvocationResult:
+        """Open a stream and send; again with growing pauses when streams break, bounded.
+
+        Args:
+            entry: Whose stream broke while it held the invocation, if that was the beginning.
+            invocation: What to send.
+            ends_s: Monotonic time at which the caller gives up.
+        """
+        tried = [] if entry is None else [entry]
+        is_broken = entry is not None
+        while len(tried) < SENDS_MAX:
+            if tried:
+                if is_broken:
+                    await self._lost(tried[-1])
+                await asyncio.sleep(BACKOFF_FIRST_S * 2 ** (len(tried) - 1))
+            entry = self._entry or await self._connect()
+            tried.append(entry)
+            result = await self._sent(entry, invocation, ends_s)
+            is_broken = result is None
+            if result is not None and not (len(tried) > 1 and _is_cancelled(result)):
+                return result
+            if result is not None:
+                # Not cancelled by us: agents cancel what a broken stream leaves behind. It has
+                # not run to its end, so it may run again.
+                invocation.request_id = new_request_id()
+        last = tried[-1]
+        if is_broken:
+            await self._lost(last)
         names = ", ".join(dict.fromkeys(e.agent.node_id for e in tried))
         cause = await diagnose(
-            entry.agent.address, self._credentials, node_dns_name(entry.agent.node_id)
+            last.agent.address, self._credentials, node_dns_name(last.agent.node_id)
         )
-        raise Unavailable(f"{function} was sent {len(tried)} times and lost (to {names}): {cause}")
+        raise Unavailable(
+            f"{invocation.function} was sent {len(tried)} times and lost (to {names}): {cause}"
+        )
+
+    async def _sent(
+        self, entry: _Entry, invocation: types_pb2.Invocation, ends_s: float
+    ) -> types_pb2.InvocationResult | None:
+        """Send one invocation and wait for its result; None if the stream broke first.
+
+        Raises:
+            TimeoutError: There was none until `ends_s`; the agent is told to stop.
+        """
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[types_pb2.InvocationResult | None] = loop.create_future()
+
+        def settle(result: types_pb2.InvocationResult | None) -> None:
+            if not done.done():
+                done.set_result(result)
+
+        # One timer for all calls: a timer for each would cost as much as sending it.
+        self._open[done] = ends_s
+        if self._sweep is None:
+            self._sweep = loop.call_later(SWEEP_S, self._end_late_calls, loop)
+        entry.stream.send(invocation, settle)
+        try:
+            result = await done
+        except (TimeoutError, asyncio.CancelledError):
+            entry.stream.cancel(invocation.request_id)
+            await asyncio.sleep(0)  # let the writer send it before the loop may stop
+            raise
+        finally:
+            del self._open[done]
+        if result is not None:
+            entry.has_answered = True
+        return result
+
+    def _end_late_calls(self, loop: asyncio.AbstractEventLoop) -> None:
+        now_s = monotonic_s()
+        for done, ends_s in self._open.items():
+            if ends_s <= now_s and not done.done():
+                done.set_exception(TimeoutError())
+        is_needed = bool(self._open)
+        self._sweep = loop.call_later(SWEEP_S, self._end_late_calls, loop) if is_needed else None
 
     # -- the stream to the entry agent ----------------------------------------------------------
 
@@ -282,24 +339,6 @@ class Connection:
             refusal = error_from_rpc(error)
             if isinstance(refusal, CallerError | Unauthenticated):
                 raise refusal from None
-
-
-async def _sent(
-    entry: _Entry, invocation: types_pb2.Invocation
-) -> types_pb2.InvocationResult | None:
-    """Send one invocation and wait for its result; None if the stream broke first."""
-    done: asyncio.Future[types_pb2.InvocationResult | None] = (
-        asyncio.get_running_loop().create_future()
-    )
-
-    def settle(result: types_pb2.InvocationResult | None) -> None:
-        if not done.done():
-            done.set_result(result)
-
-    entry.stream.send(invocation, settle)
-    result = await done
-    entry.has_answered |= result is not None
-    return result
 
 
 def _is_cancelled(result: types_pb2.InvocationResult) -> bool:

@@ -1,1 +1,1 @@
-"""The only translators between the domain and what travels: messages, errors, payloads, identity."""
+"""The only translators between the domain and what travels: messages, errors, identities."""

@@ -1,31 +1,31 @@
 """Channels and servers with the same limits, keepalive and mTLS everywhere."""
 
-import asyncio
-import socket
-import ssl
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grpc
 
 from tierwise.errors import PermissionDenied, TierwiseError, Unauthenticated
+from tierwise.wire.diagnosis import diagnose as diagnose  # where callers have always found it
 from tierwise.wire.errors import abort
 from tierwise.wire.identity import Credentials, Identity, Role, peer_identity
+from tierwise.wire.interception import Behaviour, Continuation, Handler, answer, wrapped
 
 MESSAGE_BYTES_MAX = 64 << 20
+CONCURRENT_RPCS_MAX = 10_000  # per server; calls that are multiplexed over a stream are not RPCs
 _OPEN_METHODS = ("/grpc.health.v1.", "/grpc.reflection.")
 Options = list[tuple[str, Any]]
 
 
-def channel_options() -> Options:
+def channel_options(message_bytes_max: int = MESSAGE_BYTES_MAX) -> Options:
     """Return the options of every channel and server.
 
     A peer that stops answering is noticed by ping: keepalive alone needed 40–60 s, so the
     HTTP/2 ping timeout is set as well.
     """
     return [
-        ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
-        ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+        ("grpc.max_send_message_length", message_bytes_max),
+        ("grpc.max_receive_message_length", message_bytes_max),
         ("grpc.keepalive_time_ms", 5_000),
         ("grpc.keepalive_timeout_ms", 3_000),
         ("grpc.http2.ping_timeout_ms", 3_000),
@@ -68,9 +68,22 @@ def server_credentials(
     )
 
 
-def new_server(interceptors: Sequence[grpc.aio.ServerInterceptor]) -> grpc.aio.Server:
-    """Return a server with the options of the house."""
-    return grpc.aio.server(interceptors=interceptors, options=channel_options())
+def new_server(
+    interceptors: Sequence[grpc.aio.ServerInterceptor],
+    *,
+    message_bytes_max: int = MESSAGE_BYTES_MAX,
+) -> grpc.aio.Server:
+    """Return a server with the options of the house.
+
+    Args:
+        interceptors: The first is the outermost: the one for errors, then that for rights.
+        message_bytes_max: Take no larger messages; a port that anybody may dial needs little.
+    """
+    return grpc.aio.server(
+        interceptors=interceptors,
+        options=channel_options(message_bytes_max),
+        maximum_concurrent_rpcs=CONCURRENT_RPCS_MAX,
+    )
 
 
 class AuthorizationInterceptor(grpc.aio.ServerInterceptor):
@@ -83,34 +96,25 @@ class AuthorizationInterceptor(grpc.aio.ServerInterceptor):
         self._is_revoked = is_revoked
 
     async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> "Handler | None":
         """Wrap the handler of one RPC with the check."""
-        method = handler_call_details.method
-        handler: Any = await continuation(handler_call_details)
+        handler = await continuation(handler_call_details)
+        method = str(handler_call_details.method)
         if handler is None or method.startswith(_OPEN_METHODS):
             return handler
-        kind = ("stream" if handler.request_streaming else "unary") + (
-            "_stream" if handler.response_streaming else "_unary"
-        )
-        inner = getattr(handler, kind)
 
-        async def checked(request: Any, context: Any) -> Any:
-            try:
-                self._check(method, peer_identity(context))
-            except TierwiseError as error:
-                await abort(context, error)
-            return await inner(request, context)
+        def check(behaviour: Behaviour) -> Behaviour:
+            async def checked(request: Any, context: Any) -> Any:
+                try:
+                    self._check(method, peer_identity(context))
+                except TierwiseError as error:
+                    await abort(context, error)
+                return await answer(behaviour, request, context)
 
-        make = getattr(grpc, f"{kind}_rpc_method_handler")
-        wrapped: grpc.RpcMethodHandler = make(
-            checked,
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
-        )
-        return wrapped
+            return checked
+
+        return wrapped(handler, check)
 
     def _check(self, method: str, identity: Identity) -> None:
         if self._is_revoked(identity):
@@ -119,26 +123,3 @@ class AuthorizationInterceptor(grpc.aio.ServerInterceptor):
         if identity.role not in allowed:
             needed = " or ".join(sorted(allowed)) or "no role"
             raise PermissionDenied(f"{method} needs {needed}; you are {identity.uri}")
-
-
-async def diagnose(address: str, credentials: Credentials, expected_dns_name: str) -> str:
-    """Return in words why a connection to `address` fails; gRPC only says 'Socket closed'."""
-    host, _, port = address.rpartition(":")
-
-    def handshake() -> str:
-        context = ssl.create_default_context(cadata=credentials.authority.decode())
-        try:
-            with (
-                socket.create_connection((host, int(port)), timeout=3) as plain,
-                context.wrap_socket(plain, server_hostname=expected_dns_name) as tls,
-            ):
-                tls.settimeout(1)
-                return f"{address} answers TLS as {expected_dns_name}, but not gRPC"
-        except ssl.SSLCertVerificationError as error:
-            return f"the certificate of {address} is not accepted: {error.verify_message}"
-        except ssl.SSLError as error:
-            return f"{address} refused the TLS handshake: {error.reason}"
-        except OSError as error:
-            return f"nobody listens at {address}: {error.strerror or error}"
-
-    return await asyncio.to_thread(handshake)

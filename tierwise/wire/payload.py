@@ -104,7 +104,9 @@ def _lower(value: Any, arrays: list[memoryview], where: str, depth: int) -> Any:
         return msgspec.msgpack.Ext(TUPLE, msgspec.msgpack.encode(items, enc_hook=_refuse))
     if kind is dict:
         return {
-            k if type(k) in _PLAIN else _key(k, where): _lower(v, arrays, f"{where}[{k!r}]", depth + 1)
+            k if type(k) in _PLAIN else _key(k, where): _lower(
+                v, arrays, f"{where}[{k!r}]", depth + 1
+            )
             for k, v in value.items()
         }
     if kind.__module__ == "numpy" and hasattr(value, "dtype"):
@@ -123,7 +125,7 @@ def _lower(value: Any, arrays: list[memoryview], where: str, depth: int) -> Any:
 
 def _lower_array(value: Any, arrays: list[memoryview], where: str) -> msgspec.msgpack.Ext:
     if value.dtype.hasobject or value.dtype.names or value.dtype.subdtype:
-        raise PayloadError(f"{where} is an array of {value.dtype}: use a plain numeric or text dtype")
+        raise PayloadError(f"{where} is an array of {value.dtype}: use a plain dtype")
     if len(arrays) >= ARRAYS_MAX:
         raise PayloadError(f"{where}: more than {ARRAYS_MAX} arrays; stack them into fewer")
     import numpy as np
@@ -131,7 +133,8 @@ def _lower_array(value: Any, arrays: list[memoryview], where: str) -> msgspec.ms
     array = np.ascontiguousarray(value)
     shape = list(value.shape)
     head = [len(arrays), value.dtype.str, shape, isinstance(value, np.generic)]
-    arrays.append(memoryview(array.reshape(-1).view(np.uint8)) if array.size else memoryview(b""))
+    flat = array.reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
+    arrays.append(flat)
     return msgspec.msgpack.Ext(ARRAY, msgspec.msgpack.encode(head))
 
 

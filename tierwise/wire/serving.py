@@ -20,8 +20,10 @@ from tierwise.v1 import (  # noqa: F401 - imported for their descriptors
 def add_health_and_reflection(server: grpc.aio.Server, *services: str) -> None:
     """Serve grpc.health.v1 (SERVING at once) and reflection for the named services."""
     servicer = health.aio.HealthServicer()
+    serving = health_pb2.HealthCheckResponse.SERVING
     for name in ("", *services):
-        servicer._server_status[name] = health_pb2.HealthCheckResponse.SERVING
+        # The public setter is a coroutine, and no server is running yet that could be asked.
+        servicer._server_status[name] = serving  # type: ignore[attr-defined]
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 
@@ -10,6 +11,7 @@ from tierwise.v1 import invocation_pb2, invocation_pb2_grpc, types_pb2
 BATCH_ITEMS_MAX = 256
 BATCH_BYTES_MAX = 1 << 20
 
+Call = Any  # grpc.aio.StreamStreamCall, which is generic in its stubs only
 OnResult = Callable[[types_pb2.InvocationResult | None], None]
 
 
@@ -79,7 +81,7 @@ class CallStream:
         finally:
             call.cancel()
 
-    async def _read(self, call: "grpc.aio.StreamStreamCall[object, object]") -> None:
+    async def _read(self, call: Call) -> None:
         while True:
             response = await call.read()
             if not isinstance(response, invocation_pb2.InvokeStreamResponse):
@@ -89,7 +91,7 @@ class CallStream:
                 if on_result is not None:
                     on_result(result)
 
-    async def _write(self, call: "grpc.aio.StreamStreamCall[object, object]") -> None:
+    async def _write(self, call: Call) -> None:
         loop = asyncio.get_running_loop()
         while True:
             while self._outgoing or self._cancels:

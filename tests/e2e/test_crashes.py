@@ -148,9 +148,7 @@ def test_a_drained_node_gets_no_new_work(ask: Operator, tmp_path: Path) -> None:
     ask.drain("fog-1", is_on=True)
     wait_until(lambda: states(ask)["fog-1"] == "draining")
     with pytest.raises(tierwise.Unplaceable, match="draining"):
-        wait_until(
-            lambda: slow_square.options(node="fog-1").remote(1, str(tmp_path)) is None, 5.0
-        )
+        wait_until(lambda: slow_square.options(node="fog-1").remote(1, str(tmp_path)) is None, 5.0)
     ask.drain("fog-1", is_on=False)
     wait_until(lambda: states(ask)["fog-1"] == "ready")
 

@@ -1,0 +1,168 @@
+"""Functions ⇄ protobuf: specs, profiles, the catalogue."""
+
+from collections.abc import Iterable, Mapping
+
+from tierwise.domain.function import ALL_TIERS, Catalogue, FunctionProfile, FunctionSpec, Priority
+from tierwise.domain.ids import FunctionId
+from tierwise.domain.topology import Tier
+from tierwise.errors import InvalidArgument
+from tierwise.v1 import types_pb2
+from tierwise.wire import checks
+
+FUNCTIONS_MAX = 100_000
+REQUIREMENTS_MAX = 100
+REQUIREMENT_LENGTH_MAX = 300
+DESCRIPTION_LENGTH_MAX = 1_000
+TIMEOUT_S_MAX = 7 * 86_400.0  # the longest time that a call may ask for
+INT32_MAX = 2**31 - 1
+INT64_MAX = 2**63 - 1
+
+
+def tiers_to_pb(tiers: Iterable[Tier]) -> list[types_pb2.Tier.ValueType]:
+    """Return the tiers, nearest first."""
+    return [types_pb2.Tier.ValueType(tier) for tier in sorted(tiers)]
+
+
+def tiers_from_pb(values: Iterable[int], field: str = "tiers") -> frozenset[Tier]:
+    """Return the tiers; repetitions count once.
+
+    Raises:
+        InvalidArgument: One of them is none.
+    """
+    return frozenset(checks.member(Tier, value, field) for value in values)
+
+
+def spec_to_pb(spec: FunctionSpec) -> types_pb2.FunctionSpec:
+    """Return the message of a spec.
+
+    Raises:
+        InvalidArgument: A field of a hand-made spec is of the wrong type or out of all bounds.
+    """
+    try:
+        return types_pb2.FunctionSpec(
+            namespace=spec.namespace,
+            name=spec.name,
+            version=spec.version,
+            code_digest=spec.code_digest,
+            requirements=spec.requirements,
+            memory_mib=spec.memory_mib,
+            cpus=spec.cpus,
+            gpu_slots=spec.gpu_slots,
+            timeout_s=spec.timeout_s,
+            deadline_s=spec.deadline_s,
+            priority=types_pb2.Priority.ValueType(spec.priority),
+            tiers=tiers_to_pb(spec.tiers),
+            instances_max=spec.instances_max,
+            keep_alive_s=spec.keep_alive_s,
+            budget_usd=spec.budget_usd,
+            retries_max=spec.retries_max,
+            description=spec.description,
+        )
+    except (TypeError, ValueError) as error:  # protobuf's own words do not name the function
+        raise InvalidArgument(f"function {checks.shown(str(spec.name))}: {error}") from None
+
+
+def spec_from_pb(pb: types_pb2.FunctionSpec) -> FunctionSpec:
+    """Return the spec of a message; no tiers mean all of them.
+
+    Raises:
+        InvalidArgument: A field is wrong; the message names it.
+    """
+    checks.at_most(pb.requirements, "requirements", REQUIREMENTS_MAX)
+    for line in pb.requirements:
+        _check_requirement(line)
+    return FunctionSpec(
+        namespace=checks.name(pb.namespace, "namespace"),
+        name=checks.name(pb.name, "name"),
+        version=checks.integer(pb.version, "version", 1, INT32_MAX),
+        code_digest=checks.digest(pb.code_digest, "code_digest"),
+        requirements=tuple(pb.requirements),
+        memory_mib=checks.integer(pb.memory_mib, "memory_mib", 1, 10_000_000),
+        cpus=checks.number(pb.cpus, "cpus", 0.01, 1024),
+        gpu_slots=checks.integer(pb.gpu_slots, "gpu_slots", 0, 1024),
+        timeout_s=checks.number(pb.timeout_s, "timeout_s", 1e-3, TIMEOUT_S_MAX),
+        deadline_s=checks.number(pb.deadline_s, "deadline_s", 1e-3, TIMEOUT_S_MAX),
+        priority=checks.member(Priority, pb.priority, "priority"),
+        tiers=tiers_from_pb(pb.tiers) or ALL_TIERS,
+        instances_max=checks.integer(pb.instances_max, "instances_max", 1, 10_000),
+        keep_alive_s=checks.number(pb.keep_alive_s, "keep_alive_s", 0, TIMEOUT_S_MAX),
+        budget_usd=checks.number(pb.budget_usd, "budget_usd", 0, 1e9)
+        if pb.HasField("budget_usd")
+        else None,
+        retries_max=checks.integer(pb.retries_max, "retries_max", 0, 20),
+        description=checks.text(pb.description, "description", DESCRIPTION_LENGTH_MAX),
+    )
+
+
+def _check_requirement(line: str) -> None:
+    """Refuse what pip would take for an option: it could name another index or read a file."""
+    checks.text(line, "requirements", REQUIREMENT_LENGTH_MAX)
+    if not line.strip() or line.lstrip().startswith("-"):
+        raise InvalidArgument(
+            f"requirements: {checks.shown(line)} is no package; write for example pillow>=11"
+        )
+
+
+def profile_to_pb(profile: FunctionProfile) -> types_pb2.FunctionProfile:
+    """Return the message of a profile."""
+    return types_pb2.FunctionProfile(
+        run_s=profile.run_s,
+        cold_start_s=profile.cold_start_s,
+        response_bytes=profile.response_bytes,
+        rate_per_s=profile.rate_per_s,
+        call_count=profile.call_count,
+    )
+
+
+def profile_from_pb(pb: types_pb2.FunctionProfile) -> FunctionProfile:
+    """Return the profile of a message.
+
+    Raises:
+        InvalidArgument: A field is wrong; the message names it.
+    """
+    return FunctionProfile(
+        run_s=checks.number(pb.run_s, "run_s", 0, 1e9),
+        cold_start_s=checks.number(pb.cold_start_s, "cold_start_s", 0, 1e9),
+        response_bytes=checks.integer(pb.response_bytes, "response_bytes", 0, INT64_MAX),
+        rate_per_s=checks.number(pb.rate_per_s, "rate_per_s", 0, 1e9),
+        call_count=checks.integer(pb.call_count, "call_count", 0, INT64_MAX),
+    )
+
+
+def profiles_from_pb(
+    profiles: Mapping[str, types_pb2.FunctionProfile],
+) -> dict[FunctionId, FunctionProfile]:
+    """Return profiles by function version.
+
+    Raises:
+        InvalidArgument: There are too many, a key is no function version or a field is wrong.
+    """
+    checks.at_most(profiles, "profiles", FUNCTIONS_MAX)
+    return {
+        FunctionId(checks.function_id(key, "profiles")): profile_from_pb(value)
+        for key, value in profiles.items()
+    }
+
+
+def catalogue_to_pb(catalogue: Catalogue) -> types_pb2.Catalogue:
+    """Return the message of a catalogue."""
+    return types_pb2.Catalogue(
+        revision=catalogue.revision,
+        functions=[spec_to_pb(spec) for spec in catalogue.functions.values()],
+        profiles={str(key): profile_to_pb(value) for key, value in catalogue.profiles.items()},
+    )
+
+
+def catalogue_from_pb(pb: types_pb2.Catalogue) -> Catalogue:
+    """Return the catalogue of a message.
+
+    Raises:
+        InvalidArgument: A field is wrong; the message names it.
+    """
+    checks.at_most(pb.functions, "functions", FUNCTIONS_MAX)
+    specs = [spec_from_pb(spec) for spec in pb.functions]
+    return Catalogue(
+        revision=checks.integer(pb.revision, "revision", 0, INT64_MAX),
+        functions={spec.function_id: spec for spec in specs},
+        profiles=profiles_from_pb(pb.profiles),
+    )
