@@ -10,14 +10,15 @@ from a peer or from the scheduler is a *host*: it re-checks what it can do now, 
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from enum import Enum
-from heapq import heappop, heappush
+from dataclasses import replace
 from types import MappingProxyType
 from typing import assert_never
 
+from agent import endings
+from agent.beliefs import Beliefs
 from agent.pool import Instance, InstancePool, InstanceState
-from tierwise.cost.energy import call_j
+from agent.ticket import Phase, Ticket
+from agent.waiting import WaitingLine
 from tierwise.cost.estimate import DEFAULT_PRICES
 from tierwise.cost.money import PriceTable
 from tierwise.domain.command import (
@@ -33,7 +34,7 @@ from tierwise.domain.command import (
     StartInstance,
     StopInstance,
 )
-from tierwise.domain.decision import Explanation, NotPlaced, Placed, Reason, summary
+from tierwise.domain.decision import NotPlaced, Placed, Reason
 from tierwise.domain.event import (
     Arrived,
     CancelAsked,
@@ -50,59 +51,13 @@ from tierwise.domain.event import (
     Ticked,
     ViewReceived,
 )
-from tierwise.domain.ids import NO_POLICY, FunctionId, NodeId, PolicyId, RequestId
-from tierwise.domain.outcome import LatencySplit, Outcome, OutcomeState
-from tierwise.domain.request import HOPS_MAX, TRIES_MAX, Request
+from tierwise.domain.ids import FunctionId, NodeId, RequestId
+from tierwise.domain.outcome import Outcome, OutcomeState
+from tierwise.domain.request import HOPS_MAX, TRIES_MAX
 from tierwise.domain.topology import Link, Node, NodeState
-from tierwise.domain.view import ClusterView, NodeReading, NodeView, ViewTable
+from tierwise.domain.view import ClusterView, NodeReading
 
-UNREACHABLE_FOR_S = 2.0  # how long a peer that failed is left alone
 ANSWERED_MAX = 4096  # finished requests that are remembered against duplicates
-SCAN_MAX = 32  # queued requests looked at behind one that must wait for its own function
-
-
-class Phase(Enum):
-    """Where an unfinished request stands on this node."""
-
-    ASKED = 1
-    FORWARDED = 2
-    QUEUED = 3
-    RUNNING = 4
-
-
-@dataclass(slots=True)
-class Ticket:
-    """An unfinished request."""
-
-    request: Request
-    arrived_at_s: float
-    sequence: int
-    transfer_s: float = 0.0
-    phase: Phase = Phase.ASKED
-    next_nodes: list[NodeId] = field(default_factory=list)
-    tried: list[tuple[NodeId, Reason]] = field(default_factory=list)
-    failure_count: int = 0
-    node_id: NodeId | None = None
-    sent_at_s: float = 0.0
-    sent_sequence: int = -1  # of the reading that the peer's pending_s was added to
-    sent_s: float = 0.0  # what was added
-    run_at_s: float = 0.0
-    cold_start_s: float = 0.0
-    is_cold: bool = False
-    is_cancelled: bool = False
-    instance: Instance | None = None
-    explanation: Explanation | None = None
-    policy_id: PolicyId = NO_POLICY
-
-    @property
-    def is_host(self) -> bool:
-        """Return whether somebody else placed the request here."""
-        return self.request.hops > 0 or self.request.lease > 0
-
-    @property
-    def ends_at_s(self) -> float:
-        """Return when the caller gives up."""
-        return self.arrived_at_s + self.request.timeout_s
 
 
 class NodeMachine:
@@ -122,15 +77,10 @@ class NodeMachine:
         self._prices = prices
         self._queue_max = queue_max
         self._tickets: dict[RequestId, Ticket] = {}
-        self._queue: list[tuple[int, float, int, RequestId]] = []
-        self._queued: dict[FunctionId, int] = {}
-        self._queued_count = 0
-        self._queued_s = 0.0
+        self._line = WaitingLine()
         self._running: dict[RequestId, Ticket] = {}
         self._answered: OrderedDict[tuple[RequestId, int], None] = OrderedDict()
-        self._unreachable: dict[NodeId, float] = {}
-        self._table = ViewTable(node)
-        self._table.put(NodeView(node=node, reading=NodeReading(free=node.capacity)))
+        self._beliefs = Beliefs(node)
         self._sequence = first_sequence
         self._ticket_count = 0
 
@@ -173,9 +123,9 @@ class NodeMachine:
                     is_idle = instance.state is InstanceState.IDLE
                     if is_idle and instance.spec.function_id not in event.catalogue.functions:
                         self._stop(instance, out)
-                self._table.profiles = event.catalogue.profiles or self._table.profiles
+                self._beliefs.learn(event.catalogue.profiles)
             case ViewReceived():
-                self._view_received(event, now_s)
+                self._beliefs.received(event, now_s)
             case DrainAsked():
                 self.is_draining = event.is_on
             case Ticked():
@@ -194,20 +144,13 @@ class NodeMachine:
 
         The own row's `warm` follows the pool: read the view before the next step.
         """
-        self._table.put(
-            NodeView(
-                node=self.node,
-                reading=self._reading_now(now_s),
-                state=NodeState.DRAINING if self.is_draining else NodeState.READY,
-                received_at_s=now_s,
-            )
-        )
-        return self._table.view(now_s)
+        state = NodeState.DRAINING if self.is_draining else NodeState.READY
+        self._beliefs.put_own(self._reading_now(now_s), state, now_s)
+        return self._beliefs.view(now_s)
 
     def path_to(self, node_id: NodeId) -> tuple[Node, Link] | None:
         """Return a peer and the link to it, or None if it is unknown."""
-        row = self._table.get(node_id)
-        return None if row is None else (row.node, self._table.links.between(self.node, row.node))
+        return self._beliefs.path_to(node_id)
 
     def tickets(self) -> Iterator[Ticket]:
         """Yield the unfinished requests, oldest first."""
@@ -269,7 +212,7 @@ class NodeMachine:
     def _forward(
         self, ticket: Ticket, node_id: NodeId, now_s: float, out: list[NodeCommand]
     ) -> Reason | None:
-        row = self._table.get(node_id)
+        row = self._beliefs.row(node_id)
         request = ticket.request
         if row is None or not row.reachable:
             return Reason.NODE_UNREACHABLE
@@ -279,13 +222,7 @@ class NodeMachine:
         if elapsed_s >= request.timeout_s:
             return Reason.EXPIRED
         ticket.phase = Phase.FORWARDED
-        ticket.node_id = node_id
-        ticket.sent_at_s = now_s
-        ticket.sent_sequence = row.reading.sequence
-        ticket.sent_s = (
-            self._expected_s(request) / row.node.speed / max(1.0, row.node.capacity.cpus)
-        )
-        self._table.change(node_id, pending_s=row.pending_s + ticket.sent_s)
+        self._beliefs.sent(ticket, row, now_s)
         out.append(
             Forward(
                 node_id=node_id,
@@ -313,40 +250,14 @@ class NodeMachine:
             return Reason.TOO_FEW_CPUS
         if spec.gpu_slots > capacity.gpu_slots:
             return Reason.NO_GPU
-        if self._queued_count >= self._queue_max:
+        if len(self._line) >= self._queue_max:
             return Reason.QUEUE_FULL
-        ticket.phase = Phase.QUEUED
         ticket.node_id = self.node.node_id
-        ticket.sent_s = self._expected_s(ticket.request) / self.node.speed
+        ticket.sent_s = self._beliefs.expected_s(ticket.request) / self.node.speed
         self.pool.note_arrival(spec.function_id, now_s)
-        self._enqueue(ticket)
+        self._line.join(ticket)
         self._pump(now_s, out)
         return None
-
-    def _enqueue(self, ticket: Ticket) -> None:
-        request = ticket.request
-        heappush(
-            self._queue,
-            (
-                -int(request.priority),
-                ticket.arrived_at_s + request.deadline_s,
-                ticket.sequence,
-                request.request_id,
-            ),
-        )
-        function = request.spec.function_id
-        self._queued[function] = self._queued.get(function, 0) + 1
-        self._queued_count += 1
-        self._queued_s += ticket.sent_s
-
-    def _leave_queue(self, ticket: Ticket) -> None:
-        """Take the ticket off the counters; its heap entry is skipped when it surfaces."""
-        function = ticket.request.spec.function_id
-        self._queued[function] -= 1
-        if self._queued[function] == 0:
-            del self._queued[function]
-        self._queued_count -= 1
-        self._queued_s = max(0.0, self._queued_s - ticket.sent_s) if self._queued_count else 0.0
 
     def _pump(self, now_s: float, out: list[NodeCommand]) -> None:
         """Give queued requests to idle instances and start missing ones, in queue order.
@@ -354,40 +265,29 @@ class NodeMachine:
         A request that must wait for CPU or memory blocks those behind it (no starvation); one
         that only waits for an instance of its own function lets them pass.
         """
-        held: list[tuple[int, float, int, RequestId]] = []
-        queue = self._queue
-        while queue and len(held) < SCAN_MAX:
-            entry = queue[0]
-            ticket = self._tickets.get(entry[3])
-            if ticket is None or ticket.phase is not Phase.QUEUED or ticket.sequence != entry[2]:
-                heappop(queue)
-                continue
-            if ticket.ends_at_s <= now_s:
-                heappop(queue)
-                self._leave_queue(ticket)
-                self._expire(ticket, now_s, out)
-                continue
+        line, pool = self._line, self.pool
+        while (ticket := line.next()) is not None:
             spec = ticket.request.spec
             function = spec.function_id
-            if not self.pool.has_cpu_for(spec):
-                break
-            instance = self.pool.take_idle(function, ticket.request.request_id)
-            if instance is not None:
-                heappop(queue)
-                self._leave_queue(ticket)
-                self._run(ticket, instance, now_s, out)
+            if ticket.ends_at_s <= now_s:
+                line.leave(ticket)
+                self._expire(ticket, now_s, out)
                 continue
-            if self.pool.starting_count(function) < self._queued[function]:
-                started = self.pool.start(spec, now_s)
+            if not pool.has_cpu_for(spec):
+                break
+            instance = pool.take_idle(function, ticket.request.request_id)
+            if instance is not None:
+                line.leave(ticket)
+                self._run(ticket, instance, now_s, out)
+            elif pool.starting_count(function) < line.count_of(function):
+                started = pool.start(spec, now_s)
                 if started is not None:
                     new, evicted = started
                     out.extend(StopInstance(instance_id=old.instance_id) for old in evicted)
                     out.append(StartInstance(instance_id=new.instance_id, spec=spec))
-                elif self.pool.free.memory_mib < spec.memory_mib and not self._has_own(function):
+                elif pool.free.memory_mib < spec.memory_mib and not self._has_own(function):
                     break
-            held.append(heappop(queue))
-        for entry in held:
-            heappush(queue, entry)
+        line.restore()
 
     def _has_own(self, function: FunctionId) -> bool:
         return any(i.spec.function_id == function for i in self.pool.instances())
@@ -395,13 +295,7 @@ class NodeMachine:
     def _run(
         self, ticket: Ticket, instance: Instance, now_s: float, out: list[NodeCommand]
     ) -> None:
-        ticket.phase = Phase.RUNNING
-        ticket.instance = instance
-        ticket.run_at_s = now_s
-        if instance.run_count == 1:
-            waited_s = now_s - ticket.arrived_at_s
-            ticket.is_cold = waited_s > 0.0
-            ticket.cold_start_s = min(waited_s, instance.cold_start_s)
+        ticket.start_on(instance, now_s)
         self._running[ticket.request.request_id] = ticket
         out.append(
             RunOn(
@@ -420,43 +314,7 @@ class NodeMachine:
         else:
             self.pool.remove(event.instance_id)
         ticket = self._running.pop(event.request_id)
-        run_s = now_s - ticket.run_at_s
-        state = OutcomeState.FAILED if event.error_code else OutcomeState.OK
-        if ticket.is_cancelled:
-            state = OutcomeState.CANCELLED
-        spec = ticket.request.spec
-        self._finish(
-            ticket,
-            self._outcome(
-                ticket,
-                state,
-                now_s,
-                node_id=self.node.node_id,
-                latency=LatencySplit(
-                    queue_s=ticket.run_at_s - ticket.arrived_at_s - ticket.cold_start_s,
-                    transfer_s=ticket.transfer_s,
-                    cold_start_s=ticket.cold_start_s,
-                    run_s=run_s,
-                ),
-                failed_item_count=event.failed_item_count,
-                memory_mib=spec.memory_mib,
-                peak_memory_mib=event.peak_memory_mib,
-                response_bytes=event.response_bytes,
-                money_usd=self._prices.call_usd(
-                    self.node.tier,
-                    memory_mib=spec.memory_mib,
-                    billed_s=run_s,
-                    moved_bytes=0,
-                    gpu_slots=spec.gpu_slots,
-                    item_count=ticket.request.item_count,
-                ),
-                energy_j=call_j(self.node.tier, cpus=spec.cpus, run_s=run_s, moved_bytes=0),
-                is_cold=ticket.is_cold,
-                error_code="cancelled" if ticket.is_cancelled else event.error_code,
-                message=event.message,
-            ),
-            out,
-        )
+        self._finish(ticket, endings.ran(ticket, event, now_s, self.node, self._prices), out)
         self._pump(now_s, out)
 
     def _start_failed(self, event: InstanceFailed, now_s: float, out: list[NodeCommand]) -> None:
@@ -467,14 +325,9 @@ class NodeMachine:
         waiting = [t for t in self._tickets.values() if t.phase is Phase.QUEUED]
         oldest = next((t for t in waiting if t.request.spec.function_id == function), None)
         if oldest is not None:  # each failed start costs one request: no loop of starts
-            self._leave_queue(oldest)
-            outcome = self._outcome(
-                oldest,
-                OutcomeState.FAILED,
-                now_s,
-                node_id=self.node.node_id,
-                error_code=event.error_code,
-                message=event.message,
+            self._line.leave(oldest)
+            outcome = endings.not_started(
+                oldest, now_s, self.node.node_id, event.error_code, event.message
             )
             self._finish(oldest, outcome, out)
         self._pump(now_s, out)
@@ -485,69 +338,25 @@ class NodeMachine:
         ticket = self._forwarded(event.request_id, event.node_id)
         if ticket is None:
             return
-        self._settle_pending(ticket)
+        self._beliefs.settle(ticket)
         there = event.outcome
         if there.state is OutcomeState.REFUSED:
             ticket.tried.append((event.node_id, there.reason or Reason.QUEUE_FULL))
             ticket.phase = Phase.ASKED
             self._try_next(ticket, now_s, out)
             return
-        row = self._table.get(event.node_id)
+        row = self._beliefs.row(event.node_id)
         tier = row.node.tier if row is not None else self.node.tier
-        moved_bytes = ticket.request.request_bytes + there.response_bytes
-        self._finish(
-            ticket,
-            replace(
-                there,
-                request_id=ticket.request.request_id,
-                origin=self.node.node_id,
-                node_id=event.node_id,
-                latency=self._forwarded_latency(ticket, there, now_s),
-                deadline_s=ticket.request.deadline_s,
-                money_usd=there.money_usd
-                + self._prices.call_usd(
-                    tier, memory_mib=0, billed_s=0.0, moved_bytes=moved_bytes, item_count=0
-                ),
-                energy_j=there.energy_j + call_j(tier, cpus=0, run_s=0, moved_bytes=moved_bytes),
-                tried=tuple(ticket.tried),
-                policy_id=ticket.policy_id,
-                explanation=ticket.explanation,
-            ),
-            out,
-        )
-
-    def _forwarded_latency(self, ticket: Ticket, there: Outcome, now_s: float) -> LatencySplit:
-        """Split what the host did not account for into the way there and the way back.
-
-        The two clocks differ, so only durations are compared; the parts are in proportion to
-        what the link should need for each direction.
-        """
-        split = there.latency
-        inside_s = split.queue_s + split.cold_start_s + split.run_s
-        outside_s = max(0.0, now_s - ticket.sent_at_s - inside_s)
-        row = self._table.get(ticket.node_id) if ticket.node_id is not None else None
-        share = 0.5
-        if row is not None:
-            link = self._table.links.between(self.node, row.node)
-            there_s = link.transfer_s(ticket.request.request_bytes)
-            total_s = there_s + link.transfer_s(there.response_bytes)
-            share = there_s / total_s if total_s > 0.0 else 0.5
-        return LatencySplit(
-            queue_s=split.queue_s + ticket.sent_at_s - ticket.arrived_at_s,
-            transfer_s=outside_s * share,
-            cold_start_s=split.cold_start_s,
-            run_s=split.run_s,
-            return_s=outside_s * (1.0 - share),
-        )
+        latency = self._beliefs.forwarded_latency(ticket, there, now_s)
+        outcome = endings.answered(ticket, there, latency, tier, self._prices)
+        self._finish(ticket, outcome, out)
 
     def _peer_failed(self, event: PeerFailed, now_s: float, out: list[NodeCommand]) -> None:
-        if event.node_id in self._table:
-            self._unreachable[event.node_id] = now_s + UNREACHABLE_FOR_S
-            self._table.change(event.node_id, reachable=False)
+        self._beliefs.failed(event.node_id, now_s)
         ticket = self._forwarded(event.request_id, event.node_id)
         if ticket is None:
             return
-        self._settle_pending(ticket)
+        self._beliefs.settle(ticket)
         ticket.tried.append((event.node_id, Reason.NODE_UNREACHABLE))
         ticket.failure_count += 1
         ticket.phase = Phase.ASKED
@@ -561,12 +370,6 @@ class NodeMachine:
             return None
         return ticket
 
-    def _settle_pending(self, ticket: Ticket) -> None:
-        """Take the request off the peer's pending work, unless a newer reading has done so."""
-        row = self._table.get(ticket.node_id) if ticket.node_id is not None else None
-        if row is not None and row.reading.sequence == ticket.sent_sequence:
-            self._table.change(row.node.node_id, pending_s=max(0.0, row.pending_s - ticket.sent_s))
-
     # -- ends -----------------------------------------------------------------------------------
 
     def _cancel(self, request_id: RequestId, now_s: float, out: list[NodeCommand]) -> None:
@@ -578,61 +381,25 @@ class NodeMachine:
             out.append(KillRun(instance_id=ticket.instance.instance_id, request_id=request_id))
             return
         if ticket.phase is Phase.FORWARDED and ticket.node_id is not None:
-            self._settle_pending(ticket)
+            self._beliefs.settle(ticket)
             out.append(CancelAt(node_id=ticket.node_id, request_id=request_id))
         elif ticket.phase is Phase.QUEUED:
-            self._leave_queue(ticket)
-        outcome = self._outcome(
-            ticket, OutcomeState.CANCELLED, now_s, error_code="cancelled", message="cancelled"
-        )
-        self._finish(ticket, outcome, out)
+            self._line.leave(ticket)
+        self._finish(ticket, endings.cancelled(ticket, now_s), out)
 
     def _expire(self, ticket: Ticket, now_s: float, out: list[NodeCommand]) -> None:
-        waited_s = now_s - ticket.arrived_at_s
-        where = ticket.node_id or self.node.node_id
-        outcome = self._outcome(
-            ticket,
-            OutcomeState.EXPIRED,
-            now_s,
-            error_code="deadline_exceeded",
-            message=(
-                f"its time of {ticket.request.timeout_s:.3g} s was over after {waited_s:.3g} s, "
-                f"before it ran on {where}; allow a longer timeout"
-            ),
-        )
-        self._finish(ticket, outcome, out)
+        self._finish(ticket, endings.expired(ticket, now_s, self.node.node_id), out)
 
     def _refuse(self, ticket: Ticket, reason: Reason, now_s: float, out: list[NodeCommand]) -> None:
         del self._tickets[ticket.request.request_id]
-        outcome = self._outcome(
-            ticket,
-            OutcomeState.REFUSED,
-            now_s,
-            reason=reason,
-            error_code="overloaded" if reason is Reason.QUEUE_FULL else "unplaceable",
-            message=f"{self.node.node_id} refused: {reason.label}",
-        )
-        out.append(Reply(outcome=outcome))
+        out.append(Reply(outcome=endings.refused(ticket, reason, now_s, self.node.node_id)))
 
     def _give_up(self, ticket: Ticket, now_s: float, out: list[NodeCommand]) -> None:
         """No candidate is left."""
-        reasons = {reason for _, reason in ticket.tried}
-        if Reason.EXPIRED in reasons:
+        if any(reason is Reason.EXPIRED for _, reason in ticket.tried):
             self._expire(ticket, now_s, out)
-            return
-        if ticket.failure_count > ticket.request.spec.retries_max:
-            code, state = "unavailable", OutcomeState.FAILED
         else:
-            state = OutcomeState.UNPLACEABLE
-            code = "overloaded" if Reason.QUEUE_FULL in reasons else "unplaceable"
-        outcome = self._outcome(
-            ticket,
-            state,
-            now_s,
-            error_code=code,
-            message=f"no node took {ticket.request.function_id}: {summary(ticket.tried)}",
-        )
-        self._finish(ticket, outcome, out)
+            self._finish(ticket, endings.untaken(ticket, now_s), out)
 
     def _finish(self, ticket: Ticket, outcome: Outcome, out: list[NodeCommand]) -> None:
         request = ticket.request
@@ -644,69 +411,19 @@ class NodeMachine:
         if not ticket.is_host:
             out.append(Report(outcome=outcome))
 
-    def _outcome(
-        self,
-        ticket: Ticket,
-        state: OutcomeState,
-        now_s: float,
-        *,
-        node_id: NodeId | None = None,
-        latency: LatencySplit | None = None,
-        failed_item_count: int = 0,
-        memory_mib: int = 0,
-        peak_memory_mib: float = 0.0,
-        response_bytes: int = 0,
-        money_usd: float = 0.0,
-        energy_j: float = 0.0,
-        is_cold: bool = False,
-        error_code: str = "",
-        message: str = "",
-        reason: Reason | None = None,
-    ) -> Outcome:
-        request = ticket.request
-        return Outcome(
-            request_id=request.request_id,
-            function_id=request.spec.function_id,
-            state=state,
-            origin=request.origin,
-            node_id=node_id,
-            latency=latency or LatencySplit(queue_s=now_s - ticket.arrived_at_s),
-            deadline_s=request.deadline_s,
-            priority=request.priority,
-            item_count=request.item_count,
-            failed_item_count=failed_item_count,
-            memory_mib=memory_mib,
-            peak_memory_mib=peak_memory_mib,
-            request_bytes=request.request_bytes,
-            response_bytes=response_bytes,
-            money_usd=money_usd,
-            energy_j=energy_j,
-            is_cold=is_cold,
-            error_code=error_code,
-            message=message,
-            reason=reason,
-            tried=tuple(ticket.tried),
-            policy_id=ticket.policy_id,
-            explanation=ticket.explanation,
-            lease=request.lease,
-        )
-
-    # -- time and beliefs -----------------------------------------------------------------------
+    # -- time and readings ----------------------------------------------------------------------
 
     def _tick(self, now_s: float, out: list[NodeCommand]) -> None:
         for instance in self.pool.stale(now_s):
             self._stop(instance, out)
-        for node_id, until_s in list(self._unreachable.items()):
-            if until_s <= now_s:
-                del self._unreachable[node_id]
-                self._table.change(node_id, reachable=True)
+        self._beliefs.forgive(now_s)
         for ticket in [t for t in self._tickets.values() if t.ends_at_s <= now_s]:
             if ticket.phase is Phase.FORWARDED and ticket.node_id is not None:
-                self._settle_pending(ticket)
+                self._beliefs.settle(ticket)
                 out.append(CancelAt(node_id=ticket.node_id, request_id=ticket.request.request_id))
                 self._expire(ticket, now_s, out)
             elif ticket.phase is Phase.QUEUED:
-                self._leave_queue(ticket)
+                self._line.leave(ticket)
                 self._expire(ticket, now_s, out)
         self._pump(now_s, out)
 
@@ -714,41 +431,12 @@ class NodeMachine:
         self.pool.remove(instance.instance_id)
         out.append(StopInstance(instance_id=instance.instance_id))
 
-    def _view_received(self, event: ViewReceived, now_s: float) -> None:
-        here = self.node.node_id
-        if event.links is not None:
-            self._table.links = event.links
-        if event.profiles is not None:
-            self._table.profiles = {**self._table.profiles, **event.profiles}
-        for peer in event.peers:
-            node_id = peer.node.node_id
-            if node_id == here:
-                continue
-            row = self._table.get(node_id)
-            if row is None or row.node != peer.node:
-                self._table.put(
-                    NodeView(
-                        node=peer.node,
-                        reading=peer.reading,
-                        state=peer.state,
-                        received_at_s=now_s - peer.age_s,
-                    )
-                )
-                continue
-            self._table.heard(node_id, peer.reading, now_s, peer.age_s)
-            self._table.change(node_id, state=peer.state)
-        if event.is_full:
-            named = {peer.node.node_id for peer in event.peers} | {here}
-            for row in self._table.rows():
-                if row.node.node_id not in named:
-                    self._table.remove(row.node.node_id)
-
     def _reading_now(self, now_s: float) -> NodeReading:
         return NodeReading(
             sequence=self._sequence,
             free=self.pool.free,
             running=len(self._running),
-            queued=self._queued_count,
+            queued=len(self._line),
             backlog_s=self._backlog_s(now_s),
             warm=MappingProxyType(self.pool.warm),
             eviction_price_s_per_mib=self.pool.eviction_price_s_per_mib(now_s),
@@ -757,15 +445,9 @@ class NodeMachine:
     def _backlog_s(self, now_s: float) -> float:
         """Estimate seconds until a CPU is free for a request that is queued now."""
         cpus = self.node.capacity.cpus
-        if self._queued_count == 0 and self.pool.free.cpus >= min(1.0, cpus):
+        if not self._line and self.pool.free.cpus >= min(1.0, cpus):
             return 0.0
-        work_s = self._queued_s
+        work_s = self._line.work_s
         for ticket in self._running.values():
             work_s += max(0.0, ticket.sent_s - (now_s - ticket.run_at_s))
         return work_s / max(1.0, cpus)
-
-    def _expected_s(self, request: Request) -> float:
-        """Return the expected run time on a node of speed 1.0."""
-        profile = self._table.profiles.get(request.spec.function_id)
-        run_s = profile.run_s if profile is not None else 0.05
-        return run_s * request.item_count

@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from agent.machine import UNREACHABLE_FOR_S, NodeMachine
+from agent.beliefs import UNREACHABLE_FOR_S
+from agent.machine import NodeMachine
 from tierwise.domain.command import (
     AskPolicy,
     CancelAt,

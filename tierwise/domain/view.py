@@ -1,7 +1,7 @@
 """What one node or the scheduler believes of the cluster, and how old each belief is."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from tierwise.domain.function import PRIOR, FunctionProfile
@@ -99,18 +99,32 @@ class ViewTable:
             self._snapshot = None
 
     def heard(
-        self, node_id: NodeId, reading: NodeReading, now_s: float, age_s: float = 0.0
+        self,
+        node_id: NodeId,
+        reading: NodeReading,
+        now_s: float,
+        age_s: float = 0.0,
+        *,
+        state: NodeState | None = None,
     ) -> bool:
         """Store a reading if it is newer than the one held; return whether it was.
 
-        A newer reading resets `pending_s`: the node has counted that work itself.
+        A newer reading resets `pending_s`: the node has counted that work itself. The state is
+        taken over in any case, None leaves it.
         """
         row = self._rows.get(node_id)
-        if row is None or reading.sequence <= row.reading.sequence:
+        if row is None:
+            return False
+        if reading.sequence <= row.reading.sequence:
+            if state is not None and state is not row.state:
+                self.change(node_id, state=state)
             return False
         self.put(
-            replace(
-                row, reading=reading, received_at_s=now_s - age_s, pending_s=0.0, reachable=True
+            NodeView(
+                node=row.node,
+                reading=reading,
+                state=row.state if state is None else state,
+                received_at_s=now_s - age_s,
             )
         )
         return True

@@ -1,0 +1,138 @@
+"""What a node believes of the cluster: readings of its peers, and what it has sent them. Pure."""
+
+from collections.abc import Mapping
+
+from agent.ticket import Ticket
+from tierwise.domain.event import ViewReceived
+from tierwise.domain.function import FunctionProfile
+from tierwise.domain.ids import FunctionId, NodeId
+from tierwise.domain.outcome import LatencySplit, Outcome
+from tierwise.domain.request import Request
+from tierwise.domain.topology import Link, Node, NodeState
+from tierwise.domain.view import ClusterView, NodeReading, NodeView, ViewTable
+
+UNREACHABLE_FOR_S = 2.0  # how long a peer that failed is left alone
+UNKNOWN_RUN_S = 0.05  # expected run time of a function of which nothing is known
+
+
+class Beliefs:
+    """The view table of one node, kept current between heartbeats by its own sendings."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._unreachable: dict[NodeId, float] = {}
+        self._table = ViewTable(node)
+        self.put_own(NodeReading(free=node.capacity), NodeState.READY, 0.0)
+
+    def put_own(self, reading: NodeReading, state: NodeState, now_s: float) -> None:
+        """Set the node's own row, which is exact."""
+        self._table.put(
+            NodeView(node=self._node, reading=reading, state=state, received_at_s=now_s)
+        )
+
+    def view(self, now_s: float) -> ClusterView:
+        """Return a snapshot at `now_s`."""
+        return self._table.view(now_s)
+
+    def row(self, node_id: NodeId) -> NodeView | None:
+        """Return what is believed of a node, or None if it is unknown."""
+        return self._table.get(node_id)
+
+    def path_to(self, node_id: NodeId) -> tuple[Node, Link] | None:
+        """Return a peer and the link to it, or None if it is unknown."""
+        row = self._table.get(node_id)
+        return None if row is None else (row.node, self._table.links.between(self._node, row.node))
+
+    def learn(self, profiles: Mapping[FunctionId, FunctionProfile]) -> None:
+        """Replace the function profiles, unless there are none."""
+        self._table.profiles = profiles or self._table.profiles
+
+    def expected_s(self, request: Request) -> float:
+        """Return the expected run time on a node of speed 1.0."""
+        profile = self._table.profiles.get(request.spec.function_id)
+        run_s = profile.run_s if profile is not None else UNKNOWN_RUN_S
+        return run_s * request.item_count
+
+    def received(self, event: ViewReceived, now_s: float) -> None:
+        """Take over what the scheduler says of the peers; the own row is known better here."""
+        table = self._table
+        here = self._node.node_id
+        if event.links is not None:
+            table.links = event.links
+        if event.profiles is not None:
+            table.profiles = {**table.profiles, **event.profiles}
+        for peer in event.peers:
+            node_id = peer.node.node_id
+            if node_id == here:
+                continue
+            row = table.get(node_id)
+            if row is None or (row.node is not peer.node and row.node != peer.node):
+                table.put(
+                    NodeView(
+                        node=peer.node,
+                        reading=peer.reading,
+                        state=peer.state,
+                        received_at_s=now_s - peer.age_s,
+                    )
+                )
+                continue
+            table.heard(node_id, peer.reading, now_s, peer.age_s, state=peer.state)
+        if event.is_full:
+            named = {peer.node.node_id for peer in event.peers} | {here}
+            for row in table.rows():
+                if row.node.node_id not in named:
+                    table.remove(row.node.node_id)
+
+    # -- what was sent --------------------------------------------------------------------------
+
+    def sent(self, ticket: Ticket, row: NodeView, now_s: float) -> None:
+        """Add a request to its peer's pending work, until a newer reading counts it."""
+        ticket.node_id = row.node.node_id
+        ticket.sent_at_s = now_s
+        ticket.sent_sequence = row.reading.sequence
+        expected_s = self.expected_s(ticket.request) / row.node.speed
+        ticket.sent_s = expected_s / max(1.0, row.node.capacity.cpus)
+        self._table.change(row.node.node_id, pending_s=row.pending_s + ticket.sent_s)
+
+    def settle(self, ticket: Ticket) -> None:
+        """Take the request off the peer's pending work, unless a newer reading has done so."""
+        row = self._table.get(ticket.node_id) if ticket.node_id is not None else None
+        if row is not None and row.reading.sequence == ticket.sent_sequence:
+            self._table.change(row.node.node_id, pending_s=max(0.0, row.pending_s - ticket.sent_s))
+
+    def failed(self, node_id: NodeId, now_s: float) -> None:
+        """Leave a peer alone for a while."""
+        if node_id in self._table:
+            self._unreachable[node_id] = now_s + UNREACHABLE_FOR_S
+            self._table.change(node_id, reachable=False)
+
+    def forgive(self, now_s: float) -> None:
+        """Consider peers again whose time alone is over."""
+        for node_id, until_s in list(self._unreachable.items()):
+            if until_s <= now_s:
+                del self._unreachable[node_id]
+                self._table.change(node_id, reachable=True)
+
+    def forwarded_latency(self, ticket: Ticket, there: Outcome, now_s: float) -> LatencySplit:
+        """Split what the host did not account for into the way there and the way back.
+
+        The two clocks differ, so only durations are compared; the parts are in proportion to
+        what the link should need for each direction.
+        """
+        split = there.latency
+        inside_s = split.queue_s + split.cold_start_s + split.run_s
+        outside_s = max(0.0, now_s - ticket.sent_at_s - inside_s)
+        path = self.path_to(ticket.node_id) if ticket.node_id is not None else None
+        share = 0.5
+        if path is not None:
+            _, link = path
+            there_s = link.transfer_s(ticket.request.request_bytes)
+            total_s = there_s + link.transfer_s(there.response_bytes)
+            share = there_s / total_s if total_s > 0.0 else 0.5
+        return LatencySplit(
+            queue_s=split.queue_s + ticket.sent_at_s - ticket.arrived_at_s,
+            transfer_s=outside_s * share,
+            cold_start_s=split.cold_start_s,
+            run_s=split.run_s,
+            return_s=outside_s * (1.0 - share),
+        )

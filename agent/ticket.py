@@ -1,0 +1,64 @@
+"""One unfinished request on a node. Pure."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from agent.pool import Instance
+from tierwise.domain.decision import Explanation, Reason
+from tierwise.domain.ids import NO_POLICY, NodeId, PolicyId
+from tierwise.domain.request import Request
+
+
+class Phase(Enum):
+    """Where an unfinished request stands on this node."""
+
+    ASKED = 1
+    FORWARDED = 2
+    QUEUED = 3
+    RUNNING = 4
+    ENDED = 5
+
+
+@dataclass(slots=True)
+class Ticket:
+    """An unfinished request."""
+
+    request: Request
+    arrived_at_s: float
+    sequence: int
+    transfer_s: float = 0.0
+    phase: Phase = Phase.ASKED
+    next_nodes: list[NodeId] = field(default_factory=list)
+    tried: list[tuple[NodeId, Reason]] = field(default_factory=list)
+    failure_count: int = 0
+    node_id: NodeId | None = None
+    sent_at_s: float = 0.0
+    sent_sequence: int = -1  # of the reading that the peer's pending_s was added to
+    sent_s: float = 0.0  # what was added
+    run_at_s: float = 0.0
+    cold_start_s: float = 0.0
+    is_cold: bool = False
+    is_cancelled: bool = False
+    instance: Instance | None = None
+    explanation: Explanation | None = None
+    policy_id: PolicyId = NO_POLICY
+
+    @property
+    def is_host(self) -> bool:
+        """Return whether somebody else placed the request here."""
+        return self.request.hops > 0 or self.request.lease > 0
+
+    @property
+    def ends_at_s(self) -> float:
+        """Return when the caller gives up."""
+        return self.arrived_at_s + self.request.timeout_s
+
+    def start_on(self, instance: Instance, now_s: float) -> None:
+        """Note that the request runs from `now_s` on; the first run of an instance is cold."""
+        self.phase = Phase.RUNNING
+        self.instance = instance
+        self.run_at_s = now_s
+        if instance.run_count == 1:
+            waited_s = now_s - self.arrived_at_s
+            self.is_cold = waited_s > 0.0
+            self.cold_start_s = min(waited_s, instance.cold_start_s)
