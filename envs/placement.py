@@ -12,11 +12,10 @@ from envs.world import World, make_world
 from tierwise.cost.objective import DEFAULT_OBJECTIVE
 from tierwise.domain.decision import NotPlaced, Placed
 from tierwise.domain.ids import PolicyId
-from tierwise.placement.features import BOUND, CANDIDATES_MAX, FEATURES, encode
+from tierwise.placement.features import BOUND, CANDIDATES_MAX, FEATURES, GAP_MAX, encode, gaps
 from tierwise.placement.ranking import Ranking, rank
 
 COLUMNS = len(FEATURES) + 2
-GAP_MAX = 50.0
 REWARD_SCALE = 0.1
 COST_S_MAX = 30.0  # of one request, so that one outlier does not drown an episode
 POLICY_ID = PolicyId("environment@1")
@@ -61,8 +60,7 @@ class Episode:
         k = len(ranking.scores)
         out[k:] = 0.0
         out[:k, :-2] = encode(ask.view, ask.request, ranking.estimates, ranking.scores)
-        gap = (ranking.scores - ranking.scores.min()) / max(ask.request.deadline_s, 1e-3)
-        out[:k, -2] = np.minimum(gap, GAP_MAX)
+        out[:k, -2] = gaps(ranking.scores, ask.request.deadline_s)
         out[:k, -1] = 1.0
 
     def decide(self, action: int) -> None:

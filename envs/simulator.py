@@ -15,6 +15,7 @@ from agent.machine import NodeMachine
 from envs.traces import Arrival
 from envs.world import World
 from scheduler.machine import ControlPlane
+from tierwise.cost.profiles import Profiles
 from tierwise.domain.command import (
     AskPolicy,
     CancelAt,
@@ -49,15 +50,13 @@ from tierwise.domain.event import (
     ViewReceived,
     WorkFinished,
 )
-from tierwise.domain.function import FunctionProfile
-from tierwise.domain.ids import FunctionId, NodeId, PolicyId, RequestId
+from tierwise.domain.ids import NodeId, PolicyId, RequestId
 from tierwise.domain.outcome import LatencySplit, Outcome, OutcomeState
 from tierwise.domain.request import Request
 from tierwise.domain.topology import Channel, Node
 from tierwise.placement.policy import Policy
 
 TICK_S = 0.25
-PROFILE_SMOOTHING = 0.1
 SESSION_DELAY_S = 0.01
 BROKEN_AFTER_S = 0.05  # how long until a sender notices that a peer's host is down
 SETTLE_S = 120.0  # simulated time after the last arrival in which everything must end
@@ -109,7 +108,7 @@ class Simulator:
         self._sequence = 0
         self._nodes = {node.node_id: _SimNode(node, NodeMachine(node)) for node in world.nodes}
         self._channels: dict[tuple[NodeId, NodeId], Channel] = {}
-        self._profiles: dict[FunctionId, FunctionProfile] = {}
+        self._profiles = Profiles()
         self._requests: dict[RequestId, Request] = {}
         self._question: Question | None = None
         self._waiting_events: list[tuple[_SimNode, NodeEvent]] = []
@@ -253,26 +252,9 @@ class Simulator:
         self._learn(outcome)
 
     def _learn(self, outcome: Outcome) -> None:
-        """Keep profiles as the scheduler's telemetry does."""
-        if outcome.state is not OutcomeState.OK or outcome.node_id is None:
-            return
-        speed = self._nodes[outcome.node_id].node.speed
-        function = outcome.function_id
-        old = self._profiles.get(function, FunctionProfile())
-        weight = max(PROFILE_SMOOTHING, 1.0 / (old.call_count + 1))
-        run_s = outcome.latency.run_s * speed / outcome.item_count
-        cold_s = old.cold_start_s
-        if outcome.is_cold:
-            cold_s += max(weight, 0.3) * (outcome.latency.cold_start_s * speed - cold_s)
-        elapsed_s = max(self.now_s, 1.0)
-        count = old.call_count + 1
-        self._profiles[function] = FunctionProfile(
-            run_s=old.run_s + weight * (run_s - old.run_s),
-            cold_start_s=cold_s,
-            response_bytes=self.world.trace.behaviours[function].profile.response_bytes,
-            rate_per_s=count / elapsed_s,
-            call_count=count,
-        )
+        """Let the function's profile follow, as the scheduler's telemetry does."""
+        speed = None if outcome.node_id is None else self._nodes[outcome.node_id].node.speed
+        self._profiles.learn(outcome, speed, self.now_s)
 
     # -- nodes ----------------------------------------------------------------------------------
 
@@ -488,7 +470,7 @@ class Simulator:
         event = ViewReceived(
             peers=self._plane.peers(self.now_s),
             links=self.world.links,
-            profiles=dict(self._profiles),
+            profiles=self._profiles.snapshot(),
             is_full=True,
         )
         self._at(SESSION_DELAY_S, self._alive_step, sim, sim.life, event)

@@ -115,7 +115,7 @@ def _nodes(
         cpus, memory_mib, speed = base[tier]
         for index in range(count):
             if is_varied:
-                speed = base[tier][2] * float(rng.uniform(0.6, 1.5))
+                speed = base[tier][2] * float(rng.uniform(0.35, 1.8))
                 memory_mib = int(base[tier][1] * float(rng.choice((1.0, 1.5, 2.0))))
                 cpus = base[tier][0] * float(rng.choice((1.0, 1.0, 2.0)))
             nodes.append(

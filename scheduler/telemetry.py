@@ -4,7 +4,6 @@
 
 import asyncio
 import datetime
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,8 @@ from sqlalchemy import Connection, delete, func, select
 from scheduler.store.store import Store
 from scheduler.store.tables import calls, profiles, usage
 from tierwise.clock import monotonic_s, wall_s
-from tierwise.domain.function import PRIOR, FunctionProfile
+from tierwise.cost.profiles import Profiles
+from tierwise.domain.function import FunctionProfile
 from tierwise.domain.ids import FunctionId, NodeId, split_function_id
 from tierwise.domain.outcome import Outcome, OutcomeState
 from tierwise.domain.view import ViewTable
@@ -24,12 +24,9 @@ from tierwise.wire import convert
 
 log = structlog.get_logger()
 
-SMOOTHING = 0.1  # weight of the newest call, once there were ten
-RATE_WINDOW_S = 60.0
 STORE_INTERVAL_S = 0.25
 PROFILES_INTERVAL_S = 5.0
 TAKEN_MAX = 50_000  # calls that wait for the store
-PROFILES_MAX = 20_000  # functions that are learnt about
 LOG_MAX = 8192
 CALLER_MAX = 200
 
@@ -48,18 +45,22 @@ class Telemetry(call_pb2_grpc.CallServiceServicer):
         self._store = store
         self._table = table
         self._records_max = records_max
-        self._profiles: dict[FunctionId, FunctionProfile] = {}
-        self._counted_at_s: dict[FunctionId, float] = {}
         self._unstored: set[FunctionId] = set()
         self._taken: list[_Taken] = []
-        for row in store.read_now(lambda c: c.execute(select(profiles)).mappings().all()):
-            stored = types_pb2.FunctionProfile.FromString(row["profile"])
-            self._profiles[FunctionId(row["function_id"])] = convert.profile_from_pb(stored)
-        table.profiles = dict(self._profiles)
+        rows = store.read_now(lambda c: c.execute(select(profiles)).mappings().all())
+        self._profiles = Profiles(
+            {
+                FunctionId(row["function_id"]): convert.profile_from_pb(
+                    types_pb2.FunctionProfile.FromString(row["profile"])
+                )
+                for row in rows
+            }
+        )
+        table.profiles = self._profiles.snapshot()
 
     def profile(self, function: FunctionId) -> FunctionProfile:
         """Return what is known of a function."""
-        return self._profiles.get(function, PRIOR)
+        return self._profiles.get(function)
 
     def take(self, node_id: NodeId, reports: list[node_pb2.CallReport], dropped_count: int) -> None:
         """Store and learn from the calls of one heartbeat."""
@@ -115,7 +116,7 @@ class Telemetry(call_pb2_grpc.CallServiceServicer):
     async def _store_taken(self) -> None:
         if not self._taken:
             return
-        self._table.profiles = dict(self._profiles)
+        self._table.profiles = self._profiles.snapshot()
         taken, self._taken = self._taken, []
         try:
             await self._store.write(lambda c: self._write_calls(c, taken))
@@ -183,40 +184,11 @@ class Telemetry(call_pb2_grpc.CallServiceServicer):
         rows = await self._store.read(lambda c: c.execute(query).mappings().all())
         return call_pb2.GetUsageResponse(usage=[call_pb2.Usage(**row) for row in rows])
 
-    # -- learning -------------------------------------------------------------------------------
-
     def _learn(self, outcome: Outcome) -> None:
-        """Move the function's profile towards what this call showed, at speed 1.0."""
-        function = outcome.function_id
-        if function not in self._profiles and len(self._profiles) >= PROFILES_MAX:
-            return
-        old = self.profile(function)
-        now_s = monotonic_s()
-        gap_s = now_s - self._counted_at_s.get(function, now_s)
-        self._counted_at_s[function] = now_s
-        rate = old.rate_per_s * math.exp(-gap_s / RATE_WINDOW_S)
-        rate += outcome.item_count / RATE_WINDOW_S
-        count = old.call_count + outcome.item_count
-        run_s, cold_s, response_bytes = old.run_s, old.cold_start_s, old.response_bytes
         row = self._table.get(outcome.node_id) if outcome.node_id is not None else None
-        if outcome.state is OutcomeState.OK and row is not None:
-            weight = max(SMOOTHING, 1.0 / (old.call_count + 1))
-            speed = row.node.speed
-            items = max(1, outcome.item_count)
-            run_s += weight * (max(0.0, outcome.latency.run_s) * speed / items - run_s)
-            response_bytes += int(weight * (outcome.response_bytes / items - response_bytes))
-            if outcome.is_cold:
-                cold_s += max(weight, 0.3) * (
-                    max(0.0, outcome.latency.cold_start_s) * speed - cold_s
-                )
-        self._profiles[function] = FunctionProfile(
-            run_s=run_s,
-            cold_start_s=cold_s,
-            response_bytes=max(0, response_bytes),
-            rate_per_s=rate,
-            call_count=count,
-        )
-        self._unstored.add(function)
+        speed = None if row is None else row.node.speed
+        if self._profiles.learn(outcome, speed, monotonic_s()):
+            self._unstored.add(outcome.function_id)
 
     # -- storage --------------------------------------------------------------------------------
 
@@ -254,7 +226,7 @@ class Telemetry(call_pb2_grpc.CallServiceServicer):
 
     def _write_profiles(self, connection: Connection, names: set[FunctionId]) -> None:
         for function in names:
-            blob = convert.profile_to_pb(self._profiles[function]).SerializeToString()
+            blob = convert.profile_to_pb(self._profiles.get(function)).SerializeToString()
             connection.execute(
                 self._store.insert(profiles)
                 .values(function_id=function, profile=blob)

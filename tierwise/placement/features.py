@@ -18,6 +18,7 @@ from tierwise.domain.view import ClusterView
 SCHEMA = 1
 CANDIDATES_MAX = 16
 BOUND = 8.0
+GAP_MAX = 50.0  # in deadlines; beyond it a candidate is hopeless anyway
 FEATURES = (
     "path",  # transfer there and back ÷ deadline, log-compressed; so are the next six
     "wait",
@@ -52,6 +53,12 @@ _ROW = slice(6, 17)
 _LATENESS = FEATURES.index("lateness")
 _MONEY = FEATURES.index("money")
 _REQUEST = slice(19, 24)
+
+
+def gaps(scores: Float, deadline_s: float) -> Float:
+    """Return how much worse than the best each base score is, in deadlines, at most GAP_MAX."""
+    gap: Float = (scores - np.minimum.reduce(scores)) / max(deadline_s, 1e-3)
+    return np.minimum(gap, GAP_MAX)
 
 
 def encode(

@@ -17,7 +17,7 @@ from tierwise.domain.ids import PolicyId
 from tierwise.domain.request import Request
 from tierwise.domain.view import ClusterView
 from tierwise.errors import NotFound
-from tierwise.placement.features import BOUND, CANDIDATES_MAX, FEATURES, encode
+from tierwise.placement.features import BOUND, CANDIDATES_MAX, FEATURES, encode, gaps
 from tierwise.placement.network import Float32
 from tierwise.placement.network import Network as Network
 from tierwise.placement.network import initial as initial
@@ -79,9 +79,8 @@ class LearnedPolicy:
         )
 
     def logits(self, scores: Float, residuals: Float, deadline_s: float) -> Float:
-        """Return −β·(score − best) ÷ deadline + residual (λ is in it already), shape (k,)."""
-        scale = -self.card.beta / max(deadline_s, 1e-3)
-        logits: Float = scale * (scores - np.minimum.reduce(scores)) + residuals
+        """Return −β·gap + residual (λ is in it already), shape (k,)."""
+        logits: Float = residuals - self.card.beta * gaps(scores, deadline_s)
         return logits
 
     def _fall_back(self, ranking: Ranking, why: str) -> Decision:
