@@ -76,7 +76,8 @@ class Beliefs:
                     )
                 )
                 continue
-            table.heard(node_id, peer.reading, now_s, peer.age_s, state=peer.state)
+            if peer.reading is not row.reading or peer.state is not row.state:
+                table.heard(node_id, peer.reading, now_s, peer.age_s, state=peer.state)
         if event.is_full:
             named = {peer.node.node_id for peer in event.peers} | {here}
             for row in table.rows():

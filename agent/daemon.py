@@ -43,15 +43,14 @@ ROLES = {
 }
 
 
-async def serve(config: AgentConfig, token: str) -> None:
+async def serve(config: AgentConfig) -> None:
     """Run the agent until SIGTERM or SIGINT.
 
     Raises:
-        TierwiseError: The configuration is wrong or the node could not join.
+        TierwiseError: The configuration is wrong.
     """
     state = Path(config.state_dir)
-    state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    credentials = await _credentials(config, state, token)
+    credentials = Credentials.load(_identity_folder(config))
     probe = Probe()
     host, _, port = config.listen.rpartition(":")
 
@@ -143,20 +142,24 @@ def _node(config: AgentConfig, probe: Probe, address: str) -> Node:
     )
 
 
-async def _credentials(config: AgentConfig, state: Path, token: str) -> Credentials:
-    """Return this node's certificate, joining with the token if there is none yet."""
-    folder = state / "credentials"
-    if (folder / "cert.pem").exists():
-        return Credentials.load(folder)
+async def _join(config: AgentConfig, token: str) -> None:
+    """Get this node its certificate.
+
+    Raises:
+        TierwiseError: There is no token, or the scheduler refused it.
+    """
     if not token or not config.join:
         raise FailedPrecondition(
             f"{config.name} has no certificate yet: give the scheduler's join address (join = "
             '"host:port") and a token (`tierwise token create --role node`) in TIERWISE_TOKEN'
         )
     credentials, _, identity = await join(config.join, token, config.name)
-    credentials.save(folder)
+    credentials.save(_identity_folder(config))
     log.info("node.joined", identity=identity.uri)
-    return credentials
+
+
+def _identity_folder(config: AgentConfig) -> Path:
+    return Path(config.state_dir) / "credentials"
 
 
 def main() -> int:
@@ -172,7 +175,12 @@ def main() -> int:
     try:
         config = load(path, AgentConfig, overrides=flags)
         configure_logs(config.log_level)
-        uvloop.run(serve(config, token))
+        Path(config.state_dir).mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not (_identity_folder(config) / "cert.pem").exists():
+            uvloop.run(_join(config, token))
+            # A fresh start: what made the key and the request weighs 13 MB and is not needed again.
+            os.execv(sys.executable, [sys.executable, "-m", "agent.daemon", *sys.argv[1:]])
+        uvloop.run(serve(config))
     except* TierwiseError as errors:
         error = errors.exceptions[0]
         print(f"tierwise agent: {error}", file=sys.stderr)

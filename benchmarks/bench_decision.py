@@ -8,20 +8,15 @@ pass does not depend on them.
 """
 
 import os
-import platform
-import subprocess
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy starts its threads
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.report import at_most, make_table, show, spread
 from tierwise.clock import precise_s
 from tierwise.cost.estimate import estimate
 from tierwise.domain.function import FunctionProfile, FunctionSpec
@@ -139,25 +134,13 @@ def main() -> None:
             calls |= {(node_count, name): call for name, call in pieces(view, learned).items()}
     figures = measure(calls)
 
-    console = Console()
-    table = Table(
-        box=box.SIMPLE,
-        padding=(0, 1, 0, 0),
-        show_edge=False,
-        pad_edge=False,
-        title="One placement decision: µs, median [10 % … 90 %] over rounds",
-        caption=(
-            f"{platform.machine()}, {cpu_name()}, Python {platform.python_version()}, "
-            f"NumPy {np.__version__}, commit {commit()}, seed {SEED}; "
-            f"{ROUNDS} rounds of {CALLS} calls. ratio: learned ÷ ect. target: for learned. The "
-            "last columns are steps of learned; a sole candidate needs no features and no network, "
-            f"and of many the best {CANDIDATES_MAX} by base score are compared."
-        ),
+    caption = (
+        f"Seed {SEED}; {ROUNDS} rounds of {CALLS} calls. Ratio: learned ÷ ect; target: for learned."
+        " The last columns are steps of learned; a sole candidate needs no features and no "
+        f"network, and of many the best {CANDIDATES_MAX} by base score are compared."
     )
-    for header in ("nodes", "ect", "learned", "ratio", "target"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for header in STEPS:
-        table.add_column(header, justify="right", no_wrap=True, style="dim")
+    title = "One placement decision: µs, median [10 % … 90 %] over rounds"
+    table = make_table(title, ("nodes", "ect", "learned", "ratio", "target", *STEPS), caption)
     for node_count in NODE_COUNTS:
         one = {name: figures[n, name] for n, name in figures if n == node_count}
         target = TARGET_US.get(node_count)
@@ -166,45 +149,10 @@ def main() -> None:
             spread(one["ect"]),
             spread(one["learned"]),
             f"{np.median(one['learned'] / one['ect']):.1f}",
-            "" if target is None else verdict(float(np.median(one["learned"])), target),
+            "" if target is None else at_most(float(np.median(one["learned"])), target),
             *(f"{np.median(one[name]):.1f}" if name in one else "–" for name in STEPS),
         )
-    console.print(table)
-
-
-def spread(figures: np.ndarray) -> str:
-    """Return `median [10 % … 90 %]`."""
-    low, middle, high = np.percentile(figures, (10, 50, 90))
-    digits = 1 if middle < 100.0 else 0
-    return f"{middle:.{digits}f} [{low:.0f}…{high:.0f}]"
-
-
-def verdict(figure_us: float, target_us: float) -> str:
-    """Return the target and whether the median holds it."""
-    return f"≤{target_us:g} {'met' if figure_us <= target_us else 'MISSED'}"
-
-
-def cpu_name() -> str:
-    """Return the processor's name, as far as the system tells, and the number of its cores."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        found = next((x.split(":", 1)[1].strip() for x in lines if "model name" in x), "")
-    except OSError:
-        found = platform.processor()
-    return f"{found or 'unknown CPU'} × {os.cpu_count()}"
-
-
-def commit() -> str:
-    """Return the short id of the commit that is measured, with `+` if files were changed."""
-    try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    show(table)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,7 @@ def operator() -> "Iterator[Operator]":
 
 def become(module: str, arguments: Sequence[str]) -> NoReturn:
     """Replace this process by a program of ours; the command line stays light that way."""
-    os.execv(  # noqa: S606 - no shell is wanted
-        sys.executable, [sys.executable, "-m", module, *arguments]
-    )
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
 
 
 def complete_functions(incomplete: str) -> list[str]:
