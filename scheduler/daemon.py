@@ -47,6 +47,7 @@ from tierwise.wire.serving import add_health_and_reflection
 
 log = structlog.get_logger()
 
+JOIN_BYTES_MAX = 64 << 10  # anybody may dial that port
 _EVERYONE = {Role.NODE, Role.USER, Role.ADMIN}
 _PEOPLE = {Role.USER, Role.ADMIN}
 _ADMINS = {Role.ADMIN}
@@ -163,7 +164,7 @@ async def _serve(
     own = server_credentials(authority.issue(Identity(Role.SCHEDULER, "scheduler")))
     main = _bind(server, config.listen, own, config.advertise, state / "main.port")
 
-    join_server = new_server([ErrorInterceptor()])
+    join_server = new_server([ErrorInterceptor()], message_bytes_max=JOIN_BYTES_MAX)
     joining = JoinGateway(authority, sessions, main)
     join_pb2_grpc.add_JoinServiceServicer_to_server(joining, join_server)
     add_health_and_reflection(join_server, "tierwise.v1.JoinService")
