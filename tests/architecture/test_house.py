@@ -1,4 +1,4 @@
-"""The house itself: packages come from this checkout, the agent stays light, files stay readable."""
+"""The house: packages come from this checkout, the agent stays light, files stay readable."""
 
 import subprocess
 import sys
