@@ -12,11 +12,12 @@ from envs.world import World, make_world
 from tierwise.cost.objective import DEFAULT_OBJECTIVE
 from tierwise.domain.decision import NotPlaced, Placed
 from tierwise.domain.ids import PolicyId
+from tierwise.domain.outcome import Outcome
 from tierwise.placement.features import BOUND, CANDIDATES_MAX, FEATURES, GAP_MAX, encode, gaps
+from tierwise.placement.policies.ect import EarliestCompletion
 from tierwise.placement.ranking import Ranking, rank
 
 COLUMNS = len(FEATURES) + 2
-REWARD_SCALE = 0.1
 COST_S_MAX = 30.0  # of one request, so that one outlier does not drown an episode
 POLICY_ID = PolicyId("environment@1")
 
@@ -25,9 +26,17 @@ Mask = NDArray[np.bool_]
 
 
 class Episode:
-    """One trace being decided step by step; shared by the single and the batched environment."""
+    """One trace being decided step by step; shared by the single and the batched environment.
+
+    What each request would have cost under the tuned base score is simulated first. Rewards are
+    relative to that: so a hard world weighs no more than an easy one, and what the trace itself
+    does to the costs cancels out (input-dependent baseline: Mao et al., ICLR 2019).
+    """
 
     def __init__(self, world: World, seed: int) -> None:
+        heuristic = Simulator(world, seed).run(EarliestCompletion())
+        self._base_s = {outcome.request_id: _cost_s(outcome) for outcome in heuristic}
+        self._mean_s = sum(self._base_s.values()) / max(1, len(self._base_s)) or 1.0
         self._simulator = Simulator(world, seed)
         self._paid_count = 0
         self._question: Question | None = None
@@ -72,14 +81,23 @@ class Episode:
         self._simulator.answer(self._order(self._ranking, action), POLICY_ID)
 
     def collect(self) -> float:
-        """Return minus the cost of the requests that have ended since the last call."""
+        """Return by how much the requests that ended since the last call beat the base score.
+
+        That is the sum of (cost under the base score − cost) ÷ mean cost under the base score.
+        """
         outcomes = self._simulator.outcomes
-        cost_s = 0.0
+        saved_s = 0.0
         for outcome in outcomes[self._paid_count :]:
-            cost_s += min(DEFAULT_OBJECTIVE.cost_s(outcome), COST_S_MAX)
+            cost_s = _cost_s(outcome)
+            self.cost_s += cost_s
+            saved_s += self._base_s.get(outcome.request_id, cost_s) - cost_s
         self._paid_count = len(outcomes)
-        self.cost_s += cost_s
-        return -REWARD_SCALE * cost_s
+        return saved_s / self._mean_s
+
+    @property
+    def gain(self) -> float:
+        """Return 1 − cost ÷ cost under the base score, of the requests that have ended."""
+        return 1.0 - self.cost_s / max(1e-9, self._mean_s * self._paid_count)
 
     @property
     def candidate_count(self) -> int:
@@ -96,6 +114,10 @@ class Episode:
         rows = ranking.estimates.candidates
         rest = [i for i in np.argsort(ranking.scores, kind="stable").tolist() if i != first]
         return Placed(node_ids=tuple(rows[i].node.node_id for i in (first, *rest)))
+
+
+def _cost_s(outcome: Outcome) -> float:
+    return min(DEFAULT_OBJECTIVE.cost_s(outcome), COST_S_MAX)
 
 
 class PlacementEnv(gymnasium.Env[Observation, np.int64]):
@@ -115,8 +137,9 @@ class PlacementEnv(gymnasium.Env[Observation, np.int64]):
     of its base score to the best ÷ deadline, and 1 if the row is valid.
 
     ### Rewards
-    A tenth of minus the objective's cost (`cost.objective`, second-equivalents) of the requests
-    that ended since the last decision, each at most 30 s.
+    For each request that ended since the last decision: what the objective (`cost.objective`) made
+    of it under the tuned base score minus what it makes of it now, each at most 30
+    second-equivalents, ÷ the mean under the base score. The base score itself earns 0.
 
     ### Starting State
     A fresh world of the preset, drawn from the seed; nothing is warm.
@@ -176,6 +199,7 @@ class PlacementEnv(gymnasium.Env[Observation, np.int64]):
             "invalid_count": self._episode.invalid_count,
             "ended_count": self._episode.ended_count,
             "cost_s": self._episode.cost_s,
+            "gain": self._episode.gain,
         }
 
 

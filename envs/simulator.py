@@ -6,6 +6,7 @@ jumps from event to event. `NodeMachine` and `ControlPlane` are the classes that
 
 import hashlib
 import heapq
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -93,7 +94,8 @@ class Simulator:
 
         Args:
             world: Nodes, links, workload and faults.
-            seed: Of the streams `service`, `links` and `faults`; adding one moves no other.
+            seed: Of the streams of service times, links, faults and cold starts; adding one moves
+                no other.
         """
         self.world = world
         self.now_s = 0.0
@@ -101,15 +103,16 @@ class Simulator:
         self.recorded: list[tuple[Outcome, bool]] = []  # durable work, True if dead-lettered
         self.decision_count = 0
         self.on_step: Callable[[NodeMachine], None] | None = None
-        names = ("service", "links", "faults")
-        spawned = np.random.SeedSequence(seed).spawn(len(names))
-        self._service, self._link_rng, self._fault_rng = map(np.random.default_rng, spawned)
+        names = ("service", "links", "faults", "cold starts")
+        streams = map(np.random.default_rng, np.random.SeedSequence(seed).spawn(len(names)))
+        self._service, self._link_rng, self._fault_rng, self._cold_rng = streams
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._sequence = 0
         self._nodes = {node.node_id: _SimNode(node, NodeMachine(node)) for node in world.nodes}
         self._channels: dict[tuple[NodeId, NodeId], Channel] = {}
         self._profiles = Profiles()
         self._requests: dict[RequestId, Request] = {}
+        self._run_noise: dict[RequestId, float] = {}
         self._question: Question | None = None
         self._waiting_events: list[tuple[_SimNode, NodeEvent]] = []
         self._plane = ControlPlane(
@@ -219,6 +222,8 @@ class Simulator:
             data_bytes=arrival.data_bytes,
         )
         self._requests[request.request_id] = request
+        # Drawn by arrival, not by run: a request is as heavy under one policy as under another.
+        self._run_noise[request.request_id] = float(self._service.standard_normal())
         self._next_arrival()
         if arrival.is_durable:
             self._tell_plane(Submitted(request=replace(request, origin=SCHEDULER)))
@@ -278,7 +283,7 @@ class Simulator:
                 self._run(sim, command)
             case StartInstance():
                 profile = self.world.trace.behaviours[command.spec.function_id].profile
-                noise = float(self._service.lognormal(0.0, 0.25))
+                noise = float(self._cold_rng.lognormal(0.0, 0.25))
                 cold_s = profile.cold_start_s * noise / sim.node.speed
                 started = InstanceStarted(instance_id=command.instance_id, cold_start_s=cold_s)
                 self._at(cold_s, self._alive_step, sim, sim.life, started)
@@ -317,8 +322,8 @@ class Simulator:
         instance = sim.machine.pool.get(command.instance_id)
         assert instance is not None, "a command names an instance that the machine has"
         behaviour = self.world.trace.behaviours[instance.spec.function_id]
-        noise = float(self._service.lognormal(0.0, behaviour.run_sigma))
         request = self._requests[command.request_id]
+        noise = math.exp(behaviour.run_sigma * self._run_noise[command.request_id])
         run_s = behaviour.profile.run_s * request.item_count * noise / sim.node.speed
         if request.data_nodes and sim.node.node_id not in request.data_nodes:
             run_s += self.world.links.default.transfer_s(request.data_bytes)

@@ -65,7 +65,7 @@ class PlacementVecEnv(VecEnv):
                     "terminal_observation": self._observations[index].copy(),
                     "TimeLimit.truncated": True,
                     "episode": {
-                        "r": -episode.cost_s / max(1, episode.ended_count),
+                        "r": episode.gain,
                         "l": episode.ended_count,
                         "t": 0.0,
                     },

@@ -1,5 +1,8 @@
 """`tierwise/Placement-v0` keeps gymnasium's and stable-baselines3's contracts."""
 
+from collections.abc import Callable
+from typing import Any
+
 import gymnasium
 import numpy as np
 import pytest
@@ -21,17 +24,31 @@ def test_it_is_registered_and_passes_both_checkers() -> None:
     sb3_check_env(environment.unwrapped)
 
 
-def test_an_episode_pays_for_every_request_exactly_once() -> None:
+def play(choose: Callable[[np.ndarray], int]) -> tuple[float, dict[str, Any]]:  # type: ignore[type-arg]
+    """Return the sum of rewards of an episode, and its last info."""
     environment = PlacementEnv("small", 80)
     observation, _ = environment.reset(seed=4)
     rewards = 0.0
     is_over = False
     while not is_over:
-        action = np.int64(base_scores_choice(observation))
+        action = np.int64(choose(observation))
         observation, reward, _, is_over, info = environment.step(action)
         rewards += reward
+    return rewards, info
+
+
+def test_who_decides_like_the_base_score_earns_nothing() -> None:
+    rewards, info = play(base_scores_choice)
     assert info["ended_count"] == 80
-    assert rewards == pytest.approx(-0.1 * info["cost_s"])
+    assert rewards == pytest.approx(0.0, abs=1e-9)
+    assert info["gain"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_an_episode_pays_for_every_request_exactly_once() -> None:
+    rewards, info = play(lambda observation: 0)
+    assert info["ended_count"] == 80
+    assert rewards != 0.0
+    assert rewards == pytest.approx(80 * info["gain"])
 
 
 def test_the_same_seed_and_actions_give_the_same_episode() -> None:
