@@ -287,7 +287,8 @@ class Worker(asyncio.Protocol):
                 run_s=run_s,
                 peak_memory_mib=peak_mib,
                 log=printed,
-                instance_alive=is_alive,
+                # A kill that came too late for this batch must not hit the next one.
+                instance_alive=is_alive and self._killed is None,
             )
         )
 

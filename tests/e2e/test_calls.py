@@ -13,7 +13,7 @@ from tierwise.sdk.operator import Operator
 app = tierwise.App("calls")
 
 
-@app.function(memory="64MiB", timeout="1s")
+@app.function(memory="300MiB", timeout="1s")
 def behave(how: str, value: object = None) -> object:
     import os
     import sys
@@ -33,7 +33,7 @@ def behave(how: str, value: object = None) -> object:
         print("x" * 3_000_000)
         print("the last line")
     if how == "allocate":
-        return len(bytearray(400 << 20))
+        return len(bytearray(900 << 20))
     if how == "unencodable":
         return object()
     if how == "large":
