@@ -42,14 +42,17 @@ class World:
     faults: Faults = field(default_factory=Faults)
 
 
-PRESETS = ("small", "campus", "factory", "random")
+NAMED = ("small", "campus", "factory")
+PRESETS = (*NAMED, "random")
+PRESET_SHARE = 0.4  # of random worlds that are one of the named ones
 
 
 def make_world(preset: str, seed: int, *, request_count: int = 400) -> World:
     """Return the world of a preset; the same seed gives the same world.
 
     `small` is what `tierwise up` starts; `campus` has many light edges around one fog, `factory`
-    strong fogs and a slow uplink; `random` draws everything (domain randomisation for training).
+    strong fogs and a slow uplink; `random` is for training: mostly it draws everything (domain
+    randomisation), sometimes it is one of the others.
 
     Raises:
         ValueError: There is no such preset.
@@ -57,6 +60,8 @@ def make_world(preset: str, seed: int, *, request_count: int = 400) -> World:
     topology, workload = (
         np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(2)
     )
+    if preset == "random" and topology.random() < PRESET_SHARE:
+        preset = NAMED[int(topology.integers(len(NAMED)))]
     load = float(topology.uniform(0.08, 0.5))
     burst = float(topology.choice((1.0, 2.0, 4.0)))
     heartbeat_s = 0.5
