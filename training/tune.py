@@ -1,63 +1,193 @@
-"""Tune the weights of the base score on validation worlds, one weight after the other.
+"""Tune a policy's parameters on validation worlds: random search, the same budget for everybody.
 
-python -m training.tune --seeds 24
+python -m training.tune --policy slowest-fit --trials 40 --seeds 24
+python -m training.tune --all --json tuned.json
 """
 
 import argparse
+import json
 import sys
-from dataclasses import fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from envs.simulator import Simulator
-from envs.world import make_world
+from envs.world import PRESETS, make_world
+from tierwise.files import write_atomically
+from tierwise.placement.policies.cluster_like import KubernetesLike, NomadLike
 from tierwise.placement.policies.ect import EarliestCompletion
-from tierwise.placement.score import DEFAULT_WEIGHTS, ScoreWeights
+from tierwise.placement.policies.hashing import BoundedHashing
+from tierwise.placement.policies.locality import Locality
+from tierwise.placement.policies.power_of_two import PowerOfTwo
+from tierwise.placement.policies.probabilistic import Probabilistic
+from tierwise.placement.policies.pull_based import PullBased
+from tierwise.placement.policies.slowest_fit import SlowestFit
+from tierwise.placement.policy import Policy
+from tierwise.placement.score import ScoreWeights
 from training.evaluate import mean_cost_s
 
 VALIDATION = 500_000  # seeds of validation worlds
-GRID = {
-    "cold_start": (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0),
-    "displaced": (0.0, 0.25, 0.5, 1.0, 2.0),
-    "per_usd_s": (0.0, 10_000.0, 20_000.0, 40_000.0),
-    "per_late_s": (0.0, 0.5, 1.0, 2.0, 4.0),
-    "per_miss_s": (0.0, 0.1, 0.25, 0.5, 1.0),
+SEED = 3  # of the search
+
+
+@dataclass(frozen=True, slots=True)
+class Tunable:
+    """A policy with parameters, and the values that are tried for each."""
+
+    make: Callable[..., Policy]
+    values: Mapping[str, Sequence[Any]]
+    defaults: Mapping[str, Any]
+
+
+def _tunable(make: Any, **values: Sequence[Any]) -> Tunable:
+    defaults = asdict(make())
+    return Tunable(make, values, {name: defaults[name] for name in values})
+
+
+def _ect(**weights: float) -> Policy:
+    return EarliestCompletion(ScoreWeights(**weights))
+
+
+SHARES = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5)
+TUNABLES: dict[str, Tunable] = {
+    "ect": Tunable(
+        _ect,
+        {
+            "cold_start": SHARES,
+            "displaced": (0.0, 0.25, 0.5, 1.0, 2.0, 4.0),
+            "per_usd_s": (0.0, 2_000.0, 10_000.0, 20_000.0, 40_000.0),
+            "per_late_s": (0.0, 0.5, 1.0, 2.0, 4.0),
+            "per_miss_s": (0.0, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0),
+        },
+        asdict(ScoreWeights()),
+    ),
+    "power-of-two": _tunable(PowerOfTwo, choices=(2, 3, 4, 6, 8), cold_start=SHARES),
+    "bounded-hashing": _tunable(
+        BoundedHashing,
+        bound=(0.0, 0.5, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0),
+        floor_s=(0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
+    ),
+    "pull-based": _tunable(
+        PullBased,
+        half_life_s=(0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 20.0),
+        near=(0.0, 1.0, 4.0, 10.0, 30.0, 100.0),
+    ),
+    "locality": _tunable(Locality, far=(0.0, 1.0, 5.0, 10.0, 30.0, 100.0), cold_start=SHARES),
+    "slowest-fit": _tunable(
+        SlowestFit, slack=(0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0), cold_start=SHARES
+    ),
+    "probabilistic": _tunable(
+        Probabilistic,
+        headroom=(0.3, 0.5, 0.7, 0.85, 1.0, 1.5),
+        wait=(0.0, 0.5, 1.0, 1.5, 2.0),
+        temperature_s=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1),
+    ),
+    "kubernetes-like": _tunable(
+        KubernetesLike,
+        least_allocated=(0.0, 0.5, 1.0, 2.0, 5.0),
+        balanced=(0.0, 0.5, 1.0, 2.0),
+        image=(0.0, 0.5, 1.0, 2.0, 5.0),
+    ),
+    "nomad-like": _tunable(
+        NomadLike, spread=(0.0, 0.25, 0.5, 0.75, 1.0), image=(0.0, 1.0, 3.0, 9.0, 18.0)
+    ),
 }
 
 
-def cost_of(weights: ScoreWeights, seeds: range, request_count: int) -> float:
+def cost_of(policy: Policy, presets: Sequence[str], seeds: range, request_count: int) -> float:
     """Return the mean over worlds of log cost, so that no single world decides."""
     logs = []
-    for seed in seeds:
-        world = make_world("random", seed, request_count=request_count)
-        outcomes = Simulator(world, seed).run(EarliestCompletion(weights))
-        logs.append(np.log(mean_cost_s(outcomes)))
+    for preset in presets:
+        for seed in seeds:
+            world = make_world(preset, seed, request_count=request_count)
+            logs.append(np.log(mean_cost_s(Simulator(world, seed).run(policy))))
     return float(np.mean(logs))
 
 
+def tune(
+    name: str,
+    *,
+    trials: int,
+    presets: Sequence[str],
+    seeds: range,
+    request_count: int,
+    on_trial: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Search at random, first the defaults; return the best parameters and by how much they win.
+
+    The first half of the trials draws every parameter, the second half changes one of the best.
+    """
+    tunable = TUNABLES[name]
+    rng = np.random.default_rng(SEED)
+    best: dict[str, Any] = dict(tunable.defaults)
+
+    def cost(parameters: Mapping[str, Any]) -> float:
+        on_trial()
+        return cost_of(tunable.make(**parameters), presets, seeds, request_count)
+
+    first = best_cost = cost(best)
+    tried = {tuple(best.values())}
+    for trial in range(1, trials):
+        keys = list(tunable.values)
+        drawn = keys if trial < trials // 2 else [keys[int(rng.integers(len(keys)))]]
+        candidate = best | {
+            key: tunable.values[key][int(rng.integers(len(tunable.values[key])))] for key in drawn
+        }
+        if tuple(candidate.values()) in tried:
+            on_trial()
+            continue
+        tried.add(tuple(candidate.values()))
+        if (found := cost(candidate)) < best_cost:
+            best, best_cost = candidate, found
+    return {
+        "policy": name,
+        "parameters": best,
+        "defaults": dict(tunable.defaults),
+        "versus_defaults": float(np.exp(best_cost - first) - 1.0),
+        "log_cost": best_cost,
+    }
+
+
 def main() -> int:
-    """Parse the command line, tune, print the best weights; return the exit code."""
+    """Parse the command line, tune, print the best parameters; return the exit code."""
     parser = argparse.ArgumentParser(prog="tierwise policy tune", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=24, help="validation worlds")
+    parser.add_argument("--policy", choices=TUNABLES, default="ect")
+    parser.add_argument("--all", action="store_true", help="every tunable policy")
+    parser.add_argument("--trials", type=int, default=40, help="parameter sets per policy")
+    parser.add_argument("--presets", default="random", help=f"of {', '.join(PRESETS)}")
+    parser.add_argument("--seeds", type=int, default=24, help="validation worlds per preset")
     parser.add_argument("--requests", type=int, default=400, help="per world")
-    parser.add_argument("--rounds", type=int, default=2, help="passes over all weights")
+    parser.add_argument("--json", type=Path, help="write the results there as well")
     flags = parser.parse_args()
+    presets = flags.presets.split(",")
+    if set(presets) - set(PRESETS) or min(flags.trials, flags.seeds, flags.requests) < 1:
+        parser.error(f"presets are {', '.join(PRESETS)}; counts start at 1")
     from tqdm import tqdm
 
-    seeds = range(VALIDATION, VALIDATION + flags.seeds)
-    best, best_cost = DEFAULT_WEIGHTS, cost_of(DEFAULT_WEIGHTS, seeds, flags.requests)
-    start_cost = best_cost
-    trials = [(name, value) for _ in range(flags.rounds) for name in GRID for value in GRID[name]]
-    for name, value in tqdm(trials, unit="trial", file=sys.stderr):
-        if getattr(best, name) == value:
-            continue
-        candidate = replace(best, **{name: value})
-        cost = cost_of(candidate, seeds, flags.requests)
-        if cost < best_cost:
-            best, best_cost = candidate, cost
-    for field in fields(best):
-        print(f"{field.name} = {getattr(best, field.name)}")
-    print(f"cost {np.exp(best_cost - start_cost) - 1.0:+.1%} against the present defaults")
+    chosen = list(TUNABLES) if flags.all else [flags.policy]
+    results = []
+    with tqdm(total=len(chosen) * flags.trials, unit="trial", file=sys.stderr) as bar:
+        for name in chosen:
+            bar.set_postfix_str(name)
+            found = tune(
+                name,
+                trials=flags.trials,
+                presets=presets,
+                seeds=range(VALIDATION, VALIDATION + flags.seeds),
+                request_count=flags.requests,
+                on_trial=bar.update,
+            )
+            results.append(found)
+            values = ", ".join(f"{key}={value}" for key, value in found["parameters"].items())
+            tqdm.write(
+                f"{name}: {values}  cost {found['versus_defaults']:+.1%} against its defaults",
+                file=sys.stdout,
+            )
+    if flags.json is not None:
+        write_atomically(flags.json, json.dumps(results, indent=2).encode())
     return 0
 
 
