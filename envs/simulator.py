@@ -112,7 +112,6 @@ class Simulator:
         self._channels: dict[tuple[NodeId, NodeId], Channel] = {}
         self._profiles = Profiles()
         self._requests: dict[RequestId, Request] = {}
-        self._run_noise: dict[RequestId, float] = {}
         self._question: Question | None = None
         self._waiting_events: list[tuple[_SimNode, NodeEvent]] = []
         self._plane = ControlPlane(
@@ -120,11 +119,22 @@ class Simulator:
         )
         self._plane_policy: Policy | None = None
         self._rng = np.random.default_rng(seed)
-        self._arrivals: Iterator[Arrival] = iter(world.trace.arrivals)
-        self._arrival_count = 0
+        # Named by their place in the trace, and as heavy, whatever a policy makes of the others.
+        named = [(RequestId(f"r{i + 1:06}"), a) for i, a in enumerate(world.trace.arrivals)]
+        self._arrivals: Iterator[tuple[RequestId, Arrival]] = iter(named)
+        self._followers = {
+            number: [(RequestId(f"s{number:05}-{i + 1}"), a) for i, a in enumerate(stage.then)]
+            for number, stage in sorted(world.trace.stages.items())
+        }
+        names_of_all = [name for name, _ in named]
+        names_of_all += [name for then in self._followers.values() for name, _ in then]
+        drawn = self._service.standard_normal(len(names_of_all)).tolist()
+        self._run_noise: dict[RequestId, float] = dict(zip(names_of_all, drawn, strict=True))
         self._last_arrival_s = world.trace.arrivals[-1].at_s if world.trace.arrivals else 0.0
         self._ends_s = max(self._last_arrival_s, world.faults.until_s) + SETTLE_S
-        self._open_count = len(world.trace.arrivals)
+        self._open_count = world.trace.request_count
+        self._stage_left = {number: stage.size for number, stage in world.trace.stages.items()}
+        self._stage_of: dict[RequestId, int] = {}
         self._start()
 
     # -- driving --------------------------------------------------------------------------------
@@ -202,15 +212,18 @@ class Simulator:
             self._at(wait_s, self._partition)
 
     def _next_arrival(self) -> None:
-        arrival = next(self._arrivals, None)
-        if arrival is not None:
-            self._at(arrival.at_s - self.now_s, self._arrive, arrival)
+        named = next(self._arrivals, None)
+        if named is not None:
+            self._at(named[1].at_s - self.now_s, self._arrive_next, *named)
 
-    def _arrive(self, arrival: Arrival) -> None:
-        self._arrival_count += 1
+    def _arrive_next(self, request_id: RequestId, arrival: Arrival) -> None:
+        self._next_arrival()
+        self._arrive(request_id, arrival)
+
+    def _arrive(self, request_id: RequestId, arrival: Arrival) -> None:
         behaviour = self.world.trace.behaviours[arrival.function]
         request = Request(
-            request_id=RequestId(f"r{self._arrival_count:06}"),
+            request_id=request_id,
             spec=behaviour.spec,
             origin=arrival.origin,
             priority=arrival.priority,
@@ -220,11 +233,11 @@ class Simulator:
             item_count=arrival.item_count,
             data_nodes=() if arrival.data_node is None else (arrival.data_node,),
             data_bytes=arrival.data_bytes,
+            node_id=arrival.data_node if arrival.is_pinned else None,
         )
         self._requests[request.request_id] = request
-        # Drawn by arrival, not by run: a request is as heavy under one policy as under another.
-        self._run_noise[request.request_id] = float(self._service.standard_normal())
-        self._next_arrival()
+        if arrival.stage:
+            self._stage_of[request.request_id] = arrival.stage
         if arrival.is_durable:
             self._tell_plane(Submitted(request=replace(request, origin=SCHEDULER)))
             return
@@ -253,8 +266,18 @@ class Simulator:
 
     def _user_got(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
+        self._ended(outcome)
+
+    def _ended(self, outcome: Outcome) -> None:
+        """Learn from it, and begin the next stage if it was the last of its own."""
         self._open_count -= 1
         self._learn(outcome)
+        number = self._stage_of.pop(outcome.request_id, 0)
+        if number:
+            self._stage_left[number] -= 1
+            if self._stage_left[number] == 0:
+                for request_id, arrival in self._followers[number]:
+                    self._at(0.0, self._arrive, request_id, arrival)
 
     def _learn(self, outcome: Outcome) -> None:
         """Let the function's profile follow, as the scheduler's telemetry does."""
@@ -434,8 +457,7 @@ class Simulator:
             case Record() | DeadLetter():
                 is_dead = isinstance(command, DeadLetter)
                 self.recorded.append((command.outcome, is_dead))
-                self._open_count -= 1
-                self._learn(command.outcome)
+                self._ended(command.outcome)
             case CancelAt():
                 sim = self._nodes[command.node_id]
                 cancel = CancelAsked(request_id=command.request_id)

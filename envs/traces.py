@@ -1,15 +1,19 @@
 """Simulated workloads: functions, and the requests that users at the edges make of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from envs.arrivals import bursty, diurnal, flash
 from tierwise.domain.function import FunctionProfile, FunctionSpec, Priority
 from tierwise.domain.ids import FunctionId, NodeId
 from tierwise.domain.topology import Node, Tier
 
 MEMORY_STEPS_MIB = (64, 96, 128, 192, 256)
-PRIORITY_SHARE = (0.25, 0.5, 0.2, 0.05)
+APPLICATION_SHARE = (0.25, 0.5, 0.2, 0.05)  # of functions, by priority from LOW to CRITICAL
+USER_SHARE = (0.1, 0.7, 0.15, 0.05)  # of requests, by the priority of who makes them
+PATTERNS = ("bursty", "diurnal", "flash")
+CROWD_SHARE = 0.7  # of a flash crowd's requests that are for the same thing at the same place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +29,7 @@ class Behaviour:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request of a user."""
+    """One request of a user. If it belongs to a stage, the stage ends with the last of its own."""
 
     at_s: float
     origin: NodeId
@@ -36,14 +40,59 @@ class Arrival:
     item_count: int = 1
     data_node: NodeId | None = None
     data_bytes: int = 0
+    stage: int = 0  # 0: none
+    is_pinned: bool = False  # to its data: a federated client
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A barrier: when `size` requests of this stage have ended, `then` arrive at once.
+
+    A chain of functions is a row of stages of size 1; a federated round is a stage of clients
+    followed by one of the aggregator.
+    """
+
+    size: int
+    then: tuple[Arrival, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
-    """A workload: arrivals in order of time."""
+    """A workload: arrivals in order of time, and what follows from them."""
 
     behaviours: dict[FunctionId, Behaviour]
     arrivals: tuple[Arrival, ...]
+    stages: dict[int, Stage] = field(default_factory=dict)
+
+    @property
+    def request_count(self) -> int:
+        """Return how many requests there will be, those of later stages included."""
+        return len(self.arrivals) + sum(len(stage.then) for stage in self.stages.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mix:
+    """What kind of workload to draw.
+
+    Attributes:
+        load: Mean CPU seconds asked per CPU second there is, both at speed 1.0.
+        function_count: How many functions.
+        request_count: How many requests, in all.
+        pattern: One of PATTERNS.
+        burstiness: ≥ 1, of the pattern "bursty".
+        durable_share: Share of requests that go to the durable queue.
+        chain_share: Share of requests that are followed by one or two others.
+        round_count: Federated rounds of one job, spread over the trace.
+    """
+
+    load: float
+    function_count: int
+    request_count: int
+    pattern: str = "bursty"
+    burstiness: float = 1.0
+    durable_share: float = 0.0
+    chain_share: float = 0.0
+    round_count: int = 0
 
 
 def make_functions(rng: np.random.Generator, count: int) -> list[Behaviour]:
@@ -67,7 +116,7 @@ def make_functions(rng: np.random.Generator, count: int) -> list[Behaviour]:
             memory_mib=int(rng.choice(MEMORY_STEPS_MIB)),
             deadline_s=deadline_s,
             timeout_s=20.0,
-            priority=Priority(1 + int(rng.choice(4, p=PRIORITY_SHARE))),
+            priority=Priority(1 + int(rng.choice(4, p=APPLICATION_SHARE))),
             keep_alive_s=float(rng.choice((30.0, 120.0, 600.0))),
         )
         profile = FunctionProfile(
@@ -90,61 +139,83 @@ def make_functions(rng: np.random.Generator, count: int) -> list[Behaviour]:
 def make_trace(
     rng: np.random.Generator,
     nodes: list[Node],
-    *,
-    load: float,
-    function_count: int,
-    request_count: int,
-    burstiness: float,
-    durable_share: float = 0.0,
+    mix: Mix,
+    behaviours: list[Behaviour] | None = None,
 ) -> Trace:
-    """Draw a workload whose mean CPU demand is `load` times the cluster's capacity.
-
-    Arrivals at each edge are a Markov-modulated Poisson process: with `burstiness` b > 1 the rate
-    is b times the mean in bursts that take a share of 1/(2b) of the time, and lower otherwise;
-    b = 1 is plain Poisson.
+    """Draw a workload whose users are at the cluster's edges (at all nodes if there are none).
 
     Args:
         rng: Source of everything random here.
-        nodes: The cluster; users are at its edges (at all nodes if there are none).
-        load: Mean CPU seconds asked per CPU second there is, both at speed 1.0.
-        function_count: How many functions.
-        request_count: How many requests, in all.
-        burstiness: ≥ 1.
-        durable_share: Share of requests that go to the durable queue.
+        nodes: The cluster.
+        mix: What kind.
+        behaviours: The functions; drawn by `make_functions` if there are none.
     """
-    behaviours = make_functions(rng, function_count)
+    if behaviours is None:
+        behaviours = make_functions(rng, mix.function_count)
     weights = np.array([b.popularity for b in behaviours])
     weights /= weights.sum()
     mean_run_s = float(sum(w * b.profile.run_s for w, b in zip(weights, behaviours, strict=True)))
     capacity = sum(node.capacity.cpus * node.speed for node in nodes)
-    rate = load * capacity / mean_run_s
+    rate = mix.load * capacity / mean_run_s
     origins = [node.node_id for node in nodes if node.tier is Tier.EDGE] or [
         node.node_id for node in nodes
     ]
-    times = _bursty_times(rng, rate, request_count, burstiness)
+    count = mix.request_count
+    in_crowd = np.zeros(count, dtype=np.bool_)
+    match mix.pattern:
+        case "bursty":
+            times = bursty(rng, rate, count, mix.burstiness)
+        case "diurnal":
+            times = diurnal(rng, rate, count)
+        case "flash":
+            times, in_crowd = flash(rng, rate, count)
+            in_crowd &= rng.random(count) < CROWD_SHARE
+        case _:
+            raise ValueError(f"there is no pattern {mix.pattern!r}; known: {', '.join(PATTERNS)}")
     # Each edge has its own taste: the same functions in another order of popularity.
     tastes = [rng.permutation(weights) * 0.5 + weights * 0.5 for _ in origins]
     shares = rng.dirichlet(np.full(len(origins), 3.0))
-    places = rng.choice(len(origins), size=request_count, p=shares)
-    arrivals = []
-    for at_s, place in zip(times, places, strict=True):
-        behaviour = behaviours[int(rng.choice(len(behaviours), p=tastes[place]))]
+    places = rng.choice(len(origins), size=count, p=shares)
+    users = 1 + rng.choice(4, size=count, p=USER_SHARE)
+    crowd_place = int(rng.integers(len(origins)))
+    crowd_function = int(rng.integers(len(behaviours)))
+    stages: dict[int, Stage] = {}
+    arrivals: list[Arrival] = []
+    for at_s, place, user, is_crowd in zip(times, places, users, in_crowd, strict=True):
+        drawn = int(rng.choice(len(behaviours), p=tastes[place]))
+        behaviour = behaviours[crowd_function if is_crowd else drawn]
         size = behaviour.request_bytes * float(rng.lognormal(0.0, 0.3))
         items, data_node, data_bytes = _shape(rng, nodes)
+        stage = 0
+        if rng.random() < mix.chain_share:
+            stage = _chain(rng, stages, behaviours, origins[place], int(user))
         arrivals.append(
             Arrival(
                 float(at_s),
-                origins[place],
+                origins[crowd_place if is_crowd else place],
                 behaviour.spec.function_id,
                 int(size) * items,
-                behaviour.spec.priority,
-                bool(rng.random() < durable_share),
+                _priority(behaviour, int(user)),
+                bool(rng.random() < mix.durable_share),
                 items,
                 data_node,
                 data_bytes,
+                stage,
             )
         )
-    return Trace(behaviours={b.spec.function_id: b for b in behaviours}, arrivals=tuple(arrivals))
+    if mix.round_count:
+        arrivals += _rounds(rng, stages, behaviours, origins, float(times[-1]), mix.round_count)
+        arrivals.sort(key=lambda arrival: arrival.at_s)
+    return Trace(
+        behaviours={b.spec.function_id: b for b in behaviours},
+        arrivals=tuple(arrivals),
+        stages=stages,
+    )
+
+
+def _priority(behaviour: Behaviour, user: int) -> Priority:
+    """Return the priority of a request: between its application's and its user's, rounded up."""
+    return Priority((int(behaviour.spec.priority) + user + 1) // 2)
 
 
 def _shape(rng: np.random.Generator, nodes: list[Node]) -> tuple[int, NodeId | None, int]:
@@ -162,23 +233,77 @@ def _shape(rng: np.random.Generator, nodes: list[Node]) -> tuple[int, NodeId | N
     return 1, None, 0
 
 
-def _bursty_times(
-    rng: np.random.Generator, rate: float, count: int, burstiness: float
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    if burstiness <= 1.0:
-        return np.cumsum(rng.exponential(1.0 / rate, size=count))
-    share = 1.0 / (2.0 * burstiness)
-    slow = (1.0 - share * burstiness) / (1.0 - share)
-    burst_s = 2.0
-    times: list[float] = []
-    now_s = 0.0
-    is_burst = False
-    while len(times) < count:
-        mean_s = burst_s if is_burst else burst_s * (1.0 - share) / share
-        end_s = now_s + float(rng.exponential(mean_s))
-        here = rate * (burstiness if is_burst else slow)
-        arrivals = now_s + np.cumsum(rng.exponential(1.0 / here, size=int(here * mean_s * 4) + 8))
-        times.extend(arrivals[arrivals < end_s].tolist())
-        now_s = end_s
-        is_burst = not is_burst
-    return np.array(times[:count])
+def _chain(
+    rng: np.random.Generator,
+    stages: dict[int, Stage],
+    behaviours: list[Behaviour],
+    origin: NodeId,
+    user: int,
+) -> int:
+    """Add one or two functions that follow a request, the last perhaps twice side by side.
+
+    Returns:
+        The stage that the request must carry.
+    """
+    follower: tuple[int, ...] = ()
+    for depth in range(int(rng.integers(1, 3))):
+        width = 2 if depth == 0 and rng.random() < 0.3 else 1
+        then = []
+        for _ in range(width):
+            behaviour = behaviours[int(rng.integers(len(behaviours)))]
+            then.append(
+                Arrival(
+                    0.0,
+                    origin,
+                    behaviour.spec.function_id,
+                    behaviour.request_bytes,
+                    _priority(behaviour, user),
+                    stage=follower[0] if follower else 0,
+                )
+            )
+        number = len(stages) + 1
+        stages[number] = Stage(1, tuple(then))
+        follower = (number,)
+    return follower[0]
+
+
+def _rounds(
+    rng: np.random.Generator,
+    stages: dict[int, Stage],
+    behaviours: list[Behaviour],
+    origins: list[NodeId],
+    length_s: float,
+    round_count: int,
+) -> list[Arrival]:
+    """Return the first requests of federated rounds: clients pinned to their data, then a barrier.
+
+    The slowest function stands for a client's training, another for the aggregation.
+    """
+    slowest = max(behaviours, key=lambda b: b.profile.run_s)
+    aggregate = behaviours[int(rng.integers(len(behaviours)))]
+    first = []
+    for index in range(round_count):
+        number = len(stages) + 1
+        after = Arrival(
+            0.0,
+            origins[0],
+            aggregate.spec.function_id,
+            len(origins) * 200_000,
+            Priority.NORMAL,
+        )
+        stages[number] = Stage(len(origins), (after,))
+        first += [
+            Arrival(
+                length_s * (index + 0.5) / round_count,
+                origin,
+                slowest.spec.function_id,
+                200_000,
+                Priority.LOW,
+                data_node=origin,
+                data_bytes=5_000_000,
+                stage=number,
+                is_pinned=True,
+            )
+            for origin in origins
+        ]
+    return first

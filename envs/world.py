@@ -1,15 +1,19 @@
-"""Simulated clusters: nodes, links, and what goes wrong."""
+"""Simulated clusters: nodes, links, workload, and what goes wrong. Presets and their shifts."""
 
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from envs.traces import Trace, make_trace
-from tierwise.domain.ids import NodeId
-from tierwise.domain.resources import Resources
-from tierwise.domain.topology import Link, LinkTable, Node, Tier
-
-MBIT = 125_000.0  # bytes per second
+from envs.topology import (
+    ACCESS,
+    Classes,
+    access_links,
+    draw_nodes,
+    draw_zones,
+    tier_links,
+)
+from envs.traces import Mix, Trace, make_trace
+from tierwise.domain.topology import LinkTable, Node
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,17 +46,48 @@ class World:
     faults: Faults = field(default_factory=Faults)
 
 
-NAMED = ("small", "campus", "factory")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shift:
+    """How a world departs from its preset: what a policy was not trained for.
+
+    Attributes:
+        node_factor: Times as many nodes (and users) of each tier.
+        load_factor: Times the load.
+        load: The load itself, if not None: mean CPU demand ÷ capacity.
+        has_new_device: A class of device that no preset has: very slow, with many CPUs.
+        crash_interval_s: Mean time between crashes of nodes, which are down for 2 s; 0 is never.
+        heartbeat_interval_s: Between readings, if not None.
+        rtt_factor: Times the round trips.
+        spike: Share of messages that take 0.5 s longer on average.
+    """
+
+    node_factor: int = 1
+    load_factor: float = 1.0
+    load: float | None = None
+    has_new_device: bool = False
+    crash_interval_s: float = 0.0
+    heartbeat_interval_s: float | None = None
+    rtt_factor: float = 1.0
+    spike: float = 0.0
+
+
+NO_SHIFT = Shift()
+NAMED = ("small", "campus", "factory", "city", "flash-crowd", "link-cut", "heterogeneous")
 PRESETS = (*NAMED, "random")
 PRESET_SHARE = 0.4  # of random worlds that are one of the named ones
+LOADS = (0.08, 0.5)  # mean CPU demand ÷ capacity; bursts and crowds are several times that
 
 
-def make_world(preset: str, seed: int, *, request_count: int = 400) -> World:
+def make_world(
+    preset: str, seed: int, *, request_count: int = 400, shift: Shift = NO_SHIFT
+) -> World:
     """Return the world of a preset; the same seed gives the same world.
 
-    `small` is what `tierwise up` starts; `campus` has many light edges around one fog, `factory`
-    strong fogs and a slow uplink; `random` is for training: mostly it draws everything (domain
-    randomisation), sometimes it is one of the others.
+    `small` is what `tierwise up` starts. `campus` has many light edges around one fog, `factory`
+    strong fogs and a slow uplink, `city` 12 edges over 4 fogs by distance, with a daily rhythm
+    and chains of functions. In `flash-crowd` a crowd asks one edge for one thing, in `link-cut`
+    nodes lose their links for seconds, in `heterogeneous` devices differ tenfold. `random` is for
+    training: mostly it draws everything (domain randomisation), sometimes it is one of the others.
 
     Raises:
         ValueError: There is no such preset.
@@ -62,91 +97,92 @@ def make_world(preset: str, seed: int, *, request_count: int = 400) -> World:
     )
     if preset == "random" and topology.random() < PRESET_SHARE:
         preset = NAMED[int(topology.integers(len(NAMED)))]
-    load = float(topology.uniform(0.08, 0.5))
-    burst = float(topology.choice((1.0, 2.0, 4.0)))
-    heartbeat_s = 0.5
-    match preset:
-        case "small":
-            counts, cloud_rtt_ms, uplink_mbit, functions = (1, 1, 2), 50.0, 70.0, 5
-        case "campus":
-            counts, cloud_rtt_ms, uplink_mbit, functions = (1, 1, 6), 35.0, 72.0, 10
-        case "factory":
-            counts, cloud_rtt_ms, uplink_mbit, functions = (1, 3, 4), 60.0, 31.0, 8
-        case "random":
-            counts = (
-                int(topology.integers(1, 3)),
-                int(topology.integers(1, 4)),
-                int(topology.integers(1, 8)),
-            )
-            cloud_rtt_ms = float(topology.uniform(10.0, 120.0))
-            uplink_mbit = float(topology.choice((31.0, 72.0, 77.0, 200.0)))
-            functions = int(topology.integers(3, 14))
-            heartbeat_s = float(topology.choice((0.25, 0.5, 1.0, 2.0)))
-        case _:
-            raise ValueError(f"there is no preset {preset!r}; known: {', '.join(PRESETS)}")
-    nodes = _nodes(topology, counts, is_varied=preset == "random")
-    trace = make_trace(
-        workload,
-        list(nodes),
+    if preset not in PRESETS:
+        raise ValueError(f"there is no preset {preset!r}; known: {', '.join(PRESETS)}")
+    drawn_load = float(topology.uniform(*LOADS))
+    load = (drawn_load if shift.load is None else shift.load) * shift.load_factor
+    mix = Mix(
         load=load,
-        function_count=functions,
+        burstiness=float(topology.choice((1.0, 2.0, 4.0))),
         request_count=request_count,
-        burstiness=burst,
+        function_count=FUNCTIONS.get(preset) or int(topology.integers(3, 14)),
     )
+    counts, cloud_rtt_ms, uplink_mbit = SHAPES.get(preset) or (
+        (
+            int(topology.integers(1, 3)),
+            int(topology.integers(1, 4)),
+            int(topology.integers(1, 8)),
+        ),
+        float(topology.uniform(10.0, 120.0)),
+        float(topology.choice((31.0, 72.0, 77.0, 200.0))),
+    )
+    heartbeat_s = 0.5
+    classes = Classes.VARIED if preset == "random" else Classes.UNIFORM
+    faults = Faults()
+    is_zoned = preset == "city" or (preset == "random" and topology.random() < 0.3)
+    match preset:
+        case "city":
+            mix = replace(mix, pattern="diurnal", chain_share=0.2)
+        case "flash-crowd":
+            mix = replace(mix, pattern="flash")
+        case "link-cut":
+            faults = Faults(partition_interval_s=6.0, partition_s=3.0, until_s=600.0)
+        case "heterogeneous":
+            classes = Classes.DEVICES
+        case "random":
+            heartbeat_s = float(topology.choice((0.25, 0.5, 1.0, 2.0)))
+            mix = replace(
+                mix,
+                pattern=str(topology.choice(("bursty", "bursty", "diurnal", "flash"))),
+                chain_share=float(topology.choice((0.0, 0.0, 0.2))),
+                round_count=int(topology.choice((0, 0, 0, 2))),
+            )
+            classes = Classes.DEVICES if topology.random() < 0.25 else classes
+        case _:
+            pass
+    cloud, fog, edge = (count * shift.node_factor for count in counts)
+    nodes = draw_nodes(topology, (cloud, fog, edge), classes, has_new=shift.has_new_device)
+    links = tier_links(cloud_rtt_ms * shift.rtt_factor, uplink_mbit, scale=shift.rtt_factor)
+    if is_zoned:
+        nodes = draw_zones(nodes)
+        access = ACCESS[int(topology.integers(len(ACCESS)))]
+        links = replace(
+            links, by_pair=access_links(topology, nodes, access, uplink_mbit, shift.rtt_factor)
+        )
+    if shift.crash_interval_s:
+        faults = replace(faults, crash_interval_s=shift.crash_interval_s, down_s=2.0, until_s=600.0)
+    if shift.spike:
+        faults = replace(faults, delay=shift.spike, delay_s=0.5, until_s=600.0)
     return World(
         nodes=nodes,
-        links=_links(cloud_rtt_ms, uplink_mbit),
-        trace=trace,
-        heartbeat_interval_s=heartbeat_s,
+        links=links,
+        trace=make_trace(workload, list(nodes), mix),
+        heartbeat_interval_s=shift.heartbeat_interval_s or heartbeat_s,
+        faults=faults,
     )
+
+
+# preset → ((cloud, fog, edge), round trip to the cloud in ms, uplink of the edges in Mbit/s)
+SHAPES = {
+    "small": ((1, 1, 2), 50.0, 70.0),
+    "campus": ((1, 1, 6), 35.0, 72.0),
+    "factory": ((1, 3, 4), 60.0, 31.0),
+    "city": ((2, 4, 12), 45.0, 77.0),
+    "flash-crowd": ((1, 2, 5), 45.0, 72.0),
+    "link-cut": ((1, 2, 4), 50.0, 72.0),
+    "heterogeneous": ((1, 2, 6), 50.0, 72.0),
+}
+FUNCTIONS = {
+    "small": 5,
+    "campus": 10,
+    "factory": 8,
+    "city": 12,
+    "flash-crowd": 8,
+    "link-cut": 8,
+    "heterogeneous": 10,
+}
 
 
 def with_faults(world: World, faults: Faults) -> World:
     """Return the same world with faults."""
     return replace(world, faults=faults)
-
-
-def _nodes(
-    rng: np.random.Generator, counts: tuple[int, int, int], *, is_varied: bool
-) -> tuple[Node, ...]:
-    """Draw nodes; speeds are relative to a cloud CPU. Memory is scarce: not all stays warm."""
-    base = {
-        Tier.CLOUD: (4.0, 2048, 1.0),
-        Tier.FOG: (2.0, 1024, 0.7),
-        Tier.EDGE: (1.0, 512, 0.4),
-    }
-    nodes = []
-    for tier, count in zip((Tier.CLOUD, Tier.FOG, Tier.EDGE), counts, strict=True):
-        cpus, memory_mib, speed = base[tier]
-        for index in range(count):
-            if is_varied:
-                speed = base[tier][2] * float(rng.uniform(0.35, 1.8))
-                memory_mib = int(base[tier][1] * float(rng.choice((1.0, 1.5, 2.0))))
-                cpus = base[tier][0] * float(rng.choice((1.0, 1.0, 2.0)))
-            nodes.append(
-                Node(
-                    node_id=NodeId(f"{tier.label}-{index + 1}"),
-                    tier=tier,
-                    capacity=Resources(cpus=cpus, memory_mib=memory_mib),
-                    speed=speed,
-                    address="simulated",
-                )
-            )
-    return tuple(nodes)
-
-
-def _links(cloud_rtt_ms: float, uplink_mbit: float) -> LinkTable:
-    """Return symmetric links; uplinks are medians of LTE (31) and 5G (72–77 Mbit/s), SIGCOMM'21."""
-    figures = {
-        (Tier.EDGE, Tier.EDGE): (12.0, uplink_mbit, 2.0),
-        (Tier.EDGE, Tier.FOG): (8.0, uplink_mbit, 1.5),
-        (Tier.EDGE, Tier.CLOUD): (cloud_rtt_ms, uplink_mbit, 0.2 * cloud_rtt_ms),
-        (Tier.FOG, Tier.FOG): (4.0, 1000.0, 0.5),
-        (Tier.FOG, Tier.CLOUD): (0.8 * cloud_rtt_ms, 500.0, 0.1 * cloud_rtt_ms),
-        (Tier.CLOUD, Tier.CLOUD): (1.0, 10_000.0, 0.1),
-    }
-    by_tier: dict[tuple[Tier, Tier], Link] = {}
-    for (source, target), (rtt_ms, mbit, jitter_ms) in figures.items():
-        link = Link(rtt_s=rtt_ms / 1e3, bandwidth_bytes_per_s=mbit * MBIT, jitter_s=jitter_ms / 1e3)
-        by_tier[source, target] = by_tier[target, source] = link
-    return LinkTable(by_tier=by_tier)

@@ -9,7 +9,7 @@ import pytest
 from agent.machine import NodeMachine
 from agent.pool import InstanceState
 from envs.simulator import Simulator
-from envs.traces import make_trace
+from envs.traces import Mix, make_trace
 from envs.world import Faults, World, make_world
 from tierwise.placement.policy import create
 
@@ -25,11 +25,13 @@ def faulty_world(seed: int) -> World:
     trace = make_trace(
         rng,
         list(world.nodes),
-        load=float(rng.uniform(0.05, 1.2)),
-        function_count=int(rng.integers(2, 8)),
-        request_count=REQUEST_COUNT,
-        burstiness=float(rng.choice((1.0, 3.0))),
-        durable_share=float(rng.choice((0.0, 0.3, 0.7))),
+        Mix(
+            load=float(rng.uniform(0.05, 1.2)),
+            function_count=int(rng.integers(2, 8)),
+            request_count=REQUEST_COUNT,
+            burstiness=float(rng.choice((1.0, 3.0))),
+            durable_share=float(rng.choice((0.0, 0.3, 0.7))),
+        ),
     )
     behaviours = {
         key: replace(b, spec=replace(b.spec, timeout_s=8.0, instances_max=int(rng.integers(1, 5))))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from envs.simulator import Simulator
-from envs.traces import make_trace
+from envs.traces import Mix, make_trace
 from envs.world import PRESETS, Faults, make_world, with_faults
 from tierwise.placement.policy import create
 
@@ -23,7 +23,7 @@ def test_the_same_seed_gives_the_same_outcomes_and_another_seed_does_not() -> No
 def test_every_request_of_a_preset_ends(preset: str) -> None:
     simulator = Simulator(make_world(preset, 5, request_count=150), 5)
     outcomes = simulator.run(create("ect"))
-    assert len(outcomes) == 150
+    assert len(outcomes) == simulator.world.trace.request_count >= 150
     assert simulator.unfinished_count == 0
 
 
@@ -47,10 +47,12 @@ def test_a_trace_asks_for_the_load_that_was_ordered() -> None:
         trace = make_trace(
             np.random.default_rng(seed),
             nodes,
-            load=0.5,
-            function_count=6,
-            request_count=1500,
-            burstiness=1.0,
+            Mix(
+                load=0.5,
+                function_count=6,
+                request_count=1500,
+                burstiness=1.0,
+            ),
         )
         asked_s = sum(
             trace.behaviours[a.function].profile.run_s for a in trace.arrivals if a.item_count == 1
@@ -68,10 +70,12 @@ def test_bursts_keep_the_mean_rate_and_raise_the_variance() -> None:
             trace = make_trace(
                 np.random.default_rng(seed),
                 nodes,
-                load=0.5,
-                function_count=1,
-                request_count=2000,
-                burstiness=burstiness,
+                Mix(
+                    load=0.5,
+                    function_count=1,
+                    request_count=2000,
+                    burstiness=burstiness,
+                ),
             )
             times = np.array([a.at_s for a in trace.arrivals])
             found = np.bincount(times.astype(int))[:-1]
