@@ -5,6 +5,7 @@ import asyncio
 import os
 import signal
 import sys
+import zlib
 from pathlib import Path
 
 import structlog
@@ -80,7 +81,7 @@ async def serve(config: AgentConfig) -> None:
             fallback=create("ect"),
             group=group,
             slowdown=max(1.0, 1.0 / config.speed) if config.emulate_speed else 1.0,
-            seed=config.seed,
+            seed=config.seed + zlib.crc32(config.name.encode()),  # no two nodes draw alike
         )
         uplink = Uplink(
             scheduler=config.scheduler,

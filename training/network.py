@@ -11,7 +11,7 @@ from torch import nn
 
 from tierwise.placement.features import CANDIDATES_MAX, FEATURES
 
-BETA = 10.0
+BETA = 20.0
 
 
 class Residual(nn.Module):

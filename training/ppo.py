@@ -43,6 +43,7 @@ GAMMA = 0.98
 GAE_LAMBDA = 0.95
 ENTROPY = 5e-4
 LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
+TEMPERATURES = (0.0, 0.5, 1.0)
 VALIDATE_EVERY = 8  # rollouts
 VALIDATION_REQUESTS = 400
 EVALUATION_REQUESTS = 600
@@ -58,8 +59,8 @@ class Settings:
     env_count: int = 128
     hidden: int = 64
     request_count: int = 300
-    validation_worlds: int = 16
-    evaluation_worlds: int = 30
+    validation_worlds: int = 48
+    evaluation_worlds: int = 100
     name: str = "placement"
     version: int = 1
 
@@ -127,7 +128,7 @@ class Watch(BaseCallback):
         policy_in_torch = self.model.policy
         assert isinstance(policy_in_torch, ResidualPolicy)
         network = to_network(policy_in_torch.residual)
-        policy = as_policy(network, self._settings, self._progress, lam=1.0)
+        policy = as_policy(network, self._settings, self._progress)
         ratio = self._validation.ratio(policy)
         self.logger.record("validation/cost_ratio", ratio)
         self._bar.set_postfix_str(f"cost {ratio - 1.0:+.1%} vs ect on validation")
@@ -148,7 +149,12 @@ class Watch(BaseCallback):
 
 
 def as_policy(
-    network: Network, settings: Settings, progress: Progress, *, lam: float
+    network: Network,
+    settings: Settings,
+    progress: Progress,
+    *,
+    lam: float = 1.0,
+    temperature: float = 1.0,
 ) -> LearnedPolicy:
     """Return weights as the policy that agents would run."""
     card = Card(
@@ -157,6 +163,7 @@ def as_policy(
         schema=1,
         beta=BETA,
         lam=lam,
+        temperature=temperature,
         score=asdict(DEFAULT_WEIGHTS),
         low=np.where(np.isfinite(progress.low), progress.low, -BOUND).tolist(),
         high=np.where(np.isfinite(progress.high), progress.high, BOUND).tolist(),
@@ -233,14 +240,18 @@ def _resume(folder: Path, environment: PlacementVecEnv, progress: Progress) -> M
 
 
 def _finish(settings: Settings, folder: Path, validation: Validation, progress: Progress) -> None:
-    """Choose λ on validation, judge on held-out worlds, write the policy and its card."""
+    """Choose the dials on validation, judge on held-out worlds, write the policy and its card."""
     with np.load(folder / "best.npz", allow_pickle=False) as stored:
         network = Network(**{name: stored[name] for name in stored.files})
     ratios = {
-        lam: validation.ratio(as_policy(network, settings, progress, lam=lam)) for lam in LAMBDAS
+        (lam, temperature): validation.ratio(
+            as_policy(network, settings, progress, lam=lam, temperature=temperature)
+        )
+        for lam in LAMBDAS
+        for temperature in TEMPERATURES
     }
-    lam = min(ratios, key=lambda key: (ratios[key], key))
-    policy = as_policy(network, settings, progress, lam=lam)
+    lam, temperature = min(ratios, key=lambda key: (ratios[key], key))
+    policy = as_policy(network, settings, progress, lam=lam, temperature=temperature)
     seeds = range(HELD_OUT, HELD_OUT + settings.evaluation_worlds)
     rows = compare(
         {"ect": EarliestCompletion(), "learned": policy},
@@ -254,6 +265,7 @@ def _finish(settings: Settings, folder: Path, validation: Validation, progress: 
         version=settings.version,
         beta=BETA,
         lam=lam,
+        temperature=temperature,
         low=policy.card.low,
         high=policy.card.high,
         score=policy.card.score,
@@ -267,7 +279,9 @@ def _finish(settings: Settings, folder: Path, validation: Validation, progress: 
             "cost_vs_ect_95": [judged["versus_ect_low"], judged["versus_ect_high"]],
             "missed": judged["missed"],
             "missed_ect": next(r for r in rows if r["policy"] == "ect")["missed"],
-            "validation_cost_ratio_by_lambda": {str(k): round(v, 4) for k, v in ratios.items()},
+            "validation_cost_ratio_by_lambda_and_temperature": {
+                f"{dials[0]:g}, {dials[1]:g}": round(ratio, 4) for dials, ratio in ratios.items()
+            },
         },
     )
     weights, card_json = save(network, card)

@@ -18,7 +18,7 @@ from envs.simulator import Simulator
 from envs.world import PRESETS, make_world
 from tierwise.files import write_atomically
 from tierwise.placement.policies.cluster_like import KubernetesLike, NomadLike
-from tierwise.placement.policies.ect import EarliestCompletion
+from tierwise.placement.policies.ect import SOFT_TEMPERATURE, EarliestCompletion
 from tierwise.placement.policies.hashing import BoundedHashing
 from tierwise.placement.policies.locality import Locality
 from tierwise.placement.policies.power_of_two import PowerOfTwo
@@ -63,6 +63,11 @@ TUNABLES: dict[str, Tunable] = {
             "per_miss_s": (0.0, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0),
         },
         asdict(ScoreWeights()),
+    ),
+    "soft-ect": Tunable(
+        lambda temperature: EarliestCompletion(temperature=temperature),
+        {"temperature": (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5)},
+        {"temperature": SOFT_TEMPERATURE},
     ),
     "power-of-two": _tunable(PowerOfTwo, choices=(2, 3, 4, 6, 8), cold_start=SHARES),
     "bounded-hashing": _tunable(

@@ -57,7 +57,7 @@ def learned(*, lam: float = 1.0, bound: float = 8.0) -> LearnedPolicy:
     return LearnedPolicy(network(), card)
 
 
-DRAWS = ("probabilistic@1",)  # these sample, and log with what probability
+DRAWS = ("probabilistic@1", "soft-ect@1")  # these sample, and log with what probability
 POLICIES: list[Policy] = [
     *(create(n) for n in names() if n != "learned"),
     learned(),

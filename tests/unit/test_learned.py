@@ -163,12 +163,32 @@ def test_the_residual_can_overrule_the_base_score() -> None:
     assert decision.node_ids[0] == best.node_id != why.heuristic_choice
 
 
-def test_propensities_are_the_softmax_of_the_logits() -> None:
-    why = decided(LearnedPolicy(network(), card(beta=2.0)), view(5), replace(REQUEST, deadline_s=4))
+def test_with_a_temperature_propensities_are_the_softmax_of_the_logits() -> None:
+    policy = LearnedPolicy(network(), card(beta=2.0, temperature=0.5))
+    why = decided(policy, view(5), replace(REQUEST, deadline_s=4))
     best = min(c.score for c in why.candidates)
     logits = np.array([-2.0 * (c.score - best) / 4.0 + c.residual for c in why.candidates])
-    powers = np.exp(logits)
+    powers = np.exp(logits / 0.5)
     assert [c.propensity for c in why.candidates] == pytest.approx((powers / powers.sum()).tolist())
+
+
+def test_nodes_are_drawn_as_often_as_their_propensities_say() -> None:
+    policy = LearnedPolicy(network(), card(beta=2.0, temperature=1.0))
+    rng = np.random.default_rng(4)
+    of = view(4)
+    drawn = []
+    for _ in range(4000):
+        decision = policy.decide(of, replace(REQUEST, deadline_s=4), rng)
+        assert isinstance(decision, Placed)
+        drawn.append(decision.node_ids[0])
+    why = decided(policy, of, replace(REQUEST, deadline_s=4))
+    for row in why.candidates:
+        assert drawn.count(row.node_id) / 4000 == pytest.approx(row.propensity, abs=0.04)
+
+
+def test_without_a_temperature_the_largest_logit_is_certain() -> None:
+    why = decided(LearnedPolicy(network(), card()), view(5))
+    assert sorted(c.propensity for c in why.candidates) == [0.0] * 4 + [1.0]
 
 
 def test_equal_logits_and_scores_go_by_view_order() -> None:

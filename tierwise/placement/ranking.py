@@ -127,3 +127,9 @@ def _ranking(
     keep = np.sort(order[:candidates_max])
     rows = tuple([candidates[i] for i in keep.tolist()])
     return Ranking(Estimates(rows, estimates.terms[keep]), scores[keep], tuple(masked), rest)
+
+
+def softmax(logits: Float) -> Float:
+    """Return probabilities, shape (k,), of finite logits."""
+    powers = np.exp(logits - logits.max())
+    return np.asarray(powers / powers.sum(), dtype=np.float64)

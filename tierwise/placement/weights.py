@@ -35,6 +35,7 @@ class Card(msgspec.Struct, kw_only=True, frozen=True):
     schema: int
     beta: float
     lam: float
+    temperature: float = 0.0  # of the softmax that a decision is drawn from; 0 takes the largest
     score: dict[str, float]
     low: list[float]  # per feature, what was seen in training
     high: list[float]
@@ -82,7 +83,8 @@ def unpack_card(card: bytes) -> Card:
             f"the card's score must hold every weight of the base score and no other; "
             f"missing or unknown: {', '.join(sorted(wrong))}"
         )
-    dials = {"beta": about.beta, "lam": about.lam, **about.score}
+    dials = {"beta": about.beta, "lam": about.lam, "temperature": about.temperature}
+    dials |= about.score
     for name, dial in dials.items():
         if not 0.0 <= dial <= DIAL_MAX:
             raise InvalidArgument(f"the card's {name} is {dial}; it must be 0 to {DIAL_MAX:g}")

@@ -2,7 +2,7 @@
 
 from tierwise.domain.topology import Tier
 from tierwise.placement.policies.cluster_like import KubernetesLike, NomadLike
-from tierwise.placement.policies.ect import EarliestCompletion
+from tierwise.placement.policies.ect import SOFT_TEMPERATURE, EarliestCompletion
 from tierwise.placement.policies.edge_first import EdgeFirst
 from tierwise.placement.policies.hashing import BoundedHashing
 from tierwise.placement.policies.learned import from_package
@@ -16,6 +16,7 @@ from tierwise.placement.policies.tier_only import TierOnly
 from tierwise.placement.policy import register
 
 register("ect", EarliestCompletion)
+register("soft-ect", lambda: EarliestCompletion(temperature=SOFT_TEMPERATURE))
 register("edge-first", EdgeFirst)
 register("edge-only", lambda: TierOnly(Tier.EDGE))
 register("cloud-only", lambda: TierOnly(Tier.CLOUD))

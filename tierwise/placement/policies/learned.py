@@ -2,7 +2,9 @@
 
     logit(c) = −β·(score(c) − best) ÷ deadline + λ·f(c, context)
 
-λ = 0 is the pure heuristic. Where the network should not be trusted, the base score decides.
+λ = 0 is the pure heuristic. With a temperature above 0 the node is drawn from the softmax of the
+logits: agents that decide on the same stale view then do not all run to the same node, and the
+logged propensities are true. Where the network should not be trusted, the base score decides.
 """
 
 import math
@@ -21,7 +23,7 @@ from tierwise.placement.features import BOUND, CANDIDATES_MAX, FEATURES, encode,
 from tierwise.placement.network import Float32
 from tierwise.placement.network import Network as Network
 from tierwise.placement.network import initial as initial
-from tierwise.placement.ranking import Ranking, rank_or_place
+from tierwise.placement.ranking import Ranking, rank_or_place, softmax
 from tierwise.placement.score import ScoreWeights
 from tierwise.placement.weights import Card as Card
 from tierwise.placement.weights import pack, unpack_card, unpack_network
@@ -31,7 +33,7 @@ RANGE_MARGIN = 0.5  # of a column's trained range, on both sides
 
 @dataclass(slots=True)
 class LearnedPolicy:
-    """Decides by the largest logit; falls back to the base score when it should not be trusted."""
+    """Decides by logits; falls back to the base score when it should not be trusted."""
 
     network: Network
     card: Card
@@ -53,8 +55,8 @@ class LearnedPolicy:
     def decide(self, view: ClusterView, request: Request, rng: np.random.Generator) -> Decision:
         """Return the candidates by falling logit, or by rising base score with the reason why.
 
-        Equal logits go by base score, then by view order. Propensities are the softmax of the
-        logits, as in training; the decision itself is the largest.
+        With a temperature the order is drawn (Gumbel-max), and propensities are the odds of being
+        first. Equal logits go by base score, then by view order.
         """
         ranking = rank_or_place(
             self.policy_id, view, request, self._weights, candidates_max=CANDIDATES_MAX
@@ -71,11 +73,16 @@ class LearnedPolicy:
             logits = self.logits(ranking.scores, residuals, request.deadline_s)
         if not math.isfinite(np.add.reduce(logits)):
             return self._fall_back(ranking, "the network gave no finite number")
+        propensities = None
+        if self.card.temperature > 0.0:
+            logits = logits / self.card.temperature
+            propensities = softmax(logits)
+            logits = logits + rng.gumbel(size=len(logits))
         return ranking.placed(
             self.policy_id,
             np.lexsort((ranking.scores, -logits)),
             residuals=residuals,
-            propensities=_softmax(logits),
+            propensities=propensities,
         )
 
     def logits(self, scores: Float, residuals: Float, deadline_s: float) -> Float:
@@ -125,8 +132,3 @@ def _package_file(name: str) -> bytes:
         return resources.files("tierwise.placement.policies").joinpath(name).read_bytes()
     except FileNotFoundError:
         raise NotFound("this installation ships no trained policy; use ect") from None
-
-
-def _softmax(logits: Float) -> Float:
-    powers = np.exp(logits - logits.max())
-    return np.asarray(powers / powers.sum(), dtype=np.float64)
