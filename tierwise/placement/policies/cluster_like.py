@@ -74,15 +74,16 @@ class NomadLike:
 
 def _free_shares(rows: tuple[NodeView, ...], request: Request) -> tuple[Float, Float]:
     """Return the shares of CPU and memory free after placing, each shape (k,), in [0, 1]."""
-    cpus = np.array([row.node.capacity.cpus for row in rows])
-    memory_mib = np.array([row.node.capacity.memory_mib for row in rows], dtype=np.float64)
+    cpus = np.array([max(1e-6, row.node.capacity.cpus) for row in rows])
+    memory_mib = np.array([max(1.0, row.node.capacity.memory_mib) for row in rows])
     free_cpus = np.array([row.reading.free.cpus for row in rows]) - request.spec.cpus
     free_mib = np.array([row.reading.free.memory_mib for row in rows], dtype=np.float64)
     is_warm = np.array([row.reading.warm.get(request.spec.function_id, 0) > 0 for row in rows])
     free_mib = free_mib - np.where(is_warm, 0.0, request.spec.memory_mib)
     queued = np.array([row.reading.queued for row in rows])
     free_cpus = free_cpus - queued  # what waits there is allocated as good as surely
-    return np.clip(free_cpus / cpus, 0.0, 1.0), np.clip(free_mib / memory_mib, 0.0, 1.0)
+    with np.errstate(over="ignore"):  # an absurd reading is clipped like any other
+        return np.clip(free_cpus / cpus, 0.0, 1.0), np.clip(free_mib / memory_mib, 0.0, 1.0)
 
 
 def _by(ranking: Ranking, score: Float) -> np.ndarray[tuple[int], np.dtype[np.intp]]:
