@@ -9,6 +9,7 @@ import heapq
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import numpy as np
 
@@ -126,10 +127,11 @@ class Simulator:
             number: [(RequestId(f"s{number:05}-{i + 1}"), a) for i, a in enumerate(stage.then)]
             for number, stage in sorted(world.trace.stages.items())
         }
-        names_of_all = [name for name, _ in named]
-        names_of_all += [name for then in self._followers.values() for name, _ in then]
-        drawn = self._service.standard_normal(len(names_of_all)).tolist()
-        self._run_noise: dict[RequestId, float] = dict(zip(names_of_all, drawn, strict=True))
+        self._named = named + [pair for then in self._followers.values() for pair in then]
+        drawn = self._service.standard_normal(len(self._named)).tolist()
+        self._run_noise: dict[RequestId, float] = {
+            name: noise for (name, _), noise in zip(self._named, drawn, strict=True)
+        }
         self._last_arrival_s = world.trace.arrivals[-1].at_s if world.trace.arrivals else 0.0
         self._ends_s = max(self._last_arrival_s, world.faults.until_s) + SETTLE_S
         self._open_count = world.trace.request_count
@@ -187,6 +189,28 @@ class Simulator:
     def machines(self) -> list[NodeMachine]:
         """Return the state machines of the nodes, for checks of invariants."""
         return [sim.machine for sim in self._nodes.values()]
+
+    def planned(self) -> Iterator[tuple[RequestId, Arrival, float]]:
+        """Yield every request of the trace, those of later stages last, with its noise.
+
+        The noise is the standard normal draw behind its lognormal run time.
+        """
+        for name, arrival in self._named:
+            yield name, arrival, self._run_noise[name]
+
+    def stop_arrivals_after(self, count: int) -> None:
+        """Let only so many more requests of the trace arrive, and what follows from these."""
+        left = list(islice(self._arrivals, count))
+        dead: set[int] = set()
+        cut = [arrival for _, arrival in self._arrivals]
+        while cut:
+            number = cut.pop().stage
+            self._open_count -= 1
+            if number and number not in dead:  # it will never be complete
+                dead.add(number)
+                cut += [arrival for _, arrival in self._followers[number]]
+        self._arrivals = iter(left)
+        self._ends_s = self.now_s + SETTLE_S + (left[-1][1].at_s - self.now_s if left else 0.0)
 
     @property
     def unfinished_count(self) -> int:
