@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from agent.ticket import Ticket
 from tierwise.domain.event import ViewReceived
 from tierwise.domain.function import FunctionProfile
-from tierwise.domain.ids import FunctionId, NodeId
+from tierwise.domain.ids import FunctionId, NodeId, RequestId
 from tierwise.domain.outcome import LatencySplit, Outcome
 from tierwise.domain.request import Request
 from tierwise.domain.topology import Link, Node, NodeState
@@ -21,6 +21,8 @@ class Beliefs:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._unreachable: dict[NodeId, float] = {}
+        # Per peer, what was sent: when it should be there, and its run time ÷ CPUs.
+        self._flying: dict[NodeId, dict[RequestId, tuple[float, float]]] = {}
         self._table = ViewTable(node)
         self.put_own(NodeReading(free=node.capacity), NodeState.READY, 0.0)
 
@@ -77,29 +79,65 @@ class Beliefs:
                 )
                 continue
             if peer.reading is not row.reading or peer.state is not row.state:
-                table.heard(node_id, peer.reading, now_s, peer.age_s, state=peer.state)
+                self.heard(node_id, peer.reading, now_s, peer.age_s, state=peer.state)
         if event.is_full:
             named = {peer.node.node_id for peer in event.peers} | {here}
             for row in table.rows():
                 if row.node.node_id not in named:
                     table.remove(row.node.node_id)
+                    self._flying.pop(row.node.node_id, None)
 
     # -- what was sent --------------------------------------------------------------------------
 
+    def heard(
+        self,
+        node_id: NodeId,
+        reading: NodeReading,
+        now_s: float,
+        age_s: float = 0.0,
+        *,
+        state: NodeState | None = None,
+    ) -> None:
+        """Take over a reading, if it is newer than the one held.
+
+        What was sent there and cannot have arrived when it was taken stays pending.
+        """
+        if not self._table.heard(node_id, reading, now_s, age_s, state=state):
+            return
+        flying = self._flying.get(node_id)
+        path = self.path_to(node_id)
+        if not flying or path is None:
+            return
+        taken_s = now_s - age_s - path[1].rtt_s / 2.0
+        for request_id in [key for key, (there_s, _) in flying.items() if there_s <= taken_s]:
+            del flying[request_id]
+        pending_s = sum(work_s for _, work_s in flying.values())
+        if pending_s > 0.0:
+            self._table.change(node_id, pending_s=pending_s)
+
     def sent(self, ticket: Ticket, row: NodeView, now_s: float) -> None:
-        """Add a request to its peer's pending work, until a newer reading counts it."""
-        ticket.node_id = row.node.node_id
+        """Add a request to its peer's pending work, until a reading counts it or it ends."""
+        node = row.node
+        request = ticket.request
+        ticket.node_id = node.node_id
         ticket.sent_at_s = now_s
-        ticket.sent_sequence = row.reading.sequence
-        expected_s = self.expected_s(ticket.request) / row.node.speed
-        ticket.sent_s = expected_s / max(1.0, row.node.capacity.cpus)
-        self._table.change(row.node.node_id, pending_s=row.pending_s + ticket.sent_s)
+        work_s = self.expected_s(request) / node.speed / max(1.0, node.capacity.cpus)
+        link = self._table.links.between(self._node, node)
+        there_s = now_s + link.transfer_s(request.request_bytes)
+        flying = self._flying.setdefault(node.node_id, {})
+        flying[request.request_id] = (there_s, work_s)
+        self._table.change(node.node_id, pending_s=row.pending_s + work_s)
 
     def settle(self, ticket: Ticket) -> None:
-        """Take the request off the peer's pending work, unless a newer reading has done so."""
+        """Take a request that has ended off the peer's pending work, if it is still there."""
         row = self._table.get(ticket.node_id) if ticket.node_id is not None else None
-        if row is not None and row.reading.sequence == ticket.sent_sequence:
-            self._table.change(row.node.node_id, pending_s=max(0.0, row.pending_s - ticket.sent_s))
+        if row is None:
+            return
+        _, work_s = self._flying.get(row.node.node_id, {}).pop(
+            ticket.request.request_id, (0.0, 0.0)
+        )
+        if work_s > 0.0:
+            self._table.change(row.node.node_id, pending_s=max(0.0, row.pending_s - work_s))
 
     def failed(self, node_id: NodeId, now_s: float) -> None:
         """Leave a peer alone for a while."""

@@ -253,7 +253,7 @@ class NodeMachine:
         if len(self._line) >= self._queue_max:
             return Reason.QUEUE_FULL
         ticket.node_id = self.node.node_id
-        ticket.sent_s = self._beliefs.expected_s(ticket.request) / self.node.speed
+        ticket.work_s = self._beliefs.expected_s(ticket.request) / self.node.speed
         self.pool.note_arrival(spec.function_id, now_s)
         self._line.join(ticket)
         self._pump(now_s, out)
@@ -314,7 +314,7 @@ class NodeMachine:
         else:
             self.pool.remove(event.instance_id)
         ticket = self._running.pop(event.request_id)
-        self._finish(ticket, endings.ran(ticket, event, now_s, self.node, self._prices), out)
+        self._finish(ticket, endings.ran(ticket, event, now_s, self.node, self._prices), now_s, out)
         self._pump(now_s, out)
 
     def _start_failed(self, event: InstanceFailed, now_s: float, out: list[NodeCommand]) -> None:
@@ -329,7 +329,7 @@ class NodeMachine:
             outcome = endings.not_started(
                 oldest, now_s, self.node.node_id, event.error_code, event.message
             )
-            self._finish(oldest, outcome, out)
+            self._finish(oldest, outcome, now_s, out)
         self._pump(now_s, out)
 
     # -- answers of peers -----------------------------------------------------------------------
@@ -339,6 +339,8 @@ class NodeMachine:
         if ticket is None:
             return
         self._beliefs.settle(ticket)
+        if event.reading is not None:
+            self._beliefs.heard(event.node_id, event.reading, now_s)
         there = event.outcome
         if there.state is OutcomeState.REFUSED:
             ticket.tried.append((event.node_id, there.reason or Reason.QUEUE_FULL))
@@ -349,7 +351,7 @@ class NodeMachine:
         tier = row.node.tier if row is not None else self.node.tier
         latency = self._beliefs.forwarded_latency(ticket, there, now_s)
         outcome = endings.answered(ticket, there, latency, tier, self._prices)
-        self._finish(ticket, outcome, out)
+        self._finish(ticket, outcome, now_s, out)
 
     def _peer_failed(self, event: PeerFailed, now_s: float, out: list[NodeCommand]) -> None:
         self._beliefs.failed(event.node_id, now_s)
@@ -385,31 +387,38 @@ class NodeMachine:
             out.append(CancelAt(node_id=ticket.node_id, request_id=request_id))
         elif ticket.phase is Phase.QUEUED:
             self._line.leave(ticket)
-        self._finish(ticket, endings.cancelled(ticket, now_s), out)
+        self._finish(ticket, endings.cancelled(ticket, now_s), now_s, out)
 
     def _expire(self, ticket: Ticket, now_s: float, out: list[NodeCommand]) -> None:
-        self._finish(ticket, endings.expired(ticket, now_s, self.node.node_id), out)
+        self._finish(ticket, endings.expired(ticket, now_s, self.node.node_id), now_s, out)
 
     def _refuse(self, ticket: Ticket, reason: Reason, now_s: float, out: list[NodeCommand]) -> None:
         del self._tickets[ticket.request.request_id]
-        out.append(Reply(outcome=endings.refused(ticket, reason, now_s, self.node.node_id)))
+        outcome = endings.refused(ticket, reason, now_s, self.node.node_id)
+        out.append(self._reply(ticket, outcome, now_s))
 
     def _give_up(self, ticket: Ticket, now_s: float, out: list[NodeCommand]) -> None:
         """No candidate is left."""
         if any(reason is Reason.EXPIRED for _, reason in ticket.tried):
             self._expire(ticket, now_s, out)
         else:
-            self._finish(ticket, endings.untaken(ticket, now_s), out)
+            self._finish(ticket, endings.untaken(ticket, now_s), now_s, out)
 
-    def _finish(self, ticket: Ticket, outcome: Outcome, out: list[NodeCommand]) -> None:
+    def _finish(
+        self, ticket: Ticket, outcome: Outcome, now_s: float, out: list[NodeCommand]
+    ) -> None:
         request = ticket.request
         del self._tickets[request.request_id]
         self._answered[request.request_id, request.lease] = None
         if len(self._answered) > ANSWERED_MAX:
             self._answered.popitem(last=False)
-        out.append(Reply(outcome=outcome))
+        out.append(self._reply(ticket, outcome, now_s))
         if not ticket.is_host:
             out.append(Report(outcome=outcome))
+
+    def _reply(self, ticket: Ticket, outcome: Outcome, now_s: float) -> Reply:
+        is_for_peer = ticket.request.hops > 0
+        return Reply(outcome=outcome, reading=self.reading(now_s) if is_for_peer else None)
 
     # -- time and readings ----------------------------------------------------------------------
 
@@ -449,5 +458,5 @@ class NodeMachine:
             return 0.0
         work_s = self._line.work_s
         for ticket in self._running.values():
-            work_s += max(0.0, ticket.sent_s - (now_s - ticket.run_at_s))
+            work_s += max(0.0, ticket.work_s - (now_s - ticket.run_at_s))
         return work_s / max(1.0, cpus)

@@ -47,6 +47,7 @@ from tierwise.domain.function import FunctionSpec
 from tierwise.domain.ids import InstanceId, NodeId, PolicyId, RequestId
 from tierwise.domain.outcome import Outcome
 from tierwise.domain.request import Request
+from tierwise.domain.view import NodeReading
 from tierwise.errors import TierwiseError
 from tierwise.placement.policy import Policy
 from tierwise.v1 import types_pb2
@@ -240,7 +241,7 @@ class Shell:
             case RunOn():
                 self._run(command)
             case Reply():
-                self._reply(command.outcome)
+                self._reply(command.outcome, command.reading)
             case Report():
                 self._report(command.outcome)
             case Forward():
@@ -376,16 +377,25 @@ class Shell:
             call.log = result.log
             try:
                 outcome = convert.outcome_from_pb(result.outcome)
+                has_reading = result.HasField("reading")
+                reading = convert.reading_from_pb(result.reading) if has_reading else None
             except TierwiseError:
                 log.exception("peer.sent_nonsense", node_id=command.node_id)
                 self.feed(PeerFailed(request_id=request_id, node_id=command.node_id))
                 return
-            self.feed(PeerReplied(request_id=request_id, node_id=command.node_id, outcome=outcome))
+            self.feed(
+                PeerReplied(
+                    request_id=request_id,
+                    node_id=command.node_id,
+                    outcome=outcome,
+                    reading=reading,
+                )
+            )
 
         invocation = convert.invocation_from_request(command.request, call.arguments)
         self._peers.send(command.node_id, invocation, replied)
 
-    def _reply(self, outcome: Outcome) -> None:
+    def _reply(self, outcome: Outcome, reading: NodeReading | None) -> None:
         call = self._ended = self._calls.pop(outcome.request_id)
         items = call.items
         if len(items) != outcome.item_count:
@@ -397,6 +407,7 @@ class Shell:
             items=items,
             outcome=convert.outcome_to_pb(outcome, with_explanation=False),
             log=call.log,
+            reading=None if reading is None else convert.reading_to_pb(reading),
         )
         if outcome.reason is None:  # a refusal is no answer: the request may come back
             self._answers.put(result)

@@ -33,8 +33,7 @@ class Ticket:
     failure_count: int = 0
     node_id: NodeId | None = None
     sent_at_s: float = 0.0
-    sent_sequence: int = -1  # of the reading that the peer's pending_s was added to
-    sent_s: float = 0.0  # what was added
+    work_s: float = 0.0  # expected run time here
     run_at_s: float = 0.0
     cold_start_s: float = 0.0
     is_cold: bool = False

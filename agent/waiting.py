@@ -39,7 +39,7 @@ class WaitingLine:
         function = request.spec.function_id
         self._counts[function] = self._counts.get(function, 0) + 1
         self._count += 1
-        self.work_s += ticket.sent_s
+        self.work_s += ticket.work_s
 
     def leave(self, ticket: Ticket) -> None:
         """Take a waiting ticket out; what becomes of it is the caller's to say."""
@@ -49,7 +49,7 @@ class WaitingLine:
         if self._counts[function] == 0:
             del self._counts[function]
         self._count -= 1
-        self.work_s = max(0.0, self.work_s - ticket.sent_s) if self._count else 0.0
+        self.work_s = max(0.0, self.work_s - ticket.work_s) if self._count else 0.0
         if len(self._heap) > 2 * self._count + SLACK:
             self._heap = [entry for entry in self._heap if entry[3].phase is Phase.QUEUED]
             heapify(self._heap)

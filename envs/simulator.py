@@ -56,6 +56,7 @@ from tierwise.domain.ids import NodeId, PolicyId, RequestId
 from tierwise.domain.outcome import LatencySplit, Outcome, OutcomeState
 from tierwise.domain.request import Request
 from tierwise.domain.topology import Channel, Node
+from tierwise.domain.view import NodeReading
 from tierwise.placement.policy import Policy
 
 TICK_S = 0.25
@@ -345,7 +346,7 @@ class Simulator:
                     ),
                 )
             case Reply():
-                self._reply(sim, command.outcome)
+                self._reply(sim, command.outcome, command.reading)
             case ReplyAgain():
                 known = sim.answers.get(command.request_id)
                 if known is not None:
@@ -393,7 +394,7 @@ class Simulator:
         peer.callers[request.request_id] = caller
         self._step(peer, Arrived(request=request))
 
-    def _reply(self, sim: _SimNode, outcome: Outcome) -> None:
+    def _reply(self, sim: _SimNode, outcome: Outcome, reading: NodeReading | None = None) -> None:
         request_id = outcome.request_id
         if outcome.lease:
             sim.outbox[request_id] = outcome
@@ -406,7 +407,9 @@ class Simulator:
             if sim.callers.pop(request_id, SCHEDULER) is None:
                 self._user_got(outcome)
             return
-        replied = PeerReplied(request_id=request_id, node_id=sim.node.node_id, outcome=outcome)
+        replied = PeerReplied(
+            request_id=request_id, node_id=sim.node.node_id, outcome=outcome, reading=reading
+        )
         self._send(
             sim, caller, outcome.response_bytes + 256, lambda peer: self._step(peer, replied)
         )

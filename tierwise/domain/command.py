@@ -7,7 +7,7 @@ from tierwise.domain.ids import InstanceId, NodeId, RequestId
 from tierwise.domain.outcome import Outcome
 from tierwise.domain.request import Request
 from tierwise.domain.topology import NodeState
-from tierwise.domain.view import ClusterView
+from tierwise.domain.view import ClusterView, NodeReading
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,9 +68,13 @@ class KillRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """Answer whoever brought the request here: user, peer or scheduler."""
+    """Answer whoever brought the request here: user, peer or scheduler.
+
+    A peer also gets this node's newest reading: so those who send most know most.
+    """
 
     outcome: Outcome
+    reading: NodeReading | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -81,6 +81,7 @@ class PeerReplied:
     request_id: RequestId
     node_id: NodeId
     outcome: Outcome
+    reading: NodeReading | None = None  # of the node when it answered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -915,6 +915,7 @@ class InvocationResult(_message.Message):
     ITEMS_FIELD_NUMBER: _builtins.int
     OUTCOME_FIELD_NUMBER: _builtins.int
     LOG_FIELD_NUMBER: _builtins.int
+    READING_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     log: _builtins.str
     """What the call printed, at most the last 8 KiB."""
@@ -922,6 +923,10 @@ class InvocationResult(_message.Message):
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___Item]: ...
     @_builtins.property
     def outcome(self) -> Global___Outcome: ...
+    @_builtins.property
+    def reading(self) -> Global___NodeReading:
+        """Of the node that answers, for the node that forwarded the call; not set for others."""
+
     def __init__(
         self,
         *,
@@ -929,10 +934,11 @@ class InvocationResult(_message.Message):
         items: _abc.Iterable[Global___Item] | None = ...,
         outcome: Global___Outcome | None = ...,
         log: _builtins.str = ...,
+        reading: Global___NodeReading | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["outcome", b"outcome", "reading", b"reading"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items", "log", b"log", "outcome", b"outcome", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items", "log", b"log", "outcome", b"outcome", "reading", b"reading", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
