@@ -19,7 +19,7 @@ from agent.beliefs import Beliefs
 from agent.pool import Instance, InstancePool, InstanceState
 from agent.ticket import Phase, Ticket
 from agent.waiting import WaitingLine
-from tierwise.cost.estimate import DEFAULT_PRICES
+from tierwise.cost.estimate import DEFAULT_PRICES, predict_wait_s
 from tierwise.cost.money import PriceTable
 from tierwise.domain.command import (
     AskPolicy,
@@ -53,10 +53,13 @@ from tierwise.domain.event import (
 )
 from tierwise.domain.ids import FunctionId, NodeId, RequestId
 from tierwise.domain.outcome import Outcome, OutcomeState
-from tierwise.domain.request import HOPS_MAX, TRIES_MAX
+from tierwise.domain.request import HOPS_MAX, TRIES_MAX, Request
 from tierwise.domain.topology import Link, Node, NodeState
 from tierwise.domain.view import ClusterView, NodeReading
 
+STALE_MAX = 3  # decisions on stale views that are taken back, per request
+STALE_MARGIN_S = 0.01  # a node may be busier by this much, and this share of the deadline
+STALE_SHARE = 0.1
 ANSWERED_MAX = 4096  # finished requests that are remembered against duplicates
 
 
@@ -222,6 +225,8 @@ class NodeMachine:
         if elapsed_s >= request.timeout_s:
             return Reason.EXPIRED
         ticket.phase = Phase.FORWARDED
+        has_others = bool(ticket.next_nodes) and ticket.stale_count < STALE_MAX
+        expected_wait_s = predict_wait_s(row, now_s) if has_others else None
         self._beliefs.sent(ticket, row, now_s)
         out.append(
             Forward(
@@ -231,6 +236,7 @@ class NodeMachine:
                     hops=request.hops + 1,
                     deadline_s=request.deadline_s - elapsed_s,
                     timeout_s=request.timeout_s - elapsed_s,
+                    expected_wait_s=expected_wait_s,
                 ),
             )
         )
@@ -252,12 +258,19 @@ class NodeMachine:
             return Reason.NO_GPU
         if len(self._line) >= self._queue_max:
             return Reason.QUEUE_FULL
+        if ticket.request.expected_wait_s is not None and self._is_stale(ticket.request, now_s):
+            return Reason.STALE_VIEW
         ticket.node_id = self.node.node_id
         ticket.work_s = self._beliefs.expected_s(ticket.request) / self.node.speed
         self.pool.note_arrival(spec.function_id, now_s)
         self._line.join(ticket)
         self._pump(now_s, out)
         return None
+
+    def _is_stale(self, request: Request, now_s: float) -> bool:
+        """Return whether this node is much busier than the sender believed."""
+        margin_s = STALE_MARGIN_S + STALE_SHARE * max(0.0, request.deadline_s)
+        return self._backlog_s(now_s) > (request.expected_wait_s or 0.0) + margin_s
 
     def _pump(self, now_s: float, out: list[NodeCommand]) -> None:
         """Give queued requests to idle instances and start missing ones, in queue order.
@@ -345,13 +358,28 @@ class NodeMachine:
         if there.state is OutcomeState.REFUSED:
             ticket.tried.append((event.node_id, there.reason or Reason.QUEUE_FULL))
             ticket.phase = Phase.ASKED
-            self._try_next(ticket, now_s, out)
+            if there.reason is Reason.STALE_VIEW and ticket.stale_count < STALE_MAX:
+                self._ask_again(ticket, now_s, out)
+            else:
+                self._try_next(ticket, now_s, out)
             return
         row = self._beliefs.row(event.node_id)
         tier = row.node.tier if row is not None else self.node.tier
         latency = self._beliefs.forwarded_latency(ticket, there, now_s)
         outcome = endings.answered(ticket, there, latency, tier, self._prices)
         self._finish(ticket, outcome, now_s, out)
+
+    def _ask_again(self, ticket: Ticket, now_s: float, out: list[NodeCommand]) -> None:
+        """Decide once more: the refusal has brought the reading that the decision lacked."""
+        ticket.stale_count += 1
+        request = ticket.request
+        elapsed_s = now_s - ticket.arrived_at_s
+        left = replace(
+            request,
+            deadline_s=request.deadline_s - elapsed_s,
+            timeout_s=request.timeout_s - elapsed_s,
+        )
+        out.append(AskPolicy(request=left, view=self.view(now_s)))
 
     def _peer_failed(self, event: PeerFailed, now_s: float, out: list[NodeCommand]) -> None:
         self._beliefs.failed(event.node_id, now_s)

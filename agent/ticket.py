@@ -31,6 +31,7 @@ class Ticket:
     next_nodes: list[NodeId] = field(default_factory=list)
     tried: list[tuple[NodeId, Reason]] = field(default_factory=list)
     failure_count: int = 0
+    stale_count: int = 0  # decisions that a node refused because it was busier than believed
     node_id: NodeId | None = None
     sent_at_s: float = 0.0
     work_s: float = 0.0  # expected run time here

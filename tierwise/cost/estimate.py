@@ -63,6 +63,18 @@ def estimate(
     return Estimates(tuple(candidates), terms)
 
 
+def predict_wait_s(row: NodeView, now_s: float) -> float:
+    """Return the seconds that a request should wait for a CPU of a node.
+
+    That is the reading's backlog, drained since it was taken, plus what the viewer itself has sent
+    there since.
+    """
+    backlog_s = row.reading.backlog_s
+    if backlog_s > 0.0:
+        backlog_s = max(0.0, backlog_s - (now_s - row.received_at_s))
+    return backlog_s + row.pending_s
+
+
 def predict(
     view: ClusterView,
     request: Request,
@@ -71,8 +83,7 @@ def predict(
 ) -> list[tuple[float, ...]]:
     """Return one row of TERMS per candidate, as plain floats.
 
-    Wait is the reading's backlog drained since it was taken, plus what the viewer itself has
-    sent there since. A node with an idle warm instance of the function starts nothing. Data that
+    A node with an idle warm instance of the function starts nothing. Data that
     lies elsewhere must be moved first.
     """
     spec = request.spec
@@ -100,10 +111,7 @@ def predict(
         if data_nodes and node.node_id not in data_nodes:
             transfer_s += view.links.default.transfer_s(request.data_bytes)
             moved_bytes += request.data_bytes
-        wait_s = reading.backlog_s
-        if wait_s > 0.0:
-            wait_s = max(0.0, wait_s - (now_s - row.received_at_s))
-        wait_s += row.pending_s
+        wait_s = predict_wait_s(row, now_s)
         here_cold_s = displaced_s = 0.0
         if reading.warm.get(function, 0) <= 0:
             here_cold_s = cold_s / node.speed

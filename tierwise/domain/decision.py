@@ -27,6 +27,7 @@ class Reason(IntEnum):
     TOO_MANY_HOPS = 14
     NO_NODES = 15
     START_FAILED = 16
+    STALE_VIEW = 17  # it is busier than the sender believed, who has others to ask
 
     @property
     def label(self) -> str:

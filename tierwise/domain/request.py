@@ -35,6 +35,7 @@ class Request:
     hops: int = 0
     excluded: frozenset[NodeId] = field(default=frozenset())
     lease: int = 0  # fencing token of durable work; 0 for interactive calls
+    expected_wait_s: float | None = None  # the sender's belief, if it has others to ask
 
     @property
     def function_id(self) -> FunctionId:

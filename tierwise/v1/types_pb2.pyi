@@ -131,6 +131,8 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     REASON_TOO_MANY_HOPS: _Reason.ValueType  # 14
     REASON_NO_NODES: _Reason.ValueType  # 15
     REASON_START_FAILED: _Reason.ValueType  # 16
+    REASON_STALE_VIEW: _Reason.ValueType  # 17
+    """The node is busier than the sender believed; its reading comes with the refusal."""
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """Why a node cannot or did not take a request."""
@@ -152,6 +154,8 @@ REASON_EXPIRED: Reason.ValueType  # 13
 REASON_TOO_MANY_HOPS: Reason.ValueType  # 14
 REASON_NO_NODES: Reason.ValueType  # 15
 REASON_START_FAILED: Reason.ValueType  # 16
+REASON_STALE_VIEW: Reason.ValueType  # 17
+"""The node is busier than the sender believed; its reading comes with the refusal."""
 Global___Reason: _TypeAlias = Reason  # noqa: Y015
 
 @_typing.final
@@ -856,6 +860,7 @@ class Invocation(_message.Message):
     HOPS_FIELD_NUMBER: _builtins.int
     ORIGIN_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
+    EXPECTED_WAIT_S_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     function: _builtins.str
     """`name`, `namespace/name` or `namespace/name@version`."""
@@ -871,6 +876,8 @@ class Invocation(_message.Message):
     """Set by agents only; refused from users."""
     origin: _builtins.str
     lease: _builtins.int
+    expected_wait_s: _builtins.float
+    """What the sender believes that the call must wait; a node that is much busier refuses."""
     @_builtins.property
     def arguments(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Encoded (args, kwargs), one blob per item."""
@@ -896,14 +903,20 @@ class Invocation(_message.Message):
         hops: _builtins.int = ...,
         origin: _builtins.str = ...,
         lease: _builtins.int = ...,
+        expected_wait_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd", "budget_usd", b"budget_usd"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd", "_expected_wait_s", b"_expected_wait_s", "budget_usd", b"budget_usd", "expected_wait_s", b"expected_wait_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd", "arguments", b"arguments", "budget_usd", b"budget_usd", "data_bytes", b"data_bytes", "data_nodes", b"data_nodes", "deadline_s", b"deadline_s", "function", b"function", "hops", b"hops", "lease", b"lease", "node_id", b"node_id", "origin", b"origin", "priority", b"priority", "request_id", b"request_id", "tiers", b"tiers", "timeout_s", b"timeout_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd", "_expected_wait_s", b"_expected_wait_s", "arguments", b"arguments", "budget_usd", b"budget_usd", "data_bytes", b"data_bytes", "data_nodes", b"data_nodes", "deadline_s", b"deadline_s", "expected_wait_s", b"expected_wait_s", "function", b"function", "hops", b"hops", "lease", b"lease", "node_id", b"node_id", "origin", b"origin", "priority", b"priority", "request_id", b"request_id", "tiers", b"tiers", "timeout_s", b"timeout_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__budget_usd: _TypeAlias = _typing.Literal["budget_usd"]  # noqa: Y015
     _WhichOneofArgType__budget_usd: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd"]  # noqa: Y015
+    _WhichOneofReturnType__expected_wait_s: _TypeAlias = _typing.Literal["expected_wait_s"]  # noqa: Y015
+    _WhichOneofArgType__expected_wait_s: _TypeAlias = _typing.Literal["_expected_wait_s", b"_expected_wait_s"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__budget_usd) -> _WhichOneofReturnType__budget_usd | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_wait_s) -> _WhichOneofReturnType__expected_wait_s | None: ...
 
 Global___Invocation: _TypeAlias = Invocation  # noqa: Y015
 

@@ -78,6 +78,11 @@ def request_from_invocation(
         node_id=NodeId(checks.name(node_id, "node_id")) if node_id else None,
         hops=checks.integer(pb.hops, "hops", 0, INT32_MAX),
         lease=checks.integer(pb.lease, "lease", 0, INT64_MAX),
+        expected_wait_s=(
+            checks.number(pb.expected_wait_s, "expected_wait_s", 0, HUGE)
+            if pb.HasField("expected_wait_s")
+            else None
+        ),
     )
 
 
@@ -98,6 +103,7 @@ def invocation_from_request(request: Request, arguments: Sequence[bytes]) -> typ
         hops=request.hops,
         origin=request.origin,
         lease=request.lease,
+        expected_wait_s=request.expected_wait_s,
     )
 
 
