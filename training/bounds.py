@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from envs.simulator import Question, Simulator
+from envs.simulator import Simulator
 from envs.world import PRESETS, World, make_world
 from tierwise.cost.money import PriceTable
 from tierwise.cost.objective import DEFAULT_OBJECTIVE
@@ -98,7 +98,7 @@ def clairvoyant(
         tried = order[:WIDTH]
         first = tried[0]
         if len(tried) > 1:
-            costs = [_in_a_copy(simulator, question, found, row) for row in tried]
+            costs = [cost_in_a_copy(simulator, found, row, HORIZON) for row in tried]
             first = tried[int(np.argmin(costs))]
         simulator.answer(_placed(found, order, first), CLAIRVOYANT)
     return simulator.outcomes
@@ -110,10 +110,11 @@ def _placed(found: Ranking, order: list[int], first: int) -> Placed:
     return Placed(node_ids=tuple(rows[row].node.node_id for row in (first, *rest)))
 
 
-def _in_a_copy(simulator: Simulator, question: Question, found: Ranking, row: int) -> float:
-    """Return the cost of what follows if the open question is answered so.
+def cost_in_a_copy(simulator: Simulator, found: Ranking, row: int, horizon: int) -> float:
+    """Return the cost of what follows if the open question is answered with candidate `row`.
 
-    A fork is the copy: it has the same future, and its end leaves no trace here.
+    A fork is the copy: it has the same future, and its end leaves no trace here. Of the trace
+    `horizon` more requests arrive; what is counted is every request that ends from now on.
     """
     read_fd, write_fd = os.pipe()
     pid = os.fork()
@@ -121,7 +122,7 @@ def _in_a_copy(simulator: Simulator, question: Question, found: Ranking, row: in
         cost_s = math.inf
         try:
             ended = len(simulator.outcomes)
-            simulator.stop_arrivals_after(HORIZON)
+            simulator.stop_arrivals_after(horizon)
             simulator.answer(_placed(found, found.by_score().tolist(), row), CLAIRVOYANT)
             outcomes = simulator.run(EarliestCompletion())[ended:]
             cost_s = sum(DEFAULT_OBJECTIVE.cost_s(outcome) for outcome in outcomes)
