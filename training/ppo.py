@@ -26,14 +26,11 @@ from envs.vector import PlacementVecEnv
 from envs.world import PRESETS
 from tierwise.errors import InvalidArgument, TierwiseError
 from tierwise.files import write_atomically
-from tierwise.placement.features import BOUND, FEATURES
-from tierwise.placement.policies.ect import EarliestCompletion
-from tierwise.placement.policies.learned import Card, LearnedPolicy, Network, save
-from tierwise.placement.score import DEFAULT_WEIGHTS
-from training.evaluate import HELD_OUT, compare, run
-from training.export import make_card, to_network
-from training.network import BETA, ResidualPolicy
-from training.tune import VALIDATION
+from tierwise.placement.features import FEATURES
+from tierwise.placement.policies.learned import Network, save
+from training.export import to_network
+from training.judge import Origin, Range, Validation, as_policy, finish, new_folder, ship, verdict
+from training.network import ResidualPolicy
 
 STEPS_PER_ENV = 128
 BATCH = 4096
@@ -42,11 +39,7 @@ LEARNING_RATE = 7e-4
 GAMMA = 0.98
 GAE_LAMBDA = 0.95
 ENTROPY = 5e-4
-LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
-TEMPERATURES = (0.0, 0.5, 1.0)
 VALIDATE_EVERY = 8  # rollouts
-VALIDATION_REQUESTS = 400
-EVALUATION_REQUESTS = 600
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,22 +70,10 @@ class Progress:
         default_factory=lambda: np.full(len(FEATURES), -np.inf, dtype=np.float32)
     )
 
-
-class Validation:
-    """Judges weights on worlds that training never sees, against the base score on the same."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._preset = settings.preset
-        self._seeds = range(VALIDATION, VALIDATION + settings.validation_worlds)
-        self._base = np.array([self._cost_s(EarliestCompletion(), seed) for seed in self._seeds])
-
-    def ratio(self, policy: LearnedPolicy) -> float:
-        """Return the mean over worlds of cost ÷ cost of the base score; below 1 is better."""
-        costs = np.array([self._cost_s(policy, seed) for seed in self._seeds])
-        return float(np.exp(np.mean(np.log(costs / self._base))))
-
-    def _cost_s(self, policy: Any, seed: int) -> float:
-        return run(policy, self._preset, seed, VALIDATION_REQUESTS).cost_s
+    @property
+    def range(self) -> Range:
+        """Return the lowest and highest value of each feature so far, shape (24,) each."""
+        return self.low, self.high
 
 
 class Watch(BaseCallback):
@@ -128,7 +109,7 @@ class Watch(BaseCallback):
         policy_in_torch = self.model.policy
         assert isinstance(policy_in_torch, ResidualPolicy)
         network = to_network(policy_in_torch.residual)
-        policy = as_policy(network, self._settings, self._progress)
+        policy = as_policy(network, self._progress.range)
         ratio = self._validation.ratio(policy)
         self.logger.record("validation/cost_ratio", ratio)
         self._bar.set_postfix_str(f"cost {ratio - 1.0:+.1%} vs ect on validation")
@@ -146,29 +127,6 @@ class Watch(BaseCallback):
             "high": self._progress.high.tolist(),
         }
         write_atomically(self._folder / "progress.json", json.dumps(state).encode())
-
-
-def as_policy(
-    network: Network,
-    settings: Settings,
-    progress: Progress,
-    *,
-    lam: float = 1.0,
-    temperature: float = 1.0,
-) -> LearnedPolicy:
-    """Return weights as the policy that agents would run."""
-    card = Card(
-        name=settings.name,
-        version=settings.version,
-        schema=1,
-        beta=BETA,
-        lam=lam,
-        temperature=temperature,
-        score=asdict(DEFAULT_WEIGHTS),
-        low=np.where(np.isfinite(progress.low), progress.low, -BOUND).tolist(),
-        high=np.where(np.isfinite(progress.high), progress.high, BOUND).tolist(),
-    )
-    return LearnedPolicy(network, card)
 
 
 def train(settings: Settings, folder: Path, *, is_resumed: bool) -> bool:
@@ -206,7 +164,7 @@ def train(settings: Settings, folder: Path, *, is_resumed: bool) -> bool:
             device="cpu",
         )
     model.set_logger(configure(str(folder / "tensorboard"), ["tensorboard"]))
-    validation = Validation(settings)
+    validation = Validation(settings.preset, settings.validation_worlds)
     with tqdm(total=settings.steps, unit="step", file=sys.stderr) as bar:
         bar.update(model.num_timesteps)
         watch = Watch(settings, folder, validation, progress, bar)
@@ -220,7 +178,7 @@ def train(settings: Settings, folder: Path, *, is_resumed: bool) -> bool:
             watch.checkpoint()
             return False
         watch.validate()
-    _finish(settings, folder, validation, progress)
+    _finish(settings, folder, progress)
     return True
 
 
@@ -239,54 +197,19 @@ def _resume(folder: Path, environment: PlacementVecEnv, progress: Progress) -> M
     return model
 
 
-def _finish(settings: Settings, folder: Path, validation: Validation, progress: Progress) -> None:
-    """Choose the dials on validation, judge on held-out worlds, write the policy and its card."""
+def _finish(settings: Settings, folder: Path, progress: Progress) -> None:
     with np.load(folder / "best.npz", allow_pickle=False) as stored:
         network = Network(**{name: stored[name] for name in stored.files})
-    ratios = {
-        (lam, temperature): validation.ratio(
-            as_policy(network, settings, progress, lam=lam, temperature=temperature)
-        )
-        for lam in LAMBDAS
-        for temperature in TEMPERATURES
-    }
-    lam, temperature = min(ratios, key=lambda key: (ratios[key], key))
-    policy = as_policy(network, settings, progress, lam=lam, temperature=temperature)
-    seeds = range(HELD_OUT, HELD_OUT + settings.evaluation_worlds)
-    rows = compare(
-        {"ect": EarliestCompletion(), "learned": policy},
-        [settings.preset],
-        seeds,
-        EVALUATION_REQUESTS,
-    )
-    judged = next(row for row in rows if row["policy"] == "learned")
-    card = make_card(
+    origin = Origin(
         name=settings.name,
         version=settings.version,
-        beta=BETA,
-        lam=lam,
-        temperature=temperature,
-        low=policy.card.low,
-        high=policy.card.high,
-        score=policy.card.score,
-        command=_command(settings),
+        preset=settings.preset,
         seed=settings.seed,
-        data=f"simulated worlds of preset {settings.preset}",
-        evaluation={
-            "what": "simulated, held-out worlds, paired with the tuned base score (ect)",
-            "worlds": settings.evaluation_worlds,
-            "cost_vs_ect": judged["versus_ect"],
-            "cost_vs_ect_95": [judged["versus_ect_low"], judged["versus_ect_high"]],
-            "missed": judged["missed"],
-            "missed_ect": next(r for r in rows if r["policy"] == "ect")["missed"],
-            "validation_cost_ratio_by_lambda_and_temperature": {
-                f"{dials[0]:g}, {dials[1]:g}": round(ratio, 4) for dials, ratio in ratios.items()
-            },
-        },
+        command=_command(settings),
+        validation_worlds=settings.validation_worlds,
+        evaluation_worlds=settings.evaluation_worlds,
     )
-    weights, card_json = save(network, card)
-    write_atomically(folder / "policy.npz", weights)
-    write_atomically(folder / "policy.json", card_json)
+    finish(folder, network, progress.range, origin)
 
 
 def _command(settings: Settings) -> str:
@@ -297,14 +220,6 @@ def _command(settings: Settings) -> str:
         if name in ("preset", "seed", "steps") or getattr(settings, name) != getattr(default, name)
     ]
     return "tierwise policy train " + " ".join(changed)
-
-
-def _new_folder(root: Path, name: str) -> Path:
-    endings = [path.name.rpartition("_")[2] for path in root.glob(f"{name}_*")]
-    number = 1 + max((int(ending) for ending in endings if ending.isdigit()), default=0)
-    folder = root / f"{name}_{number}"
-    folder.mkdir(parents=True)
-    return folder
 
 
 def main() -> int:
@@ -331,7 +246,7 @@ def main() -> int:
         "--ship", action="store_true", help="also replace the policy inside the package"
     )
     flags = vars(parser.parse_args())
-    root, resume, ship = flags.pop("out"), flags.pop("resume"), flags.pop("ship")
+    root, resume, is_shipped = flags.pop("out"), flags.pop("resume"), flags.pop("ship")
     try:
         if resume is not None:
             saved = json.loads((resume / "args.json").read_text())
@@ -339,7 +254,7 @@ def main() -> int:
             folder = resume
         else:
             settings = Settings(**flags)
-            folder = _new_folder(root, settings.name)
+            folder = new_folder(root, settings.name)
         write_atomically(folder / "args.json", json.dumps(asdict(settings), indent=2).encode())
         write_atomically(folder / "command.txt", shlex.join(sys.argv).encode())
         print(f"training in {folder}; TensorBoard: tensorboard --logdir {root}", file=sys.stderr)
@@ -349,27 +264,11 @@ def main() -> int:
     except (TierwiseError, OSError, TypeError) as error:
         print(f"tierwise policy train: {error}", file=sys.stderr)
         return 1
-    evaluation = json.loads((folder / "policy.json").read_text())["evaluation"]
-    low, high = evaluation["cost_vs_ect_95"]
-    print(
-        f"cost {evaluation['cost_vs_ect']:+.1%} [{low:+.1%}, {high:+.1%}] against ect on "
-        f"{evaluation['worlds']} held-out simulated worlds",
-        file=sys.stderr,
-    )
-    if ship:
-        _ship(folder)
+    print(verdict(folder), file=sys.stderr)
+    if is_shipped:
+        ship(folder)
     print(folder)
     return 0
-
-
-def _ship(folder: Path) -> None:
-    """Copy the policy into the package, under the name `learned`."""
-    from tierwise.placement import policies
-
-    target = Path(str(policies.__file__)).parent
-    card = json.loads((folder / "policy.json").read_text()) | {"name": "learned"}
-    write_atomically(target / "shipped.npz", (folder / "policy.npz").read_bytes())
-    write_atomically(target / "shipped.json", json.dumps(card, indent=2).encode())
 
 
 if __name__ == "__main__":
