@@ -103,6 +103,7 @@ def improve(
     optimizer = torch.optim.AdamW(
         residual.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY
     )
+    batch = min(BATCH, max(32, len(learn) // 16))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     with torch.no_grad():
         best_cost = float(expected_cost(residual, held))
@@ -110,7 +111,7 @@ def improve(
     start_cost, best_epoch = best_cost, 0
     with tqdm(range(1, epochs + 1), unit="epoch", file=sys.stderr) as bar:
         for epoch in bar:
-            for index in torch.split(torch.randperm(len(learn)), BATCH):
+            for index in torch.split(torch.randperm(len(learn)), batch):
                 loss = expected_cost(residual, learn.part(index))
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
