@@ -7,13 +7,13 @@ jumps from event to event. `NodeMachine` and `ControlPlane` are the classes that
 import hashlib
 import heapq
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import islice
 
 import numpy as np
 
 from agent.machine import NodeMachine
+from envs.schedule import Schedule
 from envs.traces import Arrival
 from envs.world import World
 from scheduler.machine import ControlPlane
@@ -121,23 +121,8 @@ class Simulator:
         )
         self._plane_policy: Policy | None = None
         self._rng = np.random.default_rng(seed)
-        # Named by their place in the trace, and as heavy, whatever a policy makes of the others.
-        named = [(RequestId(f"r{i + 1:06}"), a) for i, a in enumerate(world.trace.arrivals)]
-        self._arrivals: Iterator[tuple[RequestId, Arrival]] = iter(named)
-        self._followers = {
-            number: [(RequestId(f"s{number:05}-{i + 1}"), a) for i, a in enumerate(stage.then)]
-            for number, stage in sorted(world.trace.stages.items())
-        }
-        self._named = named + [pair for then in self._followers.values() for pair in then]
-        drawn = self._service.standard_normal(len(self._named)).tolist()
-        self._run_noise: dict[RequestId, float] = {
-            name: noise for (name, _), noise in zip(self._named, drawn, strict=True)
-        }
-        self._last_arrival_s = world.trace.arrivals[-1].at_s if world.trace.arrivals else 0.0
-        self._ends_s = max(self._last_arrival_s, world.faults.until_s) + SETTLE_S
-        self._open_count = world.trace.request_count
-        self._stage_left = {number: stage.size for number, stage in world.trace.stages.items()}
-        self._stage_of: dict[RequestId, int] = {}
+        self.schedule = Schedule(world.trace, self._service)
+        self._ends_s = max(self.schedule.last_arrival_s, world.faults.until_s) + SETTLE_S
         self._start()
 
     # -- driving --------------------------------------------------------------------------------
@@ -158,7 +143,7 @@ class Simulator:
                 sim, event = self._waiting_events.pop(0)
                 self._step(sim, event)
                 continue
-            if not heap or self._open_count <= 0 or heap[0][0] > self._ends_s:
+            if not heap or self.schedule.open_count <= 0 or heap[0][0] > self._ends_s:
                 return None
             self.now_s, _, action = heapq.heappop(heap)
             action()
@@ -191,32 +176,15 @@ class Simulator:
         """Return the state machines of the nodes, for checks of invariants."""
         return [sim.machine for sim in self._nodes.values()]
 
-    def planned(self) -> Iterator[tuple[RequestId, Arrival, float]]:
-        """Yield every request of the trace, those of later stages last, with its noise.
-
-        The noise is the standard normal draw behind its lognormal run time.
-        """
-        for name, arrival in self._named:
-            yield name, arrival, self._run_noise[name]
-
     def stop_arrivals_after(self, count: int) -> None:
         """Let only so many more requests of the trace arrive, and what follows from these."""
-        left = list(islice(self._arrivals, count))
-        dead: set[int] = set()
-        cut = [arrival for _, arrival in self._arrivals]
-        while cut:
-            number = cut.pop().stage
-            self._open_count -= 1
-            if number and number not in dead:  # it will never be complete
-                dead.add(number)
-                cut += [arrival for _, arrival in self._followers[number]]
-        self._arrivals = iter(left)
-        self._ends_s = self.now_s + SETTLE_S + (left[-1][1].at_s - self.now_s if left else 0.0)
+        last_s = self.schedule.cut_after(count)
+        self._ends_s = SETTLE_S + (self.now_s if last_s is None else last_s)
 
     @property
     def unfinished_count(self) -> int:
         """Return how many requests have no end yet."""
-        return self._open_count
+        return self.schedule.open_count
 
     # -- the world ------------------------------------------------------------------------------
 
@@ -237,7 +205,7 @@ class Simulator:
             self._at(wait_s, self._partition)
 
     def _next_arrival(self) -> None:
-        named = next(self._arrivals, None)
+        named = self.schedule.next()
         if named is not None:
             self._at(named[1].at_s - self.now_s, self._arrive_next, *named)
 
@@ -246,23 +214,8 @@ class Simulator:
         self._arrive(request_id, arrival)
 
     def _arrive(self, request_id: RequestId, arrival: Arrival) -> None:
-        behaviour = self.world.trace.behaviours[arrival.function]
-        request = Request(
-            request_id=request_id,
-            spec=behaviour.spec,
-            origin=arrival.origin,
-            priority=arrival.priority,
-            deadline_s=behaviour.spec.deadline_s * arrival.item_count,
-            timeout_s=behaviour.spec.timeout_s * arrival.item_count,
-            request_bytes=arrival.request_bytes,
-            item_count=arrival.item_count,
-            data_nodes=() if arrival.data_node is None else (arrival.data_node,),
-            data_bytes=arrival.data_bytes,
-            node_id=arrival.data_node if arrival.is_pinned else None,
-        )
-        self._requests[request.request_id] = request
-        if arrival.stage:
-            self._stage_of[request.request_id] = arrival.stage
+        request = self.schedule.begin(request_id, arrival)
+        self._requests[request_id] = request
         if arrival.is_durable:
             self._tell_plane(Submitted(request=replace(request, origin=SCHEDULER)))
             return
@@ -295,14 +248,9 @@ class Simulator:
 
     def _ended(self, outcome: Outcome) -> None:
         """Learn from it, and begin the next stage if it was the last of its own."""
-        self._open_count -= 1
         self._learn(outcome)
-        number = self._stage_of.pop(outcome.request_id, 0)
-        if number:
-            self._stage_left[number] -= 1
-            if self._stage_left[number] == 0:
-                for request_id, arrival in self._followers[number]:
-                    self._at(0.0, self._arrive, request_id, arrival)
+        for request_id, arrival in self.schedule.end(outcome.request_id):
+            self._at(0.0, self._arrive, request_id, arrival)
 
     def _learn(self, outcome: Outcome) -> None:
         """Let the function's profile follow, as the scheduler's telemetry does."""
@@ -371,7 +319,7 @@ class Simulator:
         assert instance is not None, "a command names an instance that the machine has"
         behaviour = self.world.trace.behaviours[instance.spec.function_id]
         request = self._requests[command.request_id]
-        noise = math.exp(behaviour.run_sigma * self._run_noise[command.request_id])
+        noise = math.exp(behaviour.run_sigma * self.schedule.noise(command.request_id))
         run_s = behaviour.profile.run_s * request.item_count * noise / sim.node.speed
         if request.data_nodes and sim.node.node_id not in request.data_nodes:
             run_s += self.world.links.default.transfer_s(request.data_bytes)

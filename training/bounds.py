@@ -45,7 +45,7 @@ def relaxed_cost_s(world: World, seed: int, prices: PriceTable | None = None) ->
     simulator = Simulator(world, seed)
     by_id = {node.node_id: node for node in world.nodes}
     costs = []
-    for request_id, arrival, sigma_draw in simulator.planned():
+    for request_id, arrival, sigma_draw in simulator.schedule.planned():
         behaviour = world.trace.behaviours[arrival.function]
         origin = by_id[arrival.origin]
         profile = behaviour.profile

@@ -48,7 +48,7 @@ def test_chains_follow_their_first_request_and_everything_ends() -> None:
     assert Counter(o.request_id for o in outcomes).most_common(1)[0][1] == 1
     assert len(outcomes) == world.trace.request_count > 200
     order = [o.request_id for o in outcomes]
-    for request_id, arrival, _ in simulator.planned():
+    for request_id, arrival, _ in simulator.schedule.planned():
         if arrival.stage:
             for index, _ in enumerate(world.trace.stages[arrival.stage].then):
                 assert order.index(f"s{arrival.stage:05}-{index + 1}") > order.index(request_id)
@@ -65,7 +65,7 @@ def test_a_federated_round_waits_for_its_slowest_client() -> None:
     outcomes = simulator.run(create("ect"))
     where = {o.request_id: o.node_id for o in outcomes if o.state is OutcomeState.OK}
     ended = [o.request_id for o in outcomes]
-    for request_id, arrival, _ in simulator.planned():
+    for request_id, arrival, _ in simulator.schedule.planned():
         if arrival.is_pinned:
             assert where[request_id] == arrival.data_node
             assert ended.index(f"s{arrival.stage:05}-1") > ended.index(request_id)
@@ -79,7 +79,7 @@ def test_a_request_is_as_heavy_under_one_policy_as_under_another() -> None:
         outcomes = Simulator(world, 8).run(create(name))
         ok = [o for o in outcomes if o.state is OutcomeState.OK and o.item_count == 1]
         work.append({o.request_id: o.latency.run_s * speed[o.node_id or ""] for o in ok})
-    plain = {r for r, a, _ in Simulator(world, 8).planned() if a.data_node is None}
+    plain = {r for r, a, _ in Simulator(world, 8).schedule.planned() if a.data_node is None}
     both = plain & work[0].keys() & work[1].keys()
     assert len(both) > 20
     for request_id in both:

@@ -29,6 +29,7 @@ from tierwise.placement.weights import Card as Card
 from tierwise.placement.weights import pack, unpack_card, unpack_network
 
 RANGE_MARGIN = 0.5  # of a column's trained range, on both sides
+DECIMALS = 4  # of a residual: equal rows may differ in the last bits, by the machine's algebra
 
 
 @dataclass(slots=True)
@@ -69,7 +70,8 @@ class LearnedPolicy:
             column = FEATURES[int(outside.any(axis=0).argmax())]
             return self._fall_back(ranking, f"{column} is outside the trained range")
         with np.errstate(over="ignore", invalid="ignore"):  # the sum below tells
-            residuals = self.card.lam * self.network.forward(features).astype(np.float64)
+            forward = self.network.forward(features).astype(np.float64)
+            residuals = (self.card.lam * forward).round(DECIMALS)
             logits = self.logits(ranking.scores, residuals, request.deadline_s)
         if not math.isfinite(np.add.reduce(logits)):
             return self._fall_back(ranking, "the network gave no finite number")
