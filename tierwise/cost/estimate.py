@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tierwise.cost.money import PriceTable
+from tierwise.cost.money import CallPrice, PriceTable
 from tierwise.domain.request import Request
+from tierwise.domain.topology import Tier
 from tierwise.domain.view import ClusterView, NodeView
 
 Float = NDArray[np.float64]
@@ -94,38 +95,59 @@ def predict(
     response_bytes = profile.response_bytes * request.item_count
     memory_mib = spec.memory_mib
     origin = view.origin
+    origin_id = None if origin is None else origin.node_id
     now_s = view.now_s
-    between = view.links.between
+    links = view.links
     data_nodes = request.data_nodes
+    # Nodes of one tier have much in common: unless links are known by pair, also the way there.
+    ways: dict[Tier, tuple[float, float]] = {}
+    prices_of: dict[tuple[Tier, int], CallPrice] = {}
     rows: list[tuple[float, ...]] = []
     for row in candidates:
         node = row.node
+        tier = node.tier
         reading = row.reading
-        if origin is None or origin.node_id == node.node_id:
+        speed = node.speed
+        if origin is None or origin_id == node.node_id:
             transfer_s = return_s = 0.0
             moved_bytes = 0
         else:
-            transfer_s = between(origin, node).transfer_s(request.request_bytes)
-            return_s = between(node, origin).transfer_s(response_bytes)
+            way = ways.get(tier)
+            if way is None:
+                there, back = links.between(origin, node), links.between(node, origin)
+                way = there.transfer_s(request.request_bytes), back.transfer_s(response_bytes)
+                if not links.by_pair:
+                    ways[tier] = way
+            transfer_s, return_s = way
             moved_bytes = request.request_bytes + response_bytes
         if data_nodes and node.node_id not in data_nodes:
-            transfer_s += view.links.default.transfer_s(request.data_bytes)
+            transfer_s += links.default.transfer_s(request.data_bytes)
             moved_bytes += request.data_bytes
-        wait_s = predict_wait_s(row, now_s)
         here_cold_s = displaced_s = 0.0
         if reading.warm.get(function, 0) <= 0:
-            here_cold_s = cold_s / node.speed
+            here_cold_s = cold_s / speed
             missing_mib = memory_mib - reading.free.memory_mib
             if missing_mib > 0:
                 displaced_s = missing_mib * reading.eviction_price_s_per_mib
-        here_run_s = run_s / node.speed
-        usd = prices.call_usd(
-            node.tier,
-            memory_mib=memory_mib,
-            billed_s=here_run_s,
-            moved_bytes=moved_bytes,
-            gpu_slots=spec.gpu_slots,
-            item_count=request.item_count,
+        here_run_s = run_s / speed
+        price = prices_of.get((tier, moved_bytes))
+        if price is None:
+            price = prices_of[tier, moved_bytes] = prices.of_call(
+                tier,
+                memory_mib=memory_mib,
+                moved_bytes=moved_bytes,
+                gpu_slots=spec.gpu_slots,
+                item_count=request.item_count,
+            )
+        rows.append(
+            (
+                transfer_s,
+                predict_wait_s(row, now_s),
+                here_cold_s,
+                here_run_s,
+                return_s,
+                displaced_s,
+                price.usd(here_run_s),
+            )
         )
-        rows.append((transfer_s, wait_s, here_cold_s, here_run_s, return_s, displaced_s, usd))
     return rows

@@ -20,6 +20,18 @@ class TierPrice:
     usd_per_gpu_s: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class CallPrice:
+    """The price of a call as a function of its run time: fixed + per second."""
+
+    usd_fixed: float
+    usd_per_s: float
+
+    def usd(self, billed_s: float) -> float:
+        """Return the price of a run; time is rounded up to whole milliseconds, as Lambda does."""
+        return self.usd_fixed + self.usd_per_s * math.ceil(billed_s * 1000.0 - 1e-9) / 1000.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PriceTable:
     """Prices of the three tiers.
@@ -46,6 +58,25 @@ class PriceTable:
         }
     )
 
+    def of_call(
+        self,
+        tier: Tier,
+        *,
+        memory_mib: int,
+        moved_bytes: int,
+        gpu_slots: int = 0,
+        item_count: int = 1,
+    ) -> CallPrice:
+        """Return the price of one call on a tier.
+
+        `moved_bytes` counts request and response if they crossed between nodes.
+        """
+        price = self.by_tier[tier]
+        return CallPrice(
+            price.usd_per_request * item_count + moved_bytes / 1e9 * price.usd_per_gb_in,
+            memory_mib / 1024.0 * price.usd_per_gb_s + gpu_slots * price.usd_per_gpu_s,
+        )
+
     def call_usd(
         self,
         tier: Tier,
@@ -56,16 +87,12 @@ class PriceTable:
         gpu_slots: int = 0,
         item_count: int = 1,
     ) -> float:
-        """Return the price of one call.
-
-        Time is rounded up to whole milliseconds, as Lambda does. `moved_bytes` counts request
-        and response if they crossed between nodes.
-        """
-        price = self.by_tier[tier]
-        billed_s = math.ceil(billed_s * 1000.0 - 1e-9) / 1000.0
-        return (
-            memory_mib / 1024.0 * billed_s * price.usd_per_gb_s
-            + price.usd_per_request * item_count
-            + moved_bytes / 1e9 * price.usd_per_gb_in
-            + gpu_slots * billed_s * price.usd_per_gpu_s
+        """Return the price of one call that ran for `billed_s`; see `of_call`."""
+        price = self.of_call(
+            tier,
+            memory_mib=memory_mib,
+            moved_bytes=moved_bytes,
+            gpu_slots=gpu_slots,
+            item_count=item_count,
         )
+        return price.usd(billed_s)
