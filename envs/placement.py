@@ -1,5 +1,6 @@
 """`tierwise/Placement-v0`: where does the next request run?"""
 
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium
@@ -11,7 +12,7 @@ from envs.simulator import Question, Simulator
 from envs.world import World, make_world
 from tierwise.cost.objective import DEFAULT_OBJECTIVE
 from tierwise.domain.decision import NotPlaced, Placed
-from tierwise.domain.ids import PolicyId
+from tierwise.domain.ids import PolicyId, RequestId
 from tierwise.domain.outcome import Outcome
 from tierwise.placement.features import BOUND, CANDIDATES_MAX, FEATURES, GAP_MAX, encode, gaps
 from tierwise.placement.policies.ect import EarliestCompletion
@@ -33,16 +34,33 @@ class Episode:
     does to the costs cancels out (input-dependent baseline: Mao et al., ICLR 2019).
     """
 
-    def __init__(self, world: World, seed: int) -> None:
-        heuristic = Simulator(world, seed).run(EarliestCompletion())
-        self._base_s = {outcome.request_id: _cost_s(outcome) for outcome in heuristic}
+    def __init__(
+        self, world: World, seed: int, base_s: Mapping[RequestId, float] | None = None
+    ) -> None:
+        """Start a trace.
+
+        Args:
+            world: The cluster and its workload.
+            seed: Of the simulation.
+            base_s: What each request costs under the base score; None simulates that first.
+        """
+        if base_s is None:
+            heuristic = Simulator(world, seed).run(EarliestCompletion())
+            base_s = {outcome.request_id: _cost_s(outcome) for outcome in heuristic}
+        self._world, self._seed, self._base_s = world, seed, base_s
         self._mean_s = sum(self._base_s.values()) / max(1, len(self._base_s)) or 1.0
         self._simulator = Simulator(world, seed)
         self._paid_count = 0
+        self._decision_count = 0
+        self._decided: dict[RequestId, int] = {}  # by which decision each open request was placed
         self._question: Question | None = None
         self._ranking: Ranking | None = None
         self.invalid_count = 0
         self.cost_s = 0.0
+
+    def again(self) -> "Episode":
+        """Return the same trace from its start; the base score is not simulated anew."""
+        return Episode(self._world, self._seed, self._base_s)
 
     def advance(self) -> bool:
         """Run to the next decision with a choice; return False when the trace has ended."""
@@ -78,6 +96,9 @@ class Episode:
         if not 0 <= action < len(self._ranking.scores):
             self.invalid_count += 1
             action = int(self._ranking.scores.argmin())
+        assert self._question is not None
+        self._decided[self._question.ask.request.request_id] = self._decision_count
+        self._decision_count += 1
         self._simulator.answer(self._order(self._ranking, action), POLICY_ID)
 
     def collect(self) -> float:
@@ -85,14 +106,23 @@ class Episode:
 
         That is the sum of (cost under the base score − cost) ÷ mean cost under the base score.
         """
+        return sum(saved for _, saved in self.settle())
+
+    def settle(self) -> list[tuple[int | None, float]]:
+        """Return what `collect` adds up, each with the number of the decision that placed it.
+
+        The number is None for a request that had no choice. After a refusal a request is decided
+        again, and the last decision counts.
+        """
         outcomes = self._simulator.outcomes
-        saved_s = 0.0
+        settled: list[tuple[int | None, float]] = []
         for outcome in outcomes[self._paid_count :]:
             cost_s = _cost_s(outcome)
             self.cost_s += cost_s
-            saved_s += self._base_s.get(outcome.request_id, cost_s) - cost_s
+            saved_s = self._base_s.get(outcome.request_id, cost_s) - cost_s
+            settled.append((self._decided.pop(outcome.request_id, None), saved_s / self._mean_s))
         self._paid_count = len(outcomes)
-        return saved_s / self._mean_s
+        return settled
 
     @property
     def gain(self) -> float:

@@ -10,79 +10,24 @@ from stable_baselines3.common.vec_env import VecEnv
 from envs.placement import COLUMNS, Episode, PlacementEnv, new_episode
 from tierwise.placement.features import CANDIDATES_MAX
 
+Rewards = tuple[NDArray[np.float32], NDArray[np.float32]]
 
-class PlacementVecEnv(VecEnv):
-    """Steps all episodes one after the other into shared arrays; no process, no copy per episode.
+PLAYS = 3  # of each world
+REMEMBERED_MAX = 4096  # steps whose rewards are kept for `take_rewards`
 
-    Episodes restart by themselves with the next world of their stream, so the same seed gives the
-    same sequence of worlds whatever the actions are.
-    """
 
-    def __init__(
-        self, env_count: int, *, seed: int, preset: str = "random", request_count: int = 400
-    ) -> None:
-        """Make `env_count` episodes of a preset.
+class VectorEnv(VecEnv):
+    """What the batched environments share: spaces, masks, and what the learner asks of them."""
 
-        Args:
-            env_count: How many at a time.
-            seed: Of the worlds.
-            preset: See `envs.world`.
-            request_count: Requests per episode.
-        """
-        single = PlacementEnv(preset, request_count)
+    def __init__(self, env_count: int) -> None:
+        single = PlacementEnv()
         super().__init__(env_count, single.observation_space, single.action_space)
-        self._preset = preset
-        self._request_count = request_count
-        children = np.random.SeedSequence(seed).spawn(env_count)
-        self._streams = [np.random.default_rng(child) for child in children]
-        self._episodes: list[Episode] = []
         self._observations = np.zeros((env_count, CANDIDATES_MAX, COLUMNS), dtype=np.float32)
-        self._actions: NDArray[np.int64] = np.zeros(env_count, dtype=np.int64)
-
-    def reset(self) -> NDArray[np.float32]:
-        """Start every episode anew; return observations, shape (n, 16, 26)."""
-        self._episodes = [self._fresh(index) for index in range(self.num_envs)]
-        return self._observations.copy()
-
-    def step_async(self, actions: NDArray[np.int64]) -> None:
-        """Remember the actions, shape (n,)."""
-        self._actions = actions
-
-    def step_wait(
-        self,
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
-        """Take the remembered actions; ended episodes are truncated, not terminated."""
-        rewards = np.zeros(self.num_envs, dtype=np.float32)
-        dones = np.zeros(self.num_envs, dtype=np.bool_)
-        infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
-        for index, episode in enumerate(self._episodes):
-            episode.decide(int(self._actions[index]))
-            is_over = not episode.advance()
-            rewards[index] = episode.collect()
-            if is_over:
-                dones[index] = True
-                infos[index] = {
-                    "terminal_observation": self._observations[index].copy(),
-                    "TimeLimit.truncated": True,
-                    "episode": {
-                        "r": episode.gain,
-                        "l": episode.ended_count,
-                        "t": 0.0,
-                    },
-                }
-                self._episodes[index] = self._fresh(index)
-            else:
-                episode.observe(self._observations[index])
-        return self._observations.copy(), rewards, dones, infos
 
     def action_masks(self) -> NDArray[np.bool_]:
         """Return valid actions of all episodes, shape (n, 16)."""
         masks: NDArray[np.bool_] = self._observations[:, :, -1] > 0.0
         return masks
-
-    def close(self) -> None:
-        """Forget the episodes."""
-        self._episodes = []
 
     def env_method(
         self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any
@@ -113,8 +58,119 @@ class PlacementVecEnv(VecEnv):
             return range(self.num_envs)
         return [indices] if isinstance(indices, int) else list(indices)
 
+
+class PlacementVecEnv(VectorEnv):
+    """Steps all episodes one after the other into shared arrays; no process, no copy per episode.
+
+    Episodes restart by themselves: each world is played three times, then the next of the stream
+    follows, so the same seed gives the same sequence of worlds whatever the actions are.
+    """
+
+    def __init__(
+        self,
+        env_count: int,
+        *,
+        seed: int,
+        preset: str = "random",
+        request_count: int = 400,
+        part: range | None = None,
+    ) -> None:
+        """Make `env_count` episodes of a preset.
+
+        Args:
+            env_count: How many at a time.
+            seed: Of the worlds.
+            preset: See `envs.world`.
+            request_count: Requests per episode.
+            part: Which of them are made here; None is all.
+        """
+        part = range(env_count) if part is None else part
+        children = np.random.SeedSequence(seed).spawn(env_count)[part.start : part.stop]
+        env_count = len(part)
+        super().__init__(env_count)
+        self._preset = preset
+        self._request_count = request_count
+        self._streams = [np.random.default_rng(child) for child in children]
+        self._episodes: list[Episode] = []
+        self._actions: NDArray[np.int64] = np.zeros(env_count, dtype=np.int64)
+        self._plays_left = [0] * env_count  # of the world that an environment is in
+        self._begun_at = [0] * env_count  # at which step of all its episode began
+        self._step_count = 0
+        self._rollout_at = 0  # the step at which `take_rewards` was last called
+        self._paid: list[NDArray[np.float32]] = []  # since then, by the step that paid
+        self._earned: list[NDArray[np.float32]] = []  # and by the step that decided
+
+    def reset(self) -> NDArray[np.float32]:
+        """Start every episode anew; return observations, shape (n, 16, 26)."""
+        self._episodes = [self._fresh(index) for index in range(self.num_envs)]
+        self._begun_at = [self._step_count] * self.num_envs
+        return self._observations.copy()
+
+    def step_async(self, actions: NDArray[np.int64]) -> None:
+        """Remember the actions, shape (n,)."""
+        self._actions = actions
+
+    def step_wait(
+        self,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
+        """Take the remembered actions; ended episodes are truncated, not terminated."""
+        rewards = np.zeros(self.num_envs, dtype=np.float32)
+        dones = np.zeros(self.num_envs, dtype=np.bool_)
+        infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        if len(self._paid) >= REMEMBERED_MAX:
+            self.take_rewards()  # this learner does not look back
+        self._paid.append(rewards)
+        self._earned.append(np.zeros(self.num_envs, dtype=np.float32))
+        for index, episode in enumerate(self._episodes):
+            episode.decide(int(self._actions[index]))
+            is_over = not episode.advance()
+            for number, saved in episode.settle():
+                rewards[index] += saved
+                step = self._step_count if number is None else self._begun_at[index] + number
+                self._earned[max(0, step - self._rollout_at)][index] += saved
+            if is_over:
+                dones[index] = True
+                infos[index] = {
+                    "terminal_observation": self._observations[index].copy(),
+                    "TimeLimit.truncated": True,
+                    "episode": {
+                        "r": episode.gain,
+                        "l": episode.ended_count,
+                        "t": 0.0,
+                    },
+                }
+                self._episodes[index] = self._fresh(index)
+                self._begun_at[index] = self._step_count + 1
+            else:
+                episode.observe(self._observations[index])
+        self._step_count += 1
+        return self._observations.copy(), rewards, dones, infos
+
+    def take_rewards(self) -> Rewards:
+        """Return the rewards since the last call, each of shape (steps, n), and forget them.
+
+        The first are as `step_wait` paid them, when a request ended. The second are the same
+        ones given to the step that had placed the request: a learner that looks back at a whole
+        rollout need not guess which of many decisions a late reward belongs to. What was decided
+        before the last call counts at the first step since.
+        """
+        paid, earned = np.array(self._paid), np.array(self._earned)
+        self._paid, self._earned, self._rollout_at = [], [], self._step_count
+        return paid, earned
+
+    def close(self) -> None:
+        """Forget the episodes."""
+        self._episodes = []
+
     def _fresh(self, index: int) -> Episode:
-        seed = int(self._streams[index].integers(2**31))
-        episode = new_episode(self._preset, seed, self._request_count)
+        """Start the next world, or the same once more: its base score is simulated only once."""
+        if self._plays_left[index] > 0:
+            episode = self._episodes[index].again()
+            episode.advance()
+        else:
+            seed = int(self._streams[index].integers(2**31))
+            episode = new_episode(self._preset, seed, self._request_count)
+            self._plays_left[index] = PLAYS
+        self._plays_left[index] -= 1
         episode.observe(self._observations[index])
         return episode

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from torch import nn
+from torch.nn import functional
 
 from tierwise.placement.features import CANDIDATES_MAX, FEATURES
 
@@ -41,9 +42,12 @@ class Residual(nn.Module):
     def forward(self, features: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """Return residuals (b, k) of features (b, k, 24) with valid (b, k) in {0, 1}."""
         hidden, context = self.pooled(features, valid)
-        spread = context.unsqueeze(1).expand(-1, hidden.shape[1], -1)
-        joined = torch.cat([hidden, spread], dim=-1)
-        residual: torch.Tensor = self.layer4(torch.relu(self.layer3(joined))).squeeze(-1)
+        width = hidden.shape[-1]
+        own, common = self.layer3.weight[:, :width], self.layer3.weight[:, width:]
+        # The context is the same for all candidates: its share of the layer is computed once.
+        shared = functional.linear(context, common, self.layer3.bias)
+        third = torch.relu(functional.linear(hidden, own) + shared.unsqueeze(1))
+        residual: torch.Tensor = self.layer4(third).squeeze(-1)
         return residual
 
 

@@ -22,7 +22,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import set_random_seed
 
-from envs.vector import PlacementVecEnv
+from envs.sharded import ShardedVecEnv
 from envs.world import PRESETS
 from tierwise.errors import InvalidArgument, TierwiseError
 from tierwise.files import write_atomically
@@ -94,6 +94,7 @@ class Watch(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
+        self._look_back()
         observations = self.model.rollout_buffer.observations  # type: ignore[attr-defined]
         rows = observations.reshape(-1, observations.shape[-1])
         features = rows[rows[:, -1] > 0.0][:, :-2]
@@ -103,6 +104,20 @@ class Watch(BaseCallback):
         self._rollout_count += 1
         if self._rollout_count % VALIDATE_EVERY == 1:
             self.validate()
+
+    def _look_back(self) -> None:
+        """Give each reward to the decision that earned it, and compute the advantages again.
+
+        A request ends many decisions after its own; paid then, its reward would be one of many
+        that an advantage has to tell apart. What a decision does to others still comes later.
+        """
+        model: Any = self.model
+        paid, earned = model.env.take_rewards()
+        buffer = model.rollout_buffer
+        buffer.rewards += earned - paid
+        with torch.no_grad():
+            values = model.policy.predict_values(torch.as_tensor(model._last_obs))
+        buffer.compute_returns_and_advantage(last_values=values, dones=model._last_episode_starts)
 
     def validate(self) -> None:
         """Judge the present weights; keep them if they are the best so far."""
@@ -135,16 +150,25 @@ def train(settings: Settings, folder: Path, *, is_resumed: bool) -> bool:
     Raises:
         InvalidArgument: There is nothing to resume in `folder`.
     """
-    from tqdm import tqdm
-
     torch.set_num_threads(1)  # two threads on two busy cores collapse to a hundredth
     set_random_seed(settings.seed)
-    environment = PlacementVecEnv(
+    environment = ShardedVecEnv(
         settings.env_count,
         seed=settings.seed,
         preset=settings.preset,
         request_count=settings.request_count,
     )
+    try:
+        return _train(settings, folder, environment, is_resumed=is_resumed)
+    finally:
+        environment.close()
+
+
+def _train(
+    settings: Settings, folder: Path, environment: ShardedVecEnv, *, is_resumed: bool
+) -> bool:
+    from tqdm import tqdm
+
     progress = Progress()
     if is_resumed:
         model = _resume(folder, environment, progress)
@@ -182,7 +206,7 @@ def train(settings: Settings, folder: Path, *, is_resumed: bool) -> bool:
     return True
 
 
-def _resume(folder: Path, environment: PlacementVecEnv, progress: Progress) -> MaskablePPO:
+def _resume(folder: Path, environment: ShardedVecEnv, progress: Progress) -> MaskablePPO:
     if not (folder / "model.zip").exists():
         raise InvalidArgument(f"{folder} holds no model.zip to resume from")
     state = json.loads((folder / "progress.json").read_text())

@@ -10,7 +10,8 @@ from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 from envs.placement import COLUMNS, PlacementEnv
-from envs.vector import PlacementVecEnv
+from envs.sharded import ShardedVecEnv
+from envs.vector import PlacementVecEnv, VectorEnv
 from tierwise.placement.features import CANDIDATES_MAX
 
 
@@ -89,3 +90,36 @@ def test_the_batched_environment_is_many_single_ones() -> None:
             assert info.get("TimeLimit.truncated", False) == bool(is_over)
             ends += int(is_over)
     assert ends >= 3
+
+
+def steps(environment: VectorEnv, count: int) -> list[np.ndarray]:  # type: ignore[type-arg]
+    found = [environment.reset()]
+    for _ in range(count):
+        best = np.argmin(found[-1][:, :, -2] + 1e3 * (1.0 - found[-1][:, :, -1]), axis=1)
+        environment.step_async((best + np.arange(len(best))) % 2)
+        found.append(environment.step_wait()[0])
+    environment.close()
+    return found
+
+
+def test_processes_change_nothing() -> None:
+    one = PlacementVecEnv(5, seed=3, preset="small", request_count=30)
+    two = ShardedVecEnv(5, seed=3, preset="small", request_count=30, process_count=2)
+    for here, there in zip(steps(one, 40), steps(two, 40), strict=True):
+        np.testing.assert_array_equal(here, there)
+
+
+def test_a_reward_given_to_its_decision_is_still_given_once() -> None:
+    environment = PlacementVecEnv(3, seed=5, preset="small", request_count=60)
+    environment.reset()
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        for _ in range(50):
+            masks = environment.action_masks()
+            actions = [int(rng.choice(np.flatnonzero(mask))) for mask in masks]
+            environment.step_async(np.array(actions))
+            environment.step_wait()
+        paid, earned = environment.take_rewards()
+        assert paid.shape == earned.shape == (50, 3)
+        assert np.abs(paid - earned).max() > 0.1  # most requests end later than the next decision
+        np.testing.assert_allclose(paid.sum(axis=0), earned.sum(axis=0), rtol=1e-4, atol=1e-4)
