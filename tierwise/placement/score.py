@@ -21,11 +21,11 @@ from tierwise.domain.request import Request
 class ScoreWeights:
     """Weights of the base score; all ≥ 0."""
 
-    cold_start: float = 0.5
+    cold_start: float = 0.75
     displaced: float = 4.0
-    per_usd_s: float = 40_000.0
+    per_usd_s: float = 20_000.0
     per_late_s: float = 0.5
-    per_miss_s: float = 0.02
+    per_miss_s: float = 0.05
 
 
 DEFAULT_WEIGHTS = ScoreWeights()
