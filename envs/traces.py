@@ -82,7 +82,9 @@ class Mix:
         pattern: One of PATTERNS. "azure" brings its own functions (see `envs.azure`).
         burstiness: ≥ 1, of the pattern "bursty".
         durable_share: Share of requests that go to the durable queue.
-        chain_share: Share of requests that are followed by one or two others.
+        chain_share: Share of requests that are followed by others.
+        join_share: Share of those whose followers fan out and join again (a diamond); the others
+            are chains of one or two steps, the last perhaps twice side by side.
         round_count: Federated rounds of one job, spread over the trace.
     """
 
@@ -93,6 +95,7 @@ class Mix:
     burstiness: float = 1.0
     durable_share: float = 0.0
     chain_share: float = 0.0
+    join_share: float = 0.0
     round_count: int = 0
 
 
@@ -208,7 +211,9 @@ def make_trace(
         items, data_node, data_bytes = _shape(rng, nodes)
         stage = 0
         if rng.random() < mix.chain_share:
-            stage = _chain(rng, stages, behaviours, origins[place], int(user))
+            is_joined = mix.join_share > 0.0 and rng.random() < mix.join_share
+            follow = _diamond if is_joined else _chain
+            stage = follow(rng, stages, behaviours, origins[place], int(user))
         arrivals.append(
             Arrival(
                 float(at_s),
@@ -278,26 +283,55 @@ def _chain(
     Returns:
         The stage that the request must carry.
     """
-    follower: tuple[int, ...] = ()
+    number = 0
     for depth in range(int(rng.integers(1, 3))):
         width = 2 if depth == 0 and rng.random() < 0.3 else 1
-        then = []
-        for _ in range(width):
-            behaviour = behaviours[int(rng.integers(len(behaviours)))]
-            then.append(
-                Arrival(
-                    0.0,
-                    origin,
-                    behaviour.spec.function_id,
-                    behaviour.request_bytes,
-                    _priority(behaviour, user),
-                    stage=follower[0] if follower else 0,
-                )
-            )
+        then = _followers(rng, behaviours, origin, user, width, number)
         number = len(stages) + 1
-        stages[number] = Stage(1, tuple(then))
-        follower = (number,)
-    return follower[0]
+        stages[number] = Stage(1, then)
+    return number
+
+
+def _diamond(
+    rng: np.random.Generator,
+    stages: dict[int, Stage],
+    behaviours: list[Behaviour],
+    origin: NodeId,
+    user: int,
+) -> int:
+    """Add two or three functions side by side that follow a request, and one that joins them.
+
+    Returns:
+        The stage that the request must carry.
+    """
+    width = int(rng.integers(2, 4))
+    join = len(stages) + 1
+    stages[join] = Stage(width, _followers(rng, behaviours, origin, user, 1, 0))
+    stages[join + 1] = Stage(1, _followers(rng, behaviours, origin, user, width, join))
+    return join + 1
+
+
+def _followers(
+    rng: np.random.Generator,
+    behaviours: list[Behaviour],
+    origin: NodeId,
+    user: int,
+    width: int,
+    stage: int,
+) -> tuple[Arrival, ...]:
+    """Return so many requests of drawn functions that carry `stage`."""
+    picks = [behaviours[int(rng.integers(len(behaviours)))] for _ in range(width)]
+    return tuple(
+        Arrival(
+            0.0,
+            origin,
+            behaviour.spec.function_id,
+            behaviour.request_bytes,
+            _priority(behaviour, user),
+            stage=stage,
+        )
+        for behaviour in picks
+    )
 
 
 def _rounds(

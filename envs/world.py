@@ -9,6 +9,7 @@ from envs.topology import (
     Classes,
     access_links,
     draw_nodes,
+    draw_positions,
     draw_zones,
     tier_links,
 )
@@ -139,6 +140,7 @@ def make_world(
                 mix,
                 pattern=str(topology.choice(("bursty", "bursty", "diurnal", "flash", "azure"))),
                 chain_share=float(topology.choice((0.0, 0.0, 0.2))),
+                join_share=0.3,
                 round_count=int(topology.choice((0, 0, 0, 2))),
             )
             classes = Classes.DEVICES if topology.random() < 0.25 else classes
@@ -148,7 +150,7 @@ def make_world(
     nodes = draw_nodes(topology, (cloud, fog, edge), classes, has_new=shift.has_new_device)
     links = tier_links(cloud_rtt_ms * shift.rtt_factor, uplink_mbit, scale=shift.rtt_factor)
     if is_zoned:
-        nodes = draw_zones(nodes)
+        nodes = draw_positions(topology, nodes) if preset == "random" else draw_zones(nodes)
         access = ACCESS[int(topology.integers(len(ACCESS)))]
         links = replace(
             links, by_pair=access_links(topology, nodes, access, uplink_mbit, shift.rtt_factor)
