@@ -66,7 +66,9 @@ $(VENV)/demo.stamp: pyproject.toml | $(VENV)/pip.stamp
 
 $(VENV)/dev.stamp: pyproject.toml | $(VENV)/pip.stamp
 	@echo "== installing tierwise with training and development tools (some minutes)"
-	@$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]' && touch $@ $(VENV)/demo.stamp
+	@$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]' && \
+	  $(BIN)/pip install -q --disable-pip-version-check --no-deps 'orcbench>=0.1.4,<0.2' && \
+	  touch $@ $(VENV)/demo.stamp
 
 clean: ## remove the environment and everything generated at run time
 	@rm -rf $(VENV) .tierwise runs dist

@@ -34,6 +34,7 @@ DEVICES = {
     Tier.FOG: ((2.0, 1024, 0.7), (4.0, 2048, 0.9), (2.0, 768, 0.5)),
     Tier.EDGE: ((1.0, 512, 0.12), (2.0, 512, 0.25), (1.0, 768, 0.6), (4.0, 1024, 0.5)),
 }
+ACROSS_MS = 10.0  # of round trip, one side of the region to the other
 NEW_DEVICE = (6.0, 512, 0.08)  # of no preset: slow, with many CPUs and little memory
 
 
@@ -101,6 +102,39 @@ def draw_zones(nodes: tuple[Node, ...]) -> tuple[Node, ...]:
     return tuple(zoned)
 
 
+def draw_positions(rng: np.random.Generator, nodes: tuple[Node, ...]) -> tuple[Node, ...]:
+    """Return the nodes with edges and fogs in a square region of side 1, each in a fog's zone.
+
+    A position is in the labels `x` and `y`. An edge stands for the users around it; its zone is
+    that of the nearest fog.
+    """
+    places = {node.node_id: rng.random(2) for node in nodes if node.tier is not Tier.CLOUD}
+    fogs = [node for node in nodes if node.tier is Tier.FOG]
+    zones = {fog.node_id: f"zone-{number + 1}" for number, fog in enumerate(fogs)}
+    placed = []
+    for node in nodes:
+        if node.tier is Tier.CLOUD or not fogs:
+            placed.append(node)
+            continue
+        here = places[node.node_id]
+        near = min(fogs, key=lambda fog: float(np.hypot(*(here - places[fog.node_id]))))
+        labels = (("x", f"{here[0]:.4f}"), ("y", f"{here[1]:.4f}"))
+        placed.append(replace(node, zone=zones[near.node_id], labels=labels))
+    return tuple(placed)
+
+
+def distance(one: Node, other: Node) -> float | None:
+    """Return how far two nodes are apart, in sides of the region; None if one has no position."""
+    if not one.labels or not other.labels:
+        return None
+    here, there = dict(one.labels), dict(other.labels)
+    if "x" not in here or "x" not in there:
+        return None
+    return float(
+        np.hypot(float(here["x"]) - float(there["x"]), float(here["y"]) - float(there["y"]))
+    )
+
+
 def tier_links(cloud_rtt_ms: float, uplink_mbit: float, *, scale: float = 1.0) -> LinkTable:
     """Return symmetric links; uplinks are medians of LTE (31) and 5G (72–77 Mbit/s), SIGCOMM'21.
 
@@ -133,7 +167,8 @@ def access_links(
 ) -> dict[tuple[NodeId, NodeId], Link]:
     """Return links of edges to fogs and clouds by pair: near fogs are nearer.
 
-    The own zone's fog is at the access network's figure, another zone's 2 to 10 ms further.
+    The own zone's fog is at the access network's figure, another zone's 2 to 10 ms further. If
+    nodes have positions, a fog is further by 10 ms times its distance.
     """
     links: dict[tuple[NodeId, NodeId], Link] = {}
     for edge in nodes:
@@ -143,7 +178,10 @@ def access_links(
             if other.tier is Tier.EDGE:
                 continue
             median, tail = access.cloud_ms if other.tier is Tier.CLOUD else access.fog_ms
-            if other.tier is Tier.FOG and other.zone != edge.zone:
+            apart = distance(edge, other)
+            if apart is not None:
+                median, tail = median + ACROSS_MS * apart, tail + ACROSS_MS * apart
+            elif other.tier is Tier.FOG and other.zone != edge.zone:
                 further = float(rng.uniform(2.0, 10.0))
                 median, tail = median + further, tail + further
             link = _link(median * scale, tail * scale, uplink_mbit)

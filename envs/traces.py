@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
-from envs.arrivals import bursty, diurnal, flash
+from envs.arrivals import Times, bursty, diurnal, flash
 from tierwise.domain.function import FunctionProfile, FunctionSpec, Priority
 from tierwise.domain.ids import FunctionId, NodeId
 from tierwise.domain.topology import Node, Tier
@@ -12,7 +13,7 @@ from tierwise.domain.topology import Node, Tier
 MEMORY_STEPS_MIB = (64, 96, 128, 192, 256)
 APPLICATION_SHARE = (0.25, 0.5, 0.2, 0.05)  # of functions, by priority from LOW to CRITICAL
 USER_SHARE = (0.1, 0.7, 0.15, 0.05)  # of requests, by the priority of who makes them
-PATTERNS = ("bursty", "diurnal", "flash")
+PATTERNS = ("bursty", "diurnal", "flash", "azure")
 CROWD_SHARE = 0.7  # of a flash crowd's requests that are for the same thing at the same place
 
 
@@ -78,10 +79,12 @@ class Mix:
         load: Mean CPU seconds asked per CPU second there is, both at speed 1.0.
         function_count: How many functions.
         request_count: How many requests, in all.
-        pattern: One of PATTERNS.
+        pattern: One of PATTERNS. "azure" brings its own functions (see `envs.azure`).
         burstiness: ≥ 1, of the pattern "bursty".
         durable_share: Share of requests that go to the durable queue.
-        chain_share: Share of requests that are followed by one or two others.
+        chain_share: Share of requests that are followed by others.
+        join_share: Share of those whose followers fan out and join again (a diamond); the others
+            are chains of one or two steps, the last perhaps twice side by side.
         round_count: Federated rounds of one job, spread over the trace.
     """
 
@@ -92,6 +95,7 @@ class Mix:
     burstiness: float = 1.0
     durable_share: float = 0.0
     chain_share: float = 0.0
+    join_share: float = 0.0
     round_count: int = 0
 
 
@@ -148,19 +152,30 @@ def make_trace(
         rng: Source of everything random here.
         nodes: The cluster.
         mix: What kind.
-        behaviours: The functions; drawn by `make_functions` if there are none.
+        behaviours: The functions; drawn if there are none. Those of "azure" are always drawn.
+
+    Raises:
+        FailedPrecondition: The pattern is "azure", and orcbench is not installed.
     """
-    if behaviours is None:
+    capacity = sum(node.capacity.cpus * node.speed for node in nodes)
+    count = mix.request_count
+    times: Times = np.zeros(0)
+    called: NDArray[np.int64] | None = None  # the function of each call, where the pattern says it
+    if mix.pattern == "azure":
+        from envs import azure  # it needs an extra, and what stands above
+
+        behaviours, times, called = azure.draw_workload(
+            rng, mix.function_count, count, mix.load * capacity
+        )
+    elif behaviours is None:
         behaviours = make_functions(rng, mix.function_count)
     weights = np.array([b.popularity for b in behaviours])
     weights /= weights.sum()
     mean_run_s = float(sum(w * b.profile.run_s for w, b in zip(weights, behaviours, strict=True)))
-    capacity = sum(node.capacity.cpus * node.speed for node in nodes)
     rate = mix.load * capacity / mean_run_s
     origins = [node.node_id for node in nodes if node.tier is Tier.EDGE] or [
         node.node_id for node in nodes
     ]
-    count = mix.request_count
     in_crowd = np.zeros(count, dtype=np.bool_)
     match mix.pattern:
         case "bursty":
@@ -170,25 +185,35 @@ def make_trace(
         case "flash":
             times, in_crowd = flash(rng, rate, count)
             in_crowd &= rng.random(count) < CROWD_SHARE
+        case "azure":
+            pass  # drawn above, with its functions
         case _:
             raise ValueError(f"there is no pattern {mix.pattern!r}; known: {', '.join(PATTERNS)}")
     # Each edge has its own taste: the same functions in another order of popularity.
     tastes = [rng.permutation(weights) * 0.5 + weights * 0.5 for _ in origins]
     shares = rng.dirichlet(np.full(len(origins), 3.0))
     places = rng.choice(len(origins), size=count, p=shares)
+    if called is not None:
+        places = _at_home(rng, called, shares, tastes)
     users = 1 + rng.choice(4, size=count, p=USER_SHARE)
     crowd_place = int(rng.integers(len(origins)))
     crowd_function = int(rng.integers(len(behaviours)))
     stages: dict[int, Stage] = {}
     arrivals: list[Arrival] = []
-    for at_s, place, user, is_crowd in zip(times, places, users, in_crowd, strict=True):
+    for index, (at_s, place, user, is_crowd) in enumerate(
+        zip(times, places, users, in_crowd, strict=True)
+    ):
         drawn = int(rng.choice(len(behaviours), p=tastes[place]))
+        if called is not None:
+            drawn = int(called[index])
         behaviour = behaviours[crowd_function if is_crowd else drawn]
         size = behaviour.request_bytes * float(rng.lognormal(0.0, 0.3))
         items, data_node, data_bytes = _shape(rng, nodes)
         stage = 0
         if rng.random() < mix.chain_share:
-            stage = _chain(rng, stages, behaviours, origins[place], int(user))
+            is_joined = mix.join_share > 0.0 and rng.random() < mix.join_share
+            follow = _diamond if is_joined else _chain
+            stage = follow(rng, stages, behaviours, origins[place], int(user))
         arrivals.append(
             Arrival(
                 float(at_s),
@@ -211,6 +236,19 @@ def make_trace(
         arrivals=tuple(arrivals),
         stages=stages,
     )
+
+
+def _at_home(
+    rng: np.random.Generator,
+    called: NDArray[np.int64],
+    shares: NDArray[np.float64],
+    tastes: list[NDArray[np.float64]],
+) -> NDArray[np.int64]:
+    """Draw the edge of each call, by the edges' shares and their taste for its function."""
+    by_function = shares[:, None] * np.array(tastes)
+    by_function /= by_function.sum(axis=0)
+    places = [rng.choice(len(shares), p=by_function[:, function]) for function in called]
+    return np.array(places, dtype=np.int64)
 
 
 def _priority(behaviour: Behaviour, user: int) -> Priority:
@@ -245,26 +283,55 @@ def _chain(
     Returns:
         The stage that the request must carry.
     """
-    follower: tuple[int, ...] = ()
+    number = 0
     for depth in range(int(rng.integers(1, 3))):
         width = 2 if depth == 0 and rng.random() < 0.3 else 1
-        then = []
-        for _ in range(width):
-            behaviour = behaviours[int(rng.integers(len(behaviours)))]
-            then.append(
-                Arrival(
-                    0.0,
-                    origin,
-                    behaviour.spec.function_id,
-                    behaviour.request_bytes,
-                    _priority(behaviour, user),
-                    stage=follower[0] if follower else 0,
-                )
-            )
+        then = _followers(rng, behaviours, origin, user, width, number)
         number = len(stages) + 1
-        stages[number] = Stage(1, tuple(then))
-        follower = (number,)
-    return follower[0]
+        stages[number] = Stage(1, then)
+    return number
+
+
+def _diamond(
+    rng: np.random.Generator,
+    stages: dict[int, Stage],
+    behaviours: list[Behaviour],
+    origin: NodeId,
+    user: int,
+) -> int:
+    """Add two or three functions side by side that follow a request, and one that joins them.
+
+    Returns:
+        The stage that the request must carry.
+    """
+    width = int(rng.integers(2, 4))
+    join = len(stages) + 1
+    stages[join] = Stage(width, _followers(rng, behaviours, origin, user, 1, 0))
+    stages[join + 1] = Stage(1, _followers(rng, behaviours, origin, user, width, join))
+    return join + 1
+
+
+def _followers(
+    rng: np.random.Generator,
+    behaviours: list[Behaviour],
+    origin: NodeId,
+    user: int,
+    width: int,
+    stage: int,
+) -> tuple[Arrival, ...]:
+    """Return so many requests of drawn functions that carry `stage`."""
+    picks = [behaviours[int(rng.integers(len(behaviours)))] for _ in range(width)]
+    return tuple(
+        Arrival(
+            0.0,
+            origin,
+            behaviour.spec.function_id,
+            behaviour.request_bytes,
+            _priority(behaviour, user),
+            stage=stage,
+        )
+        for behaviour in picks
+    )
 
 
 def _rounds(

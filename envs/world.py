@@ -9,6 +9,7 @@ from envs.topology import (
     Classes,
     access_links,
     draw_nodes,
+    draw_positions,
     draw_zones,
     tier_links,
 )
@@ -72,7 +73,7 @@ class Shift:
 
 
 NO_SHIFT = Shift()
-NAMED = ("small", "campus", "factory", "city", "flash-crowd", "link-cut", "heterogeneous")
+NAMED = ("small", "campus", "factory", "city", "flash-crowd", "link-cut", "heterogeneous", "azure")
 PRESETS = (*NAMED, "random")
 PRESET_SHARE = 0.4  # of random worlds that are one of the named ones
 LOADS = (0.08, 0.5)  # mean CPU demand ÷ capacity; bursts and crowds are several times that
@@ -86,11 +87,13 @@ def make_world(
     `small` is what `tierwise up` starts. `campus` has many light edges around one fog, `factory`
     strong fogs and a slow uplink, `city` 12 edges over 4 fogs by distance, with a daily rhythm
     and chains of functions. In `flash-crowd` a crowd asks one edge for one thing, in `link-cut`
-    nodes lose their links for seconds, in `heterogeneous` devices differ tenfold. `random` is for
+    nodes lose their links for seconds, in `heterogeneous` devices differ tenfold. `azure` has
+    functions and arrivals fitted on Azure Functions 2019 (`envs.azure`). `random` is for
     training: mostly it draws everything (domain randomisation), sometimes it is one of the others.
 
     Raises:
         ValueError: There is no such preset.
+        FailedPrecondition: The workload is after Azure, and orcbench is not installed.
     """
     topology, workload = (
         np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(2)
@@ -129,12 +132,15 @@ def make_world(
             faults = Faults(partition_interval_s=6.0, partition_s=3.0, until_s=600.0)
         case "heterogeneous":
             classes = Classes.DEVICES
+        case "azure":
+            mix = replace(mix, pattern="azure")
         case "random":
             heartbeat_s = float(topology.choice((0.25, 0.5, 1.0, 2.0)))
             mix = replace(
                 mix,
-                pattern=str(topology.choice(("bursty", "bursty", "diurnal", "flash"))),
+                pattern=str(topology.choice(("bursty", "bursty", "diurnal", "flash", "azure"))),
                 chain_share=float(topology.choice((0.0, 0.0, 0.2))),
+                join_share=0.3,
                 round_count=int(topology.choice((0, 0, 0, 2))),
             )
             classes = Classes.DEVICES if topology.random() < 0.25 else classes
@@ -144,7 +150,7 @@ def make_world(
     nodes = draw_nodes(topology, (cloud, fog, edge), classes, has_new=shift.has_new_device)
     links = tier_links(cloud_rtt_ms * shift.rtt_factor, uplink_mbit, scale=shift.rtt_factor)
     if is_zoned:
-        nodes = draw_zones(nodes)
+        nodes = draw_positions(topology, nodes) if preset == "random" else draw_zones(nodes)
         access = ACCESS[int(topology.integers(len(ACCESS)))]
         links = replace(
             links, by_pair=access_links(topology, nodes, access, uplink_mbit, shift.rtt_factor)
@@ -171,6 +177,7 @@ SHAPES = {
     "flash-crowd": ((1, 2, 5), 45.0, 72.0),
     "link-cut": ((1, 2, 4), 50.0, 72.0),
     "heterogeneous": ((1, 2, 6), 50.0, 72.0),
+    "azure": ((1, 2, 5), 45.0, 72.0),
 }
 FUNCTIONS = {
     "small": 5,
@@ -180,6 +187,7 @@ FUNCTIONS = {
     "flash-crowd": 8,
     "link-cut": 8,
     "heterogeneous": 10,
+    "azure": 10,
 }
 
 

@@ -8,10 +8,11 @@ import pytest
 
 from envs.arrivals import FLASH, bursty, diurnal, flash
 from envs.simulator import Simulator
+from envs.topology import ACCESS, access_links, distance, draw_positions
 from envs.traces import Mix, make_trace
 from envs.world import NAMED, Shift, make_world
 from tierwise.domain.outcome import OutcomeState
-from tierwise.domain.topology import Tier
+from tierwise.domain.topology import LinkTable, Tier
 from tierwise.placement.policy import create
 
 
@@ -117,3 +118,30 @@ def test_in_a_city_the_own_zones_fog_is_the_nearest() -> None:
         fogs = [n for n in world.nodes if n.tier is Tier.FOG]
         nearest = min(fogs, key=lambda n: world.links.between(edge, n).rtt_s)
         assert nearest.zone == edge.zone
+
+
+def test_in_a_random_region_the_nearest_fog_has_the_shortest_round_trip() -> None:
+    rng = np.random.default_rng(3)
+    nodes = draw_positions(rng, make_world("city", 6).nodes)
+    links = LinkTable(by_pair=access_links(rng, nodes, ACCESS[0], 72.0, 1.0))
+    fogs = [node for node in nodes if node.tier is Tier.FOG]
+    for edge in (node for node in nodes if node.tier is Tier.EDGE):
+        by_rtt = sorted(fogs, key=lambda fog: links.between(edge, fog).rtt_s)
+        apart = [distance(edge, fog) or 0.0 for fog in by_rtt]
+        assert apart == sorted(apart)
+        assert by_rtt[0].zone == edge.zone
+
+
+def test_a_join_waits_for_all_of_its_branches() -> None:
+    base = make_world("campus", 5, request_count=60)
+    mix = Mix(load=0.2, function_count=4, request_count=60, chain_share=0.5, join_share=1.0)
+    trace = make_trace(np.random.default_rng(2), list(base.nodes), mix)
+    joins = {number: stage for number, stage in trace.stages.items() if stage.size > 1}
+    assert len(joins) > 10
+    simulator = Simulator(replace(base, trace=trace), 5)
+    ended = [o.request_id for o in simulator.run(create("ect"))]
+    assert len(ended) == trace.request_count
+    branches = [(r, a.stage) for r, a, _ in simulator.schedule.planned() if a.stage in joins]
+    assert len(branches) == sum(stage.size for stage in joins.values())
+    for request_id, stage in branches:
+        assert ended.index(f"s{stage:05}-1") > ended.index(request_id)
