@@ -18,7 +18,8 @@ from training.bounds import clairvoyant, cost_in_a_copy, relaxed_cost_s
 from training.evaluate import mean_cost_s
 from training.improve import Examples, expected_cost, improve, load
 from training.network import Residual
-from training.suite import cases, run, to_markdown
+from training.report import to_markdown
+from training.suite import cases, run
 from training.teacher import Labels, label
 
 
