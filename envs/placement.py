@@ -20,6 +20,7 @@ from tierwise.placement.ranking import Ranking, rank
 
 COLUMNS = len(FEATURES) + 2
 COST_S_MAX = 30.0  # of one request, so that one outlier does not drown an episode
+SAVED_MAX = 5.0  # mean costs that one request can earn or lose, so that few do not drown the others
 POLICY_ID = PolicyId("environment@1")
 
 Observation = NDArray[np.float32]
@@ -119,8 +120,9 @@ class Episode:
         for outcome in outcomes[self._paid_count :]:
             cost_s = _cost_s(outcome)
             self.cost_s += cost_s
-            saved_s = self._base_s.get(outcome.request_id, cost_s) - cost_s
-            settled.append((self._decided.pop(outcome.request_id, None), saved_s / self._mean_s))
+            saved = (self._base_s.get(outcome.request_id, cost_s) - cost_s) / self._mean_s
+            saved = min(max(saved, -SAVED_MAX), SAVED_MAX)
+            settled.append((self._decided.pop(outcome.request_id, None), saved))
         self._paid_count = len(outcomes)
         return settled
 
@@ -169,7 +171,7 @@ class PlacementEnv(gymnasium.Env[Observation, np.int64]):
     ### Rewards
     For each request that ended since the last decision: what the objective (`cost.objective`) made
     of it under the tuned base score minus what it makes of it now, each at most 30
-    second-equivalents, ÷ the mean under the base score. The base score itself earns 0.
+    second-equivalents, ÷ the mean under the base score; within ±5. The base score itself earns 0.
 
     ### Starting State
     A fresh world of the preset, drawn from the seed; nothing is warm.

@@ -33,11 +33,11 @@ from training.judge import Origin, Range, Validation, as_policy, finish, new_fol
 from training.network import ResidualPolicy
 
 STEPS_PER_ENV = 128
-BATCH = 4096
+BATCH = 2048
 EPOCHS = 4
-LEARNING_RATE = 7e-4
-GAMMA = 0.98
-GAE_LAMBDA = 0.95
+LEARNING_RATE = 2e-3
+GAMMA = 0.95  # a reward stands at its own decision: only what queues behind it comes later
+GAE_LAMBDA = 0.9
 ENTROPY = 5e-4
 VALIDATE_EVERY = 8  # rollouts
 
