@@ -85,6 +85,7 @@ class Mix:
         chain_share: Share of requests that are followed by others.
         join_share: Share of those whose followers fan out and join again (a diamond); the others
             are chains of one or two steps, the last perhaps twice side by side.
+        time_scale: Of the run times; the shorter they are, the more often functions are called.
         round_count: Federated rounds of one job, spread over the trace.
     """
 
@@ -96,19 +97,23 @@ class Mix:
     durable_share: float = 0.0
     chain_share: float = 0.0
     join_share: float = 0.0
+    time_scale: float = 1.0
     round_count: int = 0
 
 
-def make_functions(rng: np.random.Generator, count: int) -> list[Behaviour]:
+def make_functions(
+    rng: np.random.Generator, count: int, time_scale: float = 1.0
+) -> list[Behaviour]:
     """Draw functions.
 
-    Run times are lognormal with a median of 100 ms and cold starts with a median of 0.25 s: within
-    what AWS Lambda shows for scripted languages and Java (95–260 ms, lambda-perf 2026-06).
+    Run times are lognormal with a median of 100 ms × `time_scale` and cold starts with a median of
+    0.25 s: within what AWS Lambda shows for scripted languages and Java (95–260 ms, lambda-perf
+    2026-06).
     Popularity is Zipf with exponent 1.
     """
     behaviours = []
     for index in range(count):
-        run_s = float(np.clip(rng.lognormal(np.log(0.1), 0.8), 0.01, 1.0))
+        run_s = time_scale * float(np.clip(rng.lognormal(np.log(0.1), 0.8), 0.01, 1.0))
         cold_s = float(np.clip(rng.lognormal(np.log(0.25), 0.5), 0.08, 1.5))
         request_bytes = int(np.clip(rng.lognormal(np.log(20_000), 1.5), 200, 2_000_000))
         deadline_s = 0.1 + run_s * float(rng.uniform(2.0, 6.0))
@@ -168,7 +173,7 @@ def make_trace(
             rng, mix.function_count, count, mix.load * capacity
         )
     elif behaviours is None:
-        behaviours = make_functions(rng, mix.function_count)
+        behaviours = make_functions(rng, mix.function_count, mix.time_scale)
     weights = np.array([b.popularity for b in behaviours])
     weights /= weights.sum()
     mean_run_s = float(sum(w * b.profile.run_s for w, b in zip(weights, behaviours, strict=True)))

@@ -141,6 +141,7 @@ def make_world(
                 pattern=str(topology.choice(("bursty", "bursty", "diurnal", "flash", "azure"))),
                 chain_share=float(topology.choice((0.0, 0.0, 0.2))),
                 join_share=0.3,
+                time_scale=float(topology.choice((1.0, 1.0, 0.5, 0.2))),
                 round_count=int(topology.choice((0, 0, 0, 2))),
             )
             classes = Classes.DEVICES if topology.random() < 0.25 else classes

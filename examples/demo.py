@@ -93,12 +93,14 @@ def summarise(calls: list[Record]) -> dict[str, Any]:
         for o, ms in zip(outcomes, latency_ms, strict=True)
     ]
     tiers = [o["node_id"].partition("-")[0] for o in outcomes]
+    explained = [o["explanation"] for o in outcomes if o.get("explanation")]
     return {
         "calls": len(outcomes),
         "p50_ms": float(np.percentile(latency_ms, 50)),
         "p95_ms": float(np.percentile(latency_ms, 95)),
         "missed": float(np.mean(missed)),
         "usd_per_million": 1e6 * float(np.mean([o["money_usd"] for o in outcomes])),
+        "fallback": float(np.mean([bool(why["fallback"]) for why in explained] or [0.0])),
         "share": {tier: tiers.count(tier) / len(tiers) for tier in ("edge", "fog", "cloud")},
         "slowest": max(outcomes, key=lambda o: sum(o["latency"].values()))["request_id"],
     }
@@ -217,10 +219,11 @@ def print_results(
     """Print what the platform recorded."""
     table = Table(
         title=f"{call_count} real calls from two edges, the same (seed {seed}) for each policy",
-        caption="Real processes and code; link delays and device speeds are emulated.",
+        caption="Real processes and code; link delays and device speeds are emulated. Missed: the "
+        "deadline. Fell back: decided by the base score, for the network did not know such inputs.",
     )
     table.add_column("policy")
-    titles = ("p50", "p95", "deadline missed", "cost per million", "edge / fog / cloud", "failed")
+    titles = ("p50", "p95", "missed", "$ per million", "edge / fog / cloud", "fell back", "failed")
     for title in titles:
         table.add_column(title, justify="right")
     for policy, found in results.items():
@@ -230,8 +233,9 @@ def print_results(
             f"{found['p50_ms']:.0f} ms",
             f"{found['p95_ms']:.0f} ms",
             f"{found['missed']:.1%}",
-            f"{found['usd_per_million']:.2f} $",
+            f"{found['usd_per_million']:.2f}",
             f"{share['edge']:.0%} / {share['fog']:.0%} / {share['cloud']:.0%}",
+            f"{found['fallback']:.0%}" if policy == "learned" else "",
             str(found["failed"]),
         )
     out.print(table)

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tierwise.domain.decision import Explanation, Placed
-from tierwise.domain.function import FunctionSpec
+from tierwise.domain.function import FunctionProfile, FunctionSpec
 from tierwise.domain.ids import NodeId, RequestId
 from tierwise.domain.request import Request
 from tierwise.domain.resources import Resources
@@ -227,6 +227,27 @@ def test_inputs_outside_the_trained_range_let_the_base_score_decide_and_name_the
     assert why.fallback == "wait is outside the trained range"
     assert [c.residual for c in why.candidates] == [0.0] * 6
     assert sum(c.propensity for c in why.candidates) == 1.0
+
+
+def test_what_only_the_request_says_is_held_to_the_trained_range() -> None:
+    low, high = [-8.0] * F, [8.0] * F
+    high[FEATURES.index("rate")] = float(np.log1p(3.5))
+    high[FEATURES.index("items")] = 0.0
+    policy = LearnedPolicy(network(), card(low=low, high=high))
+
+    def explained(rate_per_s: float, item_count: int) -> Explanation:
+        profiles = {REQUEST.function_id: FunctionProfile(rate_per_s=rate_per_s)}
+        seen = replace(view(5), profiles=profiles)
+        why = policy.decide(seen, replace(REQUEST, item_count=item_count), RNG)
+        assert isinstance(why, Placed) and why.explanation is not None
+        return why.explanation
+
+    busy, busier = explained(3.5, 1), explained(50.0, 1)
+    assert busier.fallback == "" == explained(50.0, 200).fallback
+    assert [c.residual for c in busier.candidates] == [c.residual for c in busy.candidates]
+    assert [c.residual for c in explained(0.1, 1).candidates] != [
+        c.residual for c in busy.candidates
+    ]
 
 
 def test_a_margin_around_the_trained_range_is_tolerated() -> None:

@@ -53,6 +53,7 @@ _ROW = slice(6, 17)
 _LATENESS = FEATURES.index("lateness")
 _MONEY = FEATURES.index("money")
 _REQUEST = slice(19, 24)
+COMMON = _REQUEST  # columns that are equal for all candidates: they say what is asked, not where
 
 
 def gaps(scores: Float, deadline_s: float) -> Float:

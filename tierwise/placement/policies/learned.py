@@ -4,7 +4,10 @@
 
 λ = 0 is the pure heuristic. With a temperature above 0 the node is drawn from the softmax of the
 logits: agents that decide on the same stale view then do not all run to the same node, and the
-logged propensities are true. Where the network should not be trusted, the base score decides.
+logged propensities are true. Where the network should not be trusted, the base score decides: that
+is, where a candidate looks like none in training. What only the request says (how often its
+function is called, its deadline, its size) is held to the trained range instead: it shifts all
+candidates alike, and a function that is called ten times as often is still a busy function.
 """
 
 import math
@@ -19,7 +22,7 @@ from tierwise.domain.ids import PolicyId
 from tierwise.domain.request import Request
 from tierwise.domain.view import ClusterView
 from tierwise.errors import NotFound
-from tierwise.placement.features import BOUND, CANDIDATES_MAX, FEATURES, encode, gaps
+from tierwise.placement.features import BOUND, CANDIDATES_MAX, COMMON, FEATURES, encode, gaps
 from tierwise.placement.network import Float32
 from tierwise.placement.network import Network as Network
 from tierwise.placement.network import initial as initial
@@ -42,6 +45,7 @@ class LearnedPolicy:
     _weights: ScoreWeights = field(init=False)
     _low: Float32 = field(init=False)
     _high: Float32 = field(init=False)
+    _common: tuple[Float32, Float32] = field(init=False)
 
     def __post_init__(self) -> None:
         """Prepare what every decision needs."""
@@ -49,6 +53,7 @@ class LearnedPolicy:
         self._weights = ScoreWeights(**self.card.score)
         low = np.clip(self.card.low, -BOUND, BOUND)
         high = np.clip(self.card.high, -BOUND, BOUND)
+        self._common = low[COMMON].astype(np.float32), high[COMMON].astype(np.float32)
         margin = RANGE_MARGIN * (high - low) + 1e-3
         self._low = (low - margin).astype(np.float32)
         self._high = (high + margin).astype(np.float32)
@@ -65,6 +70,8 @@ class LearnedPolicy:
         if not isinstance(ranking, Ranking):
             return ranking
         features = encode(view, request, ranking.estimates, ranking.scores)
+        common = features[:, COMMON]
+        np.minimum(np.maximum(common, self._common[0], out=common), self._common[1], out=common)
         outside = (features < self._low) | (features > self._high)
         if np.logical_or.reduce(outside, axis=None):
             column = FEATURES[int(outside.any(axis=0).argmax())]
