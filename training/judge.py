@@ -1,12 +1,17 @@
 """The last step of every training: choose the dials, judge on held-out worlds, write the policy."""
 
 import json
+import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from envs.simulator import Simulator
+from envs.world import make_world
 from tierwise.files import write_atomically
 from tierwise.placement import policies
 from tierwise.placement.features import BOUND
@@ -14,13 +19,15 @@ from tierwise.placement.policies.ect import EarliestCompletion
 from tierwise.placement.policies.learned import Card, LearnedPolicy, Network, save
 from tierwise.placement.policy import Policy
 from tierwise.placement.score import DEFAULT_WEIGHTS
-from training.evaluate import HELD_OUT, compare, run
+from training.evaluate import HELD_OUT, compare
 from training.export import make_card
+from training.figures import mean_cost_s
 from training.network import BETA
 from training.tune import VALIDATION
 
 LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 TEMPERATURES = (0.0, 0.5, 1.0)
+PROCESSES = 2
 VALIDATION_REQUESTS = 400
 EVALUATION_REQUESTS = 600
 
@@ -46,15 +53,21 @@ class Validation:
     def __init__(self, preset: str, worlds: int) -> None:
         self._preset = preset
         self._seeds = range(VALIDATION, VALIDATION + worlds)
-        self._base = np.array([self._cost_s(EarliestCompletion(), seed) for seed in self._seeds])
+        self._pool = ProcessPoolExecutor(PROCESSES)
+        self._base = self._costs_s(EarliestCompletion())
 
     def ratio(self, policy: Policy) -> float:
         """Return the mean over worlds of cost ÷ cost of the base score; below 1 is better."""
-        costs = np.array([self._cost_s(policy, seed) for seed in self._seeds])
-        return float(np.exp(np.mean(np.log(costs / self._base))))
+        return float(np.exp(np.mean(np.log(self._costs_s(policy) / self._base))))
 
-    def _cost_s(self, policy: Policy, seed: int) -> float:
-        return run(policy, self._preset, seed, VALIDATION_REQUESTS).cost_s
+    def _costs_s(self, policy: Policy) -> NDArray[np.float64]:
+        one = partial(_cost_s, policy, self._preset)
+        return np.array(list(self._pool.map(one, self._seeds, chunksize=4)))
+
+
+def _cost_s(policy: Policy, preset: str, seed: int) -> float:
+    world = make_world(preset, seed, request_count=VALIDATION_REQUESTS)
+    return mean_cost_s(Simulator(world, seed).run(policy))
 
 
 def as_policy(
@@ -78,23 +91,31 @@ def as_policy(
 
 def finish(folder: Path, network: Network, trained: Range, origin: Origin) -> None:
     """Choose λ and temperature on validation, judge on held-out worlds, write policy and card."""
-    validation = Validation(origin.preset, origin.validation_worlds)
-    ratios = {
-        (lam, temperature): validation.ratio(
-            as_policy(network, trained, lam=lam, temperature=temperature)
+    from tqdm import tqdm
+
+    ratios: dict[tuple[float, float], float] = {}
+    total = len(TEMPERATURES) + len(LAMBDAS) - 1 + 2 * origin.evaluation_worlds
+    with tqdm(total=total, unit="step", desc="judging", file=sys.stderr) as bar:
+        validation = Validation(origin.preset, origin.validation_worlds)
+
+        def tried(lam: float, temperature: float) -> tuple[float, float]:
+            if (lam, temperature) not in ratios:
+                policy = as_policy(network, trained, lam=lam, temperature=temperature)
+                ratios[lam, temperature] = validation.ratio(policy)
+                bar.update()
+            return ratios[lam, temperature], lam
+
+        temperature = min(TEMPERATURES, key=lambda each: tried(1.0, each))
+        lam = min(LAMBDAS, key=lambda each: tried(each, temperature))
+        policy = as_policy(network, trained, lam=lam, temperature=temperature)
+        seeds = range(HELD_OUT, HELD_OUT + origin.evaluation_worlds)
+        rows = compare(
+            {"ect": EarliestCompletion(), "learned": policy},
+            [origin.preset],
+            seeds,
+            EVALUATION_REQUESTS,
+            on_progress=lambda *_: bar.update(),
         )
-        for lam in LAMBDAS
-        for temperature in TEMPERATURES
-    }
-    lam, temperature = min(ratios, key=lambda key: (ratios[key], key))
-    policy = as_policy(network, trained, lam=lam, temperature=temperature)
-    seeds = range(HELD_OUT, HELD_OUT + origin.evaluation_worlds)
-    rows = compare(
-        {"ect": EarliestCompletion(), "learned": policy},
-        [origin.preset],
-        seeds,
-        EVALUATION_REQUESTS,
-    )
     judged = next(row for row in rows if row["policy"] == "learned")
     card = make_card(
         name=origin.name,

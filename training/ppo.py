@@ -57,6 +57,12 @@ class Settings:
     name: str = "placement"
     version: int = 1
 
+    @property
+    def whole_steps(self) -> int:
+        """Return the steps, rounded up to whole rollouts."""
+        rollout = STEPS_PER_ENV * self.env_count
+        return -(-self.steps // rollout) * rollout
+
 
 @dataclass(slots=True)
 class Progress:
@@ -189,12 +195,12 @@ def _train(
         )
     model.set_logger(configure(str(folder / "tensorboard"), ["tensorboard"]))
     validation = Validation(settings.preset, settings.validation_worlds)
-    with tqdm(total=settings.steps, unit="step", file=sys.stderr) as bar:
-        bar.update(model.num_timesteps)
+    done, goal = model.num_timesteps, settings.whole_steps
+    with tqdm(total=goal, initial=done, unit="step", file=sys.stderr) as bar:
         watch = Watch(settings, folder, validation, progress, bar)
         try:
             model.learn(
-                max(0, settings.steps - model.num_timesteps),
+                max(0, goal - done),
                 callback=watch,
                 reset_num_timesteps=False,
             )
@@ -254,7 +260,12 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--steps", type=int, default=default.steps, help="decisions to learn from")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help=f"decisions to learn from, by default {default.steps}; with --resume: in all, by "
+        "default what the run was meant to have",
+    )
     parser.add_argument("--seed", type=int, default=default.seed)
     parser.add_argument("--preset", choices=PRESETS, default=default.preset)
     parser.add_argument("--env-count", type=int, default=default.env_count)
@@ -271,13 +282,14 @@ def main() -> int:
     )
     flags = vars(parser.parse_args())
     root, resume, is_shipped = flags.pop("out"), flags.pop("resume"), flags.pop("ship")
+    steps = flags.pop("steps")
     try:
         if resume is not None:
             saved = json.loads((resume / "args.json").read_text())
-            settings = replace(Settings(**saved), steps=max(flags["steps"], saved["steps"]))
-            folder = resume
+            settings = replace(Settings(**saved), steps=steps or saved["steps"])
+            root, folder = resume.parent, resume
         else:
-            settings = Settings(**flags)
+            settings = Settings(**flags, steps=steps or default.steps)
             folder = new_folder(root, settings.name)
         write_atomically(folder / "args.json", json.dumps(asdict(settings), indent=2).encode())
         write_atomically(folder / "command.txt", shlex.join(sys.argv).encode())

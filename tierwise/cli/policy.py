@@ -40,7 +40,10 @@ def publish(
         weights = (folder / "policy.npz").read_bytes()
         card = (folder / "policy.json").read_bytes()
     except OSError as error:
-        raise NotFound(f"{error.filename}: {error.strerror}; a run folder has both files") from None
+        hint = "a run folder has both files"
+        if (folder / "model.zip").exists():
+            hint = f"this run has not ended: go on with `tierwise policy train --resume {folder}`"
+        raise NotFound(f"{error.filename}: {error.strerror}; {hint}") from None
     with operator() as ask:
         print(ask.publish(weights, card)["policy_id"])
 
