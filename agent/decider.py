@@ -241,7 +241,7 @@ class Decider:
         row = _row(why, why.choice)
         if row is None:
             return
-        was_predicted = _latency_s(row) > outcome.deadline_s
+        was_predicted = sum(row[1:6]) > outcome.deadline_s  # transfer to return
         for guarded in (self._active, self._canary):
             if guarded is not None:
                 by_base = outcome.policy_id == self._fallback_id
@@ -332,10 +332,6 @@ def _row(why: Explanation, node_id: NodeId | None) -> CandidateScore | None:
         if row[0] == node_id:
             return row
     return None
-
-
-def _latency_s(row: CandidateScore) -> float:
-    return row.transfer_s + row.wait_s + row.cold_start_s + row.run_s + row.return_s
 
 
 def _log_opened(guarded: _Guarded) -> None:
