@@ -6,11 +6,13 @@ from typing import Annotated
 import typer
 
 from tierwise.cli.common import become, operator
+from tierwise.cli.estimate import estimate
 from tierwise.cli.output import say
 from tierwise.config import parse_duration_s
 from tierwise.errors import FailedPrecondition, InvalidArgument, NotFound
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
+app.command()(estimate)
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
