@@ -82,6 +82,7 @@ class _Note:
 
     trial_id: int = 0
     block: int = 0
+    question: tuple[ClusterView, Request, Decision] | None = None  # not put to the shadow yet
     shadow: ShadowDecision | None = None
 
 
@@ -127,9 +128,17 @@ class Decider:
 
     def decide(self, view: ClusterView, request: Request) -> tuple[Decision, PolicyId]:
         """Return the decision and who took it."""
-        on_duty = self._active
-        if self._canary is not None or self._shadow is not None:
-            on_duty = self._noted(request.request_id, view.now_s)
+        if self._canary is None and self._shadow is None:
+            return self._ask(self._active, view, request)
+        note = self._notes[request.request_id] = _Note()
+        decision, policy_id = self._ask(self._turn(note, view.now_s), view, request)
+        if self._shadow is not None:
+            note.question = (_standing_still(view), request, decision)
+        return decision, policy_id
+
+    def _ask(
+        self, on_duty: _Guarded, view: ClusterView, request: Request
+    ) -> tuple[Decision, PolicyId]:
         if on_duty.policy_id == self._fallback_id:  # nothing to fall back to
             on_duty.decision_count += 1
             return self._fallback.decide(view, request, self._rng), self._fallback_id
@@ -155,11 +164,17 @@ class Decider:
             _log_opened(on_duty)
         return decision, on_duty.policy_id
 
-    def ask_shadow(self, view: ClusterView, request: Request, decision: Decision) -> None:
+    def ask_shadow(self, request_id: RequestId) -> None:
         """Ask the shadow what it would have done; its answer goes into the call's record."""
-        note, guarded = self._notes.get(request.request_id), self._shadow
-        if note is None or guarded is None:  # the call has ended, or the shadow has
+        note = self._notes.get(request_id)
+        if note is not None:
+            self._put(note)
+
+    def _put(self, note: _Note) -> None:
+        guarded = self._shadow
+        if note.question is None or guarded is None:
             return
+        (view, request, decision), note.question = note.question, None
         policy_id, breaker = guarded.policy_id, guarded.breaker
         now_s = view.now_s
         if not breaker.allows(now_s):
@@ -186,6 +201,7 @@ class Decider:
         note = self._notes.pop(outcome.request_id, None) if self._notes else None
         if note is None:
             return outcome
+        self._put(note)  # it may have ended before the shadow's turn came
         return replace(outcome, shadow=note.shadow, trial_id=note.trial_id, block=note.block)
 
     def health(self) -> Iterator[types_pb2.PolicyHealth]:
@@ -210,9 +226,8 @@ class Decider:
         for duty, policy_id, cause in self.duties.refused:
             yield types_pb2.PolicyHealth(policy_id=policy_id, duty=duty, error=cause)
 
-    def _noted(self, request_id: RequestId, now_s: float) -> _Guarded:
-        """Open a note for a call; return whose turn it is."""
-        note = self._notes[request_id] = _Note()
+    def _turn(self, note: _Note, now_s: float) -> _Guarded:
+        """Return whose turn it is, and note the block."""
         canary = self.duties.canary
         if canary is None or self._canary is None:
             return self._active
@@ -258,7 +273,7 @@ class Decider:
                     _log_opened(guarded)
 
 
-def standing_still(view: ClusterView) -> ClusterView:
+def _standing_still(view: ClusterView) -> ClusterView:
     """Return the view with an own row that no longer follows the pool: it can be kept."""
     here = view.origin
     if here is None:

@@ -12,7 +12,7 @@ from typing import Protocol, assert_never
 
 import structlog
 
-from agent.decider import Decider, standing_still
+from agent.decider import Decider
 from agent.machine import NodeMachine
 from agent.runtime.environments import Environments
 from agent.runtime.runtime import InstanceStartError, ItemKind, ItemResult, RunReport, Runtime
@@ -256,8 +256,7 @@ class Shell:
         request = command.request
         decision, policy_id = self.decider.decide(command.view, request)
         if self.decider.has_shadow:  # asked when the call is on its way: it need not wait
-            view = standing_still(command.view)
-            asyncio.get_running_loop().call_soon(self.decider.ask_shadow, view, request, decision)
+            asyncio.get_running_loop().call_soon(self.decider.ask_shadow, request.request_id)
         self._events.appendleft(
             Decided(request_id=request.request_id, decision=decision, policy_id=policy_id)
         )

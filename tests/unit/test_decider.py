@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agent.decider import Canary, Decider, Duties, standing_still
+from agent.decider import Canary, Decider, Duties
 from agent.policies import PolicySlots
 from tests.unit.test_learned import REQUEST, card, network, view
 from tierwise.domain.decision import Decision, NotPlaced, Placed
@@ -194,7 +194,7 @@ def test_a_shadow_changes_no_decision_and_its_answer_is_in_the_record() -> None:
         request = call(f"r-{i}")
         decision, policy_id = alone.decide(view(6), request)
         assert shadowed.decide(view(6), request) == (decision, policy_id)
-        shadowed.ask_shadow(view(6), request, decision)
+        shadowed.ask_shadow(request.request_id)
         shadow = shadowed.reported(ended(decision, policy_id, name=f"r-{i}"), 1.0).shadow
         assert shadow is not None and isinstance(decision, Placed)
         assert shadow.node_id == worst(view(6), request).node_ids[0]  # type: ignore[union-attr]
@@ -206,7 +206,7 @@ def test_a_shadow_changes_no_decision_and_its_answer_is_in_the_record() -> None:
 def test_the_gain_is_the_difference_of_predicted_costs() -> None:
     who = decider(Scripted(worst), shadow=create("ect"))
     decision, policy_id = who.decide(view(6), REQUEST)
-    who.ask_shadow(view(6), REQUEST, decision)
+    who.ask_shadow(REQUEST.request_id)
     shadow = who.reported(ended(decision, policy_id), 1.0).shadow
     assert shadow is not None and not shadow.is_same
     assert isinstance(decision, Placed) and decision.explanation is not None
@@ -232,7 +232,7 @@ def test_a_shadow_that_fails_is_counted_and_dropped(
     errors = []
     for i in range(5):
         decision, policy_id = who.decide(view(4), call(f"r-{i}"))
-        who.ask_shadow(view(4), call(f"r-{i}"), decision)
+        who.ask_shadow(RequestId(f"r-{i}"))
         shadow = who.reported(ended(decision, policy_id, name=f"r-{i}"), 1.0).shadow
         assert shadow is not None
         errors.append(shadow.error)
@@ -243,21 +243,29 @@ def test_a_shadow_that_fails_is_counted_and_dropped(
     assert (active.breaker, health.breaker, health.fallbacks["dropped"]) == ("closed", "open", 4)
 
 
-def test_a_call_that_ended_before_the_shadow_was_asked_leaves_nothing_behind() -> None:
-    who = decider(create("ect"), shadow=Scripted(worst))
+def test_a_call_that_ended_before_the_shadows_turn_has_its_answer_too() -> None:
+    policy = Scripted(worst)
+    who = decider(create("ect"), shadow=policy)
     decision, policy_id = who.decide(view(4), REQUEST)
-    assert who.reported(ended(decision, policy_id), 1.0).shadow is None
-    who.ask_shadow(view(4), REQUEST, decision)
-    assert not who._notes
+    shadow = who.reported(ended(decision, policy_id), 1.0).shadow
+    assert shadow is not None and shadow.node_id is not None
+    who.ask_shadow(REQUEST.request_id)
+    assert (policy.asked_count, who._notes) == (1, {})
 
 
-def test_a_view_that_stands_still_does_not_follow_the_pool() -> None:
+def test_the_shadow_sees_the_view_as_it_was_when_the_call_was_placed() -> None:
+    seen = []
+
+    def look(view: ClusterView, request: Request) -> Decision:
+        seen.append(dict(view.nodes[0].reading.warm))
+        return ect(view, request)
+
     warm = {REQUEST.spec.function_id: 1}
-    live = view(3, warm=warm)
-    still = standing_still(live)
-    warm.clear()
-    assert live.nodes[0].reading.warm == {}
-    assert still.nodes[0].reading.warm == {REQUEST.spec.function_id: 1}
+    who = decider(create("ect"), shadow=Scripted(look))
+    who.decide(view(3, warm=warm), REQUEST)
+    warm.clear()  # an instance was taken
+    who.ask_shadow(REQUEST.request_id)
+    assert seen == [{REQUEST.spec.function_id: 1}]
 
 
 # -- canary -------------------------------------------------------------------------------------
