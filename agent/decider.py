@@ -250,10 +250,10 @@ class Decider:
         return decision, self._fallback_id
 
     def _learn(self, outcome: Outcome, why: Explanation, now_s: float) -> None:
-        """Compare how late the call was with what was predicted for the node that was chosen."""
+        """Compare how late the call was with what was predicted for the base score's choice."""
         if outcome.state not in (OutcomeState.OK, OutcomeState.EXPIRED):
             return  # a function that raised says nothing of where it ran
-        row = _row(why, why.choice)
+        row = _row(why, why.heuristic_choice)
         if row is None:
             return
         was_predicted = sum(row[1:6]) > outcome.deadline_s  # transfer to return

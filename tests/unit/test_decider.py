@@ -151,6 +151,38 @@ def test_calls_that_end_later_than_predicted_open_the_breaker() -> None:
     assert next(who.health()).cause == "it missed more deadlines than predicted"
 
 
+def test_a_policy_that_chooses_nodes_predicted_to_be_late_is_found_out() -> None:
+    who = decider(LearnedPolicy(network(), card()))
+    decision, policy_id = who.decide(view(2), REQUEST)
+    assert isinstance(decision, Placed) and decision.explanation is not None
+    good, bad = (
+        row._replace(run_s=run_s, wait_s=0.0)
+        for row, run_s in zip(decision.explanation.candidates, (0.1, 9.0), strict=True)
+    )
+    why = replace(
+        decision.explanation,
+        candidates=(good, bad),
+        heuristic_choice=good.node_id,
+        choice=bad.node_id,
+    )
+    late = replace(ended(decision, policy_id, latency_s=9.0), explanation=why)
+    for _ in range(100):
+        who.reported(late, 1.0)
+    assert next(who.health()).breaker == "open"
+
+
+def test_if_the_base_scores_choice_would_be_late_too_the_policy_is_not_blamed() -> None:
+    who = decider(LearnedPolicy(network(), card()))
+    decision, policy_id = who.decide(view(2), REQUEST)
+    assert isinstance(decision, Placed) and decision.explanation is not None
+    rows = tuple(row._replace(run_s=9.0) for row in decision.explanation.candidates)
+    why = replace(decision.explanation, candidates=rows)
+    late = replace(ended(decision, policy_id, latency_s=9.0), explanation=why)
+    for _ in range(100):
+        who.reported(late, 1.0)
+    assert next(who.health()).breaker == "closed"
+
+
 def test_functions_that_fail_are_not_blamed_on_the_policy() -> None:
     who = decider(LearnedPolicy(network(), card()))
     decision, policy_id = who.decide(view(4), REQUEST)

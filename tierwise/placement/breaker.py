@@ -10,7 +10,8 @@ the probes, and the base score the others. The pattern is Nygard's (Release It!,
 Four things open it. The policy raises. It is late: decisions may take `PACE_S` on average, and what
 goes beyond is a debt that may not exceed `DEBT_MAX_S`, so that one pause of the machine is forgiven
 and one decision that sleeps is not. Its inputs are out of the trained range in most decisions. Or
-its calls miss more deadlines than were predicted for the nodes it chose.
+its calls miss more deadlines than were predicted for the nodes that the base score would have
+chosen: so a policy that knowingly chooses late nodes is found out too.
 
 Predictions may be wrong for every policy, as under overload. So while the breaker is open for
 misses, the base score's own excess of misses is counted too; that much is then allowed.
@@ -161,7 +162,7 @@ class CircuitBreaker:
         Args:
             now_s: When.
             is_missed: It was late, or expired.
-            was_predicted: The predicted latency on the chosen node was beyond the deadline.
+            was_predicted: On the base score's choice, too, it was predicted to be late.
             by_base: The base score had decided it, not the policy.
         """
         if not self._watches_misses:
