@@ -35,6 +35,7 @@ from tierwise.v1 import types_pb2
 
 log = structlog.get_logger()
 ERROR_LENGTH_MAX = 200
+NOTES_MAX = 20_000  # calls that are under way
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,8 +132,12 @@ class Decider:
         if self._canary is None and self._shadow is None:
             return self._ask(self._active, view, request)
         note = self._notes[request.request_id] = _Note()
-        decision, policy_id = self._ask(self._turn(note, view.now_s), view, request)
-        if self._shadow is not None:
+        if len(self._notes) > NOTES_MAX:  # should a call ever end without a report
+            del self._notes[next(iter(self._notes))]
+        on_duty = self._turn(note, view.now_s)
+        decision, policy_id = self._ask(on_duty, view, request)
+        shadow = self._shadow
+        if shadow is not None and shadow.policy_id != on_duty.policy_id:  # not in its own blocks
             note.question = (_standing_still(view), request, decision)
         return decision, policy_id
 

@@ -321,6 +321,16 @@ def test_in_its_blocks_the_canary_decides_and_the_record_says_so() -> None:
         assert outcome.block == (0 if step % 10 == 0 else block)  # its first tenth does not count
 
 
+def test_a_shadow_is_not_compared_with_itself_in_its_own_blocks() -> None:
+    policy = Scripted(worst, "new")
+    canary = Canary(policy=policy, trial_id=7, schedule=Schedule(0.5, 10.0, 3), started_at_s=100.0)
+    who = decider(create("ect"), canary=canary, shadow=policy)
+    for step in range(0, 200, 5):
+        decision, policy_id = who.decide(replace(view(4), now_s=100.0 + step), REQUEST)
+        outcome = who.reported(ended(decision, policy_id), 100.0 + step)
+        assert (outcome.shadow is None) == (policy_id == "new@1")
+
+
 # -- on disk ------------------------------------------------------------------------------------
 
 

@@ -26,8 +26,8 @@ CAVEATS = (
     "Each figure asks what single calls would have cost in the traffic that the logging policy "
     "made; a policy in charge also changes the queues that later calls meet. A canary measures "
     "that, these estimates do not.",
-    "Where the logging policy never chose what the target would, there is no support: IPS and "
-    "SNIPS leave these decisions out, DR takes the cost model's word for them. Policies without "
+    "Where the logging policy never chose what the target would, there is no support: IPS "
+    "takes these decisions for free, SNIPS leaves them out, DR takes the cost model's word for them. Policies without "
     "a temperature log chances of 0 and 1 and support only what they did.",
     "Agents keep explanations of the first 200 calls of each heartbeat: under more load than that, "
     "the log is not a fair sample.",
