@@ -261,9 +261,7 @@ def _print(found: "OffPolicy", policy: str, how: str, left_out: Counter[str]) ->
     if left_out:
         print(f"left out   {_left_out(left_out)}")
     if found.unsupported_share > 1.0 - SUPPORT_MIN:
-        say(
-            "warning: too little support: IPS is too low, and SNIPS judges a part of the decisions only"
-        )
+        say("warning: too little support: IPS is too low, SNIPS judges a part of the decisions")
 
 
 def _cells(interval: "Interval") -> list[str]:

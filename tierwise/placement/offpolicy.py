@@ -27,8 +27,8 @@ CAVEATS = (
     "made; a policy in charge also changes the queues that later calls meet. A canary measures "
     "that, these estimates do not.",
     "Where the logging policy never chose what the target would, there is no support: IPS "
-    "takes these decisions for free, SNIPS leaves them out, DR takes the cost model's word for them. Policies without "
-    "a temperature log chances of 0 and 1 and support only what they did.",
+    "takes these decisions for free, SNIPS leaves them out, DR takes the cost model's word for "
+    "them. Policies without a temperature log chances of 0 and 1 and support only what they did.",
     "Agents keep explanations of the first 200 calls of each heartbeat: under more load than that, "
     "the log is not a fair sample.",
 )
