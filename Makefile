@@ -6,7 +6,7 @@ export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 PROTOS := $(wildcard protos/tierwise/v1/*.proto)
 
-.PHONY: help demo check test bench protos train-policy clean format lint
+.PHONY: help demo check test bench bench-breaker protos train-policy clean format lint
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -28,7 +28,11 @@ bench: $(VENV)/dev.stamp ## speed and size, as ratios against rivals in the same
 	@$(BIN)/python -m benchmarks.bench_calls
 	@$(BIN)/python -m benchmarks.bench_agent
 	@$(BIN)/python -m benchmarks.bench_decision
+	@$(BIN)/python -m benchmarks.bench_guard
 	@$(BIN)/python -m benchmarks.bench_simulator
+
+bench-breaker: $(VENV)/dev.stamp ## for which policies the circuit breaker would open (simulated)
+	@$(BIN)/python -m benchmarks.bench_breaker
 
 format: $(VENV)/dev.stamp ## rewrite the code in the house style
 	@$(BIN)/ruff format -q . && $(BIN)/ruff check -q --fix .

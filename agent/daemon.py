@@ -12,16 +12,17 @@ import structlog
 import uvloop
 
 from agent.catalogue import CodeFolder, FunctionIndex
+from agent.decider import Decider
 from agent.ingress import Ingress
 from agent.machine import NodeMachine
 from agent.peers import PeerStreams
-from agent.policies import PolicySlot
+from agent.policies import PolicySlots
 from agent.probe import Probe
 from agent.runtime.environments import Environments
 from agent.runtime.runtime import Runtime
 from agent.shell import Shell
 from agent.uplink import Uplink
-from tierwise.clock import wall_s
+from tierwise.clock import monotonic_s, wall_s
 from tierwise.config import AgentConfig, load
 from tierwise.domain.ids import NodeId, is_name
 from tierwise.domain.resources import Resources
@@ -68,7 +69,7 @@ async def serve(config: AgentConfig) -> None:
         machine = NodeMachine(node, queue_max=config.queue_max, first_sequence=int(wall_s() * 1000))
         runtime = Runtime(state_dir=state / "runtime")
         await runtime.open()
-        policies = PolicySlot(state / "policy")
+        policies = PolicySlots(state / "policy")
         functions = FunctionIndex(state / "catalogue.pb")
         peers = PeerStreams(machine, credentials, emulate=config.emulate_links, seed=config.seed)
         shell = Shell(
@@ -77,11 +78,13 @@ async def serve(config: AgentConfig) -> None:
             environments=Environments(state / "environments"),
             code=CodeFolder(state / "code", lambda digest: uplink.fetch_code(digest)),
             peers=peers,
-            policy=policies.last(config.policy),
-            fallback=create("ect"),
+            decider=Decider(
+                policies.restore(config.policy, now_s=monotonic_s(), wall_s=wall_s()),
+                fallback=create("ect"),
+                seed=config.seed + zlib.crc32(config.name.encode()),  # no two nodes draw alike
+            ),
             group=group,
             slowdown=max(1.0, 1.0 / config.speed) if config.emulate_speed else 1.0,
-            seed=config.seed + zlib.crc32(config.name.encode()),  # no two nodes draw alike
         )
         uplink = Uplink(
             scheduler=config.scheduler,

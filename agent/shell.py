@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, assert_never
 
-import numpy as np
 import structlog
 
+from agent.decider import Decider
 from agent.machine import NodeMachine
 from agent.runtime.environments import Environments
 from agent.runtime.runtime import InstanceStartError, ItemKind, ItemResult, RunReport, Runtime
@@ -44,12 +44,11 @@ from tierwise.domain.event import (
     Ticked,
 )
 from tierwise.domain.function import FunctionSpec
-from tierwise.domain.ids import InstanceId, NodeId, PolicyId, RequestId
+from tierwise.domain.ids import InstanceId, NodeId, RequestId
 from tierwise.domain.outcome import Outcome
 from tierwise.domain.request import Request
 from tierwise.domain.view import NodeReading
 from tierwise.errors import TierwiseError
-from tierwise.placement.policy import Policy
 from tierwise.v1 import types_pb2
 from tierwise.wire import convert
 
@@ -147,11 +146,9 @@ class Shell:
         environments: Environments,
         code: CodeStore,
         peers: Peers,
-        policy: Policy,
-        fallback: Policy,
+        decider: Decider,
         group: asyncio.TaskGroup,
         slowdown: float = 1.0,
-        seed: int = 0,
     ) -> None:
         """Wire the machine to its surroundings.
 
@@ -161,24 +158,20 @@ class Shell:
             environments: Interpreters per set of requirements.
             code: Where code blobs come from.
             peers: The way to other agents.
-            policy: Decides where requests run; `policy` may be replaced at any time.
-            fallback: Decides if `policy` raises.
+            decider: Asks the policies where requests run.
             group: Owns the tasks that start and stop instances.
             slowdown: ≥ 1; every run is held back to take this many times as long (*emulation*).
-            seed: Of the generator that policies may draw from.
         """
         self.machine = machine
-        self.policy = policy
+        self.decider = decider
         self.reports: deque[tuple[Outcome, str, str]] = deque()
         self.dropped_report_count = 0
         self._runtime = runtime
         self._environments = environments
         self._code = code
         self._peers = peers
-        self._fallback = fallback
         self._group = group
         self._slowdown = slowdown
-        self._rng = np.random.default_rng(seed)
         self._calls: dict[RequestId, Call] = {}
         self._answers = _Answers()
         self._ended = Call((), [], "")  # the call of the latest Reply; its Report follows
@@ -260,19 +253,12 @@ class Shell:
                 assert_never(command)
 
     def _decide(self, command: AskPolicy) -> None:
-        policy = self.policy
-        try:
-            decision = policy.decide(command.view, command.request, self._rng)
-        except Exception:  # a policy comes from outside: whatever it does, the call goes on
-            log.exception("policy.failed", policy_id=policy.policy_id)
-            policy = self._fallback
-            decision = policy.decide(command.view, command.request, self._rng)
+        request = command.request
+        decision, policy_id = self.decider.decide(command.view, request)
+        if self.decider.has_shadow:  # asked when the call is on its way: it need not wait
+            asyncio.get_running_loop().call_soon(self.decider.ask_shadow, request.request_id)
         self._events.appendleft(
-            Decided(
-                request_id=command.request.request_id,
-                decision=decision,
-                policy_id=PolicyId(policy.policy_id),
-            )
+            Decided(request_id=request.request_id, decision=decision, policy_id=policy_id)
         )
 
     # -- workers --------------------------------------------------------------------------------
@@ -433,6 +419,7 @@ class Shell:
         if len(self.reports) >= REPORTS_MAX:
             self.reports.popleft()
             self.dropped_report_count += 1
+        outcome = self.decider.reported(outcome, monotonic_s())
         self.reports.append((outcome, self._ended.log, self._ended.caller))
 
 

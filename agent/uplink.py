@@ -11,10 +11,10 @@ import grpc
 import structlog
 
 from agent.catalogue import FunctionIndex
-from agent.policies import PolicySlot
+from agent.policies import PolicySlots
 from agent.probe import Probe
 from agent.shell import Shell
-from tierwise.clock import monotonic_s
+from tierwise.clock import monotonic_s, wall_s
 from tierwise.domain.event import CatalogueReceived, DrainAsked
 from tierwise.domain.function import FunctionSpec
 from tierwise.errors import NotFound, TierwiseError
@@ -71,7 +71,7 @@ class Uplink:
         credentials: Credentials,
         shell: Shell,
         functions: FunctionIndex,
-        policies: PolicySlot,
+        policies: PolicySlots,
         probe: Probe,
         group: asyncio.TaskGroup,
     ) -> None:
@@ -85,6 +85,7 @@ class Uplink:
         self._policies = policies
         self._probe = probe
         self._group = group
+        self._assigning = asyncio.Lock()  # the newest assignment must win
         self._outbox = _Outbox()
         self._interval_s = 1.0
         self._channel = secure_channel(scheduler, credentials, scheduler_dns_name())
@@ -174,7 +175,7 @@ class Uplink:
             node=convert.node_to_pb(self._shell.machine.node),
             version=version("tierwise"),
             catalogue_revision=self._functions.catalogue.revision,
-            policy_id=self._shell.policy.policy_id,
+            policy_id=self._shell.decider.active_id,
             leases=[node_pb2.Lease(request_id=request, lease=lease) for request, lease in held],
         )
 
@@ -217,7 +218,8 @@ class Uplink:
             host=self._probe.read(instance_count=len(shell.machine.pool)),
             calls=calls,
             dropped_call_count=dropped_count,
-            policy_id=shell.policy.policy_id,
+            policy_id=shell.decider.active_id,
+            policies=shell.decider.health(),
         )
 
     def _receive(self, message: node_pb2.SessionResponse) -> None:
@@ -246,7 +248,7 @@ class Uplink:
                 log.info("node.drained", is_on=message.drain.is_on)
                 self._shell.feed(DrainAsked(is_on=message.drain.is_on))
             case "policy":
-                self._group.create_task(self._assigned(message.policy))
+                self._group.create_task(self._assigned(message.policy, monotonic_s(), wall_s()))
             case None:
                 log.warning("session.unknown_message")
 
@@ -281,25 +283,29 @@ class Uplink:
             return
         self._shell.invoke(request, invocation.arguments, self._outbox.put, caller="scheduler")
 
-    async def _assigned(self, assignment: node_pb2.PolicyAssignment) -> None:
+    async def _assigned(
+        self, assignment: node_pb2.PolicyAssignment, came_at_s: float, came_unix_s: float
+    ) -> None:
         async def fetch(policy_id: str) -> tuple[bytes, bytes]:
             request = policy_pb2.FetchPolicyRequest(policy_id=policy_id)
-            response = await self._policy_stub.FetchPolicy(request, timeout=RPC_TIMEOUT_S)
+            try:
+                response = await self._policy_stub.FetchPolicy(request, timeout=RPC_TIMEOUT_S)
+            except grpc.RpcError as failure:
+                raise error_from_rpc(failure) from None
             return bytes(response.weights), bytes(response.card)
 
-        try:
-            self._shell.policy = await self._policies.assign(
-                assignment.policy_id, assignment.builtin, fetch
+        decider = self._shell.decider
+        async with self._assigning:
+            duties = await self._policies.assign(
+                assignment, fetch, decider.duties.active, now_s=came_at_s, wall_s=came_unix_s
             )
-            log.info("policy.assigned", policy_id=self._shell.policy.policy_id)
-        except grpc.RpcError as failure:
-            log.error(
-                "policy.refused",
-                policy_id=assignment.policy_id,
-                cause=str(error_from_rpc(failure)),
-            )
-        except TierwiseError as error:
-            log.error("policy.refused", policy_id=assignment.policy_id, cause=str(error))
+            decider.use(duties)
+        log.info(
+            "policy.assigned",
+            policy_id=decider.active_id,
+            canary=assignment.canary.policy.policy_id,
+            shadow=assignment.shadow.policy_id,
+        )
 
     async def _diagnosis(self, error: grpc.aio.AioRpcError, cause: str) -> str:
         if error.code() is not grpc.StatusCode.UNAVAILABLE:

@@ -70,6 +70,8 @@ _RIGHTS = {
         "ListPolicies": _PEOPLE,
         "PromotePolicy": _ADMINS,
         "RollBackPolicy": _ADMINS,
+        "ShadowPolicy": _ADMINS,
+        "CanaryPolicy": _ADMINS,
         "FetchPolicy": _EVERYONE,
     },
     "ClusterService": {
@@ -149,7 +151,9 @@ async def _serve(
         dispatcher.policy = policies.active()
         sessions.policy_changed()
 
-    policies.on_promoted = policy_changed
+    policies.on_changed = policy_changed
+    policies.health = sessions.health
+    telemetry.also_store = policies.trials.keep
 
     server = new_server([ErrorInterceptor(), AuthorizationInterceptor(ROLES, authority.is_revoked)])
     queue = WorkQueue(store, window, functions, queue_max=config.work_queue_max)

@@ -144,6 +144,7 @@ class ClusterGateway(cluster_pb2_grpc.ClusterServiceServicer):
             age_s=peer.age_s,
             policy_id=session.policy_id if session is not None else "",
             version=session.version if session is not None else "",
+            policies=session.policies if session is not None else (),
         )
 
     def _known(self, node_id: NodeId) -> None:

@@ -1,7 +1,7 @@
 """Sessions: the streams over which agents report, and are told what to know and do."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 import structlog
@@ -29,6 +29,7 @@ log = structlog.get_logger()
 VIEW_INTERVAL_S = 0.2
 HELLO_TIMEOUT_S = 10.0
 LEASES_MAX = 20_000  # that one agent may claim
+POLICIES_MAX = 8  # on duty on one node
 
 
 class NodeSession:
@@ -39,6 +40,7 @@ class NodeSession:
         self.version = hello.version
         self.policy_id = hello.policy_id
         self.host = types_pb2.HostReading()
+        self.policies: Sequence[types_pb2.PolicyHealth] = ()
         self.outbox = Outbox()
 
 
@@ -88,6 +90,12 @@ class Sessions(node_pb2_grpc.NodeServiceServicer):
     def get(self, node_id: str) -> NodeSession | None:
         """Return the open session of a node, or None."""
         return self._sessions.get(NodeId(node_id))
+
+    def health(self) -> Iterator[tuple[NodeId, types_pb2.PolicyHealth]]:
+        """Yield how policies do on each connected node."""
+        for node_id, session in self._sessions.items():
+            for health in session.policies:
+                yield node_id, health
 
     def dispatch(self, node_id: NodeId, invocation: types_pb2.Invocation) -> None:
         """Send leased work; if the session is gone the lease is retried when the node is lost."""
@@ -219,6 +227,7 @@ class Sessions(node_pb2_grpc.NodeServiceServicer):
                 beat = message.heartbeat
                 session.host = beat.host
                 session.policy_id = beat.policy_id
+                session.policies = beat.policies[:POLICIES_MAX]
                 reading = convert.reading_from_pb(beat.reading)
                 self._dispatcher.feed(HeartbeatReceived(node_id=session.node_id, reading=reading))
                 self.changed()

@@ -147,3 +147,34 @@ promotions = Table(
     Column("promoted_by", String(200), nullable=False),
     Column("is_builtin", Boolean, nullable=False),
 )
+
+# Policies on trial, with the sums of what they did in the shadow. At most one of a kind goes on.
+trials = Table(
+    "trials",
+    metadata,
+    Column("trial_id", _AutoId, primary_key=True, autoincrement=True),
+    Column("kind", String(10), nullable=False),
+    Column("policy_id", String(130), nullable=False),
+    Column("is_builtin", Boolean, nullable=False),
+    Column("baseline_id", String(130), nullable=False),
+    Column("share", Float, nullable=False),
+    Column("block_s", Float, nullable=False),
+    Column("seed", BigInteger, nullable=False),
+    Column("started_unix_s", Float, nullable=False),
+    Column("ended_unix_s", Float, nullable=False),  # 0 while it goes on
+    Column("decision_count", BigInteger, nullable=False),
+    Column("error_count", BigInteger, nullable=False),
+    Column("same_count", BigInteger, nullable=False),
+    Column("gain_s", Float, nullable=False),  # summed
+)
+
+# What ended of the calls that were decided in each time block of a canary.
+trial_blocks = Table(
+    "trial_blocks",
+    metadata,
+    Column("trial_id", BigInteger, primary_key=True),
+    Column("block", BigInteger, primary_key=True),
+    Column("call_count", BigInteger, nullable=False),
+    Column("missed_count", BigInteger, nullable=False),
+    Column("cost_s", Float, nullable=False),  # summed
+)

@@ -21,6 +21,8 @@ VERBS = (
     *("version", "completion", "redrive", "delete"),
 )
 
+POLICY_VERBS = ("promote", "publish", "rollback", "shadow", "canary", "estimate")
+
 NODE = {
     "node": {
         "node_id": "edge-1",
@@ -39,6 +41,10 @@ NODE = {
     "host": {"cpu_percent": 12.0, "agent_rss_mib": 55.0},
     "age_s": 0.4,
     "policy_id": "ect@1",
+    "policies": [
+        {"policy_id": "odd@1", "duty": "active", "breaker": "open", "fallbacks": {"error": 9}},
+        {"policy_id": "new@1", "duty": "shadow", "breaker": "open", "fallbacks": {"dropped": 5}},
+    ],
 }
 CANDIDATE = {
     "node_id": "edge-1",
@@ -52,6 +58,20 @@ CANDIDATE = {
     "score": 0.25,
     "residual": -0.5,
     "propensity": 1.0,
+}
+# transfer 0.02, wait 0, cold start 0.2·0.05, run 0.04, return 0.01, 2000·1e-6, late 1·0.02
+ELSEWHERE = {
+    "node_id": "fog-1",
+    "transfer_s": 0.02,
+    "wait_s": 0.0,
+    "cold_start_s": 0.05,
+    "run_s": 0.04,
+    "return_s": 0.01,
+    "displaced_s": 0.0,
+    "money_usd": 1e-6,
+    "score": 0.082 + 1.5 * 0.02,
+    "residual": 0.0,
+    "propensity": 0.0,
 }
 OUTCOME = {
     "request_id": "abc123",
@@ -73,12 +93,49 @@ OUTCOME = {
     "message": "",
     "tried": [{"node_id": "fog-1", "reason": "queue full"}],
     "policy_id": "learned@1",
+    "lease": 0,
+    "energy_j": 0.0,
+    "shadow": {
+        "policy_id": "mine@2",
+        "node_id": "fog-1",
+        "is_same": False,
+        "gain_s": 0.0125,
+        "odds": [{"node_id": "fog-1", "chance": 1.0}],
+        "error": "",
+    },
+    "trial_id": 3,
+    "block": 12,
     "explanation": {
-        "candidates": [CANDIDATE],
+        "choice": "edge-1",
+        "candidates": [CANDIDATE, ELSEWHERE],
         "masked": [{"node_id": "cloud-1", "reason": "over budget"}],
         "heuristic_choice": "edge-1",
         "fallback": "",
     },
+}
+
+
+POLICY = {
+    "policy_id": "mine@2",
+    "is_active": False,
+    "is_builtin": False,
+    "published_by": "ada",
+    "card": "",
+    "shadow": {
+        "ended_unix_s": 0.0,
+        "decision_count": 120,
+        "same_share": 0.9,
+        "mean_gain_s": 0.0015,
+    },
+    "canary": {
+        "ended_unix_s": 0.0,
+        "share": 0.2,
+        "block_s": 30.0,
+        "canary": {"call_count": 55},
+        "cost_s": {"mean": -0.01, "low": -0.02, "high": 0.001},
+    },
+    "fallbacks": {"range": 4},
+    "open_nodes": ["edge-1"],
 }
 
 
@@ -93,6 +150,18 @@ class Asked:
 
     def call(self, request_id: str) -> dict[str, Any]:
         return {"outcome": OUTCOME, "log": "hello\n"}
+
+    def policies(self) -> list[dict[str, Any]]:
+        return [POLICY]
+
+    def shadow(self, policy_id: str) -> None:
+        self.orders.append(("shadow", policy_id))
+
+    def canary(self, policy_id: str, share: float, block_s: float) -> None:
+        self.orders.append(("canary", policy_id, share, block_s))
+
+    def roll_back(self) -> dict[str, Any]:
+        return {"policy": {"policy_id": "ect"}, "ended_canary": "mine@2"}
 
     def calls(self, function: str = "", node: str = "", limit: int = 50) -> list[dict[str, Any]]:
         return []
@@ -119,7 +188,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     def operator() -> Any:
         yield stand_in
 
-    for module in ("get", "explain", "top", "admin", "common"):
+    for module in ("get", "explain", "top", "admin", "common", "policy", "estimate"):
         monkeypatch.setattr(f"tierwise.cli.{module}.operator", operator)
     return stand_in
 
@@ -154,7 +223,7 @@ def test_help_lists_every_verb_and_the_exit_codes() -> None:
 @pytest.mark.parametrize(
     "verb",
     [[v] for v in VERBS if v not in ("agent", "scheduler")]
-    + [["token", "create"], ["policy", "promote"], ["policy", "publish"], ["policy", "rollback"]],
+    + [["token", "create"], *(["policy", verb] for verb in POLICY_VERBS)],
     ids=" ".join,
 )
 def test_every_verb_explains_itself(verb: list[str]) -> None:
@@ -299,9 +368,36 @@ def test_explain_shows_candidates_masks_refusals_and_where_the_time_went(asked: 
         "predicted",
         "actual",
         "170.0 ms",
+        "score alone: edge-1, the same",
+        "mine@2: fog-1, estimated gain +12.50 ms",
+        "trial 3, block 12",
+        "shadow's choice",
     ):
         assert part in text, part
     assert json.loads(run("explain", "abc", "-o", "json").stdout)["request_id"] == "abc123"
+
+
+def test_explain_shows_the_base_score_as_a_sum(asked: Asked) -> None:
+    lines = run("explain", "abc").output.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("BASE SCORE OF"))
+    titles = lines[start].split()
+    cells = next(line for line in lines[start:] if line.startswith("fog-1")).split()
+    assert titles[3:] == [
+        *("TRANSFER", "WAIT", "COLD", "START", "RUN", "RETURN", "MONEY", "LATE", "REST", "SUM"),
+    ]
+    figures = [float(cell) for cell in cells[1:]]
+    assert figures == [0.02, 0.0, 0.01, 0.04, 0.01, 0.002, 0.03, 0.0, 0.112]
+    assert "rest: decided again" in "\n".join(lines)  # the other candidate's sum is made up
+
+
+def test_policies_and_nodes_show_trials_and_fallbacks(asked: Asked) -> None:
+    text = run("get", "policies").output
+    assert "shadow: 120 decisions, 90% the same, estimated gain +1.50 ms" in text
+    assert "canary: 20% of 30 s blocks, 55 calls, cost -0.0100 [-0.0200, +0.0010]" in text
+    assert "range:4" in text
+    nodes = run("get", "nodes").output
+    assert "error:9 odd@1 open" in nodes
+    assert "dropped" not in nodes
 
 
 def test_logs_print_what_a_call_printed(asked: Asked) -> None:
@@ -315,6 +411,71 @@ def test_a_node_is_drained_and_taken_back(asked: Asked) -> None:
     assert run("drain", "edge-1").exit_code == 0
     assert run("drain", "edge-1", "--undo").exit_code == 0
     assert asked.orders == [("drain", "edge-1", True), ("drain", "edge-1", False)]
+
+
+def test_trials_of_policies_are_begun_and_ended(asked: Asked) -> None:
+    assert run("policy", "shadow", "mine@2").exit_code == 0
+    assert run("policy", "canary", "mine@2", "--share", "0.5", "--block", "2m").exit_code == 0
+    assert run("policy", "shadow", "--off").exit_code == 0
+    assert asked.orders == [
+        ("shadow", "mine@2"),
+        ("canary", "mine@2", 0.5, 120.0),
+        ("shadow", ""),
+    ]
+    for wrong in (["shadow"], ["canary", "mine@2", "--off"]):
+        assert main.exit_code(run("policy", *wrong).exception) == 2  # type: ignore[arg-type]
+    result = run("policy", "rollback")
+    assert "the canary of mine@2 has ended: ect decides alone" in result.stderr
+
+
+def write_log(folder: Path, count: int, **changes: Any) -> str:
+    path = folder / "log.json"
+    path.write_text(json.dumps([{"outcome": {**OUTCOME, **changes}}] * count))
+    return str(path)
+
+
+def test_an_estimate_from_a_file_needs_no_cluster(tmp_path: Path) -> None:
+    log = write_log(tmp_path, 40)
+    done = run_process("policy", "estimate", "mine@2", "--log", log, TIERWISE_CONTEXT=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "its own chances, logged in the shadow" in done.stdout
+    assert "support    0.0%" in done.stdout
+    assert "too little support" in done.stderr
+    assert "A canary measures that" in done.stderr
+    done = run_process("policy", "estimate", "ect", "--log", log, "-o", "json")
+    found = json.loads(done.stdout)
+    assert found["count"] == 40
+    assert found["unsupported_share"] == 1.0
+    assert found["snips"]["mean"] is None
+
+
+@pytest.mark.parametrize(
+    ("policy", "changes", "words"),
+    [
+        ("no-such@1", {"shadow": None}, "these records do not tell"),
+        ("ect", {"explanation": None}, "40 hold no explanation"),
+        ("ect", {"latency": {"run_s": "much"}}, "40 are not as they should be"),
+        ("ect", {"state": "cancelled"}, "40 were cancelled"),
+        ("ect", {"lease": 2}, "40 were durable work"),
+        ("ect --lam 0.5", {}, "for a learned policy"),
+        ("learned --lam -1", {}, "not negative"),
+    ],
+)
+def test_what_cannot_be_estimated_says_why(
+    tmp_path: Path, policy: str, changes: dict[str, Any], words: str
+) -> None:
+    log = write_log(tmp_path, 40, **changes)
+    result = run("policy", "estimate", *policy.split(), "--log", log)
+    assert isinstance(result.exception, TierwiseError), result.output
+    assert words in str(result.exception)
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[1]", "\x80\x04."])
+def test_a_log_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "log.json"
+    path.write_text(content)
+    result = run("policy", "estimate", "ect", "--log", str(path))
+    assert isinstance(result.exception, TierwiseError)
 
 
 def test_a_token_goes_alone_to_standard_output(asked: Asked) -> None:

@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tierwise.domain.decision import CandidateScore, Explanation, Reason
+from tierwise.domain.decision import CandidateScore, Explanation, Reason, ShadowDecision
 from tierwise.domain.event import PeerSeen, ViewReceived
 from tierwise.domain.function import ALL_TIERS, Catalogue, FunctionProfile, FunctionSpec, Priority
 from tierwise.domain.ids import NodeId, is_name
@@ -127,7 +127,17 @@ explanations = st.builds(
     ).map(tuple),
     masked=refusals,
     heuristic_choice=st.none() | names,
+    choice=st.none() | names,
     fallback=words,
+)
+shadows = st.builds(
+    ShadowDecision,
+    policy_id=words,
+    node_id=st.none() | names,
+    is_same=st.booleans(),
+    gain_s=st.floats(-1e6, 1e6),
+    odds=st.lists(st.tuples(names, st.floats(0, 1)), max_size=4).map(tuple),
+    error=words,
 )
 item_counts = st.integers(0, 4096).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n)))
 parts = st.floats(-1, 1e6)
@@ -163,6 +173,9 @@ outcomes = st.builds(
     policy_id=words,
     explanation=st.none() | explanations,
     lease=sizes,
+    shadow=st.none() | shadows,
+    trial_id=sizes,
+    block=sizes,
 )
 times = st.floats(1e-3, 604_800) | st.floats(-604_800, -1e-3)
 blobs = st.lists(st.binary(max_size=8), min_size=1, max_size=3)

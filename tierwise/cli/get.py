@@ -154,6 +154,49 @@ def _card(encoded: str) -> Any:
     return json.loads(base64.b64decode(encoded)) if encoded else None
 
 
+def _fallbacks(policies: list[Record]) -> str:
+    """Return how often the base score decided instead on a node, and whose breaker is not closed.
+
+    A shadow decides nothing: what was dropped of it is in `describe node`.
+    """
+    total: dict[str, int] = {}
+    broken = []
+    for health in policies:
+        if health["duty"] != "shadow":
+            for reason, count in health["fallbacks"].items():
+                total[reason] = total.get(reason, 0) + int(count)
+            if health["breaker"] not in ("", "closed"):
+                broken.append(f"{health['policy_id']} {health['breaker']}")
+    return " ".join(filter(None, (_counts(total), *broken)))
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ",".join(f"{reason}:{count}" for reason, count in sorted(counts.items()))
+
+
+def _trial(record: Record) -> str:
+    """Return the trials of a policy that go on, in a few words."""
+    words = []
+    shadow, canary = record.get("shadow"), record.get("canary")
+    if shadow and not shadow["ended_unix_s"]:
+        words.append(
+            f"shadow: {shadow['decision_count']} decisions, {shadow['same_share']:.0%} the same, "
+            f"estimated gain {shadow['mean_gain_s'] * 1e3:+.2f} ms"
+        )
+    if canary and not canary["ended_unix_s"]:
+        words.append(
+            f"canary: {canary['share']:.0%} of {canary['block_s']:g} s blocks, "
+            f"{canary['canary']['call_count']} calls{_interval(canary['cost_s'])}"
+        )
+    return "; ".join(words)
+
+
+def _interval(difference: Record) -> str:
+    if difference.get("low") is None:
+        return ""
+    return ", cost {mean:+.4f} [{low:+.4f}, {high:+.4f}]".format(**difference)
+
+
 def _work_state(state: str) -> str:
     states = ("queued", "leased", "succeeded", "failed", "cancelled", "dead")
     if state and state not in states:
@@ -179,6 +222,7 @@ NODE_COLUMNS = [
     ("queued", lambda r: r["reading"]["queued"]),
     ("warm", lambda r: sum(r["reading"]["warm"].values())),
     ("policy", lambda r: r["policy_id"]),
+    ("fallbacks", lambda r: _fallbacks(r.get("policies") or [])),
     ("age", lambda r: age(r["age_s"])),
     ("address", lambda r: r["node"]["address"]),
 ]
@@ -214,6 +258,9 @@ POLICY_COLUMNS = [
     ("policy", lambda r: r["policy_id"]),
     ("active", lambda r: r["is_active"]),
     ("kind", lambda r: "built-in" if r["is_builtin"] else "published"),
+    ("trial", lambda r: _trial(r)),
+    ("fallbacks", lambda r: _counts(r.get("fallbacks") or {})),
+    ("breaker open on", lambda r: ",".join(r.get("open_nodes") or ())),
     ("by", lambda r: r["published_by"]),
     ("trained", lambda r: (r["card"] or {}).get("command", "")),
 ]

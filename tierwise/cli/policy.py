@@ -1,4 +1,4 @@
-"""The life of a placement policy: train, evaluate, publish, promote, roll back."""
+"""The life of a placement policy: train, evaluate, publish, try, promote, roll back."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,10 +6,13 @@ from typing import Annotated
 import typer
 
 from tierwise.cli.common import become, operator
+from tierwise.cli.estimate import estimate
 from tierwise.cli.output import say
-from tierwise.errors import FailedPrecondition, NotFound
+from tierwise.config import parse_duration_s
+from tierwise.errors import FailedPrecondition, InvalidArgument, NotFound
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
+app.command()(estimate)
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
@@ -49,6 +52,48 @@ def publish(
 
 
 @app.command()
+def shadow(
+    policy: Annotated[str, typer.Argument(help="id, as `tierwise get policies` lists it")] = "",
+    off: Annotated[bool, typer.Option("--off", help="end it")] = False,
+) -> None:
+    """Ask a policy beside the one that decides, and record what it would have done.
+
+    `tierwise describe policy POLICY` shows how often it agrees and what the cost model expects it
+    to gain. The cost model knows neither queues to come nor what other nodes decide: a canary does.
+    """
+    _one_of(policy, off)
+    with operator() as ask:
+        ask.shadow(policy)
+    say(f"{policy} is in the shadow: its answers are recorded" if policy else "no shadow any more")
+
+
+@app.command()
+def canary(
+    policy: Annotated[str, typer.Argument(help="id, as `tierwise get policies` lists it")] = "",
+    share: Annotated[float, typer.Option(help="of all blocks, 0.05 to 0.95")] = 0.2,
+    block: Annotated[str, typer.Option(help="length of a block: 30s, 5m")] = "30s",
+    off: Annotated[bool, typer.Option("--off", help="end it")] = False,
+) -> None:
+    """Let a policy decide in a share of all time blocks, at once on all nodes.
+
+    `tierwise describe policy POLICY` compares it with the policy in use, block by block. A block
+    should be several times as long as queues last. `promote` or `rollback` end it.
+    """
+    _one_of(policy, off)
+    with operator() as ask:
+        ask.canary(policy, share, parse_duration_s(block))
+    if policy:
+        say(f"{policy} decides in {share:.0%} of all blocks of {block}")
+    else:
+        say("no canary any more")
+
+
+def _one_of(policy: str, off: bool) -> None:
+    if bool(policy) == off:
+        raise InvalidArgument("name a policy to try, or end the trial with --off")
+
+
+@app.command()
 def promote(
     policy: Annotated[str, typer.Argument(help="id, as `tierwise get policies` lists it")],
 ) -> None:
@@ -60,9 +105,15 @@ def promote(
 
 @app.command()
 def rollback() -> None:
-    """Return to the policy that was in use before."""
+    """End a canary; without one, return to the policy that was in use before."""
     with operator() as ask:
-        say(f"{ask.roll_back()['policy_id']} decides again")
+        done = ask.roll_back()
+    policy = done["policy"]["policy_id"]
+    if done["ended_canary"]:
+        say(f"the canary of {done['ended_canary']} has ended: {policy} decides alone")
+        say("run it again to return to the policy before that")
+    else:
+        say(f"{policy} decides again")
 
 
 def _train(module: str, arguments: list[str]) -> None:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from tierwise.domain.decision import CandidateScore
+from tierwise.domain.function import Priority
 from tierwise.domain.outcome import Outcome, OutcomeState
 
 
@@ -35,6 +37,14 @@ class Objective:
             cost += self.per_miss_s * weight
         if outcome.state is not OutcomeState.OK:
             cost += self.per_failure_s * weight
+        return cost
+
+    def predicted_s(self, row: CandidateScore, deadline_s: float, priority: Priority) -> float:
+        """Return what a call should cost on a candidate: `cost_s` of its predicted terms."""
+        latency_s = row.transfer_s + row.wait_s + row.cold_start_s + row.run_s + row.return_s
+        cost = self.per_latency_s * latency_s + self.per_usd_s * row.money_usd
+        if latency_s > deadline_s:
+            cost += self.per_miss_s * int(priority) / 2.0
         return cost
 
 

@@ -64,7 +64,25 @@ class Explanation:
     candidates: tuple[CandidateScore, ...]
     masked: tuple[tuple[NodeId, Reason], ...]
     heuristic_choice: NodeId | None
+    choice: NodeId | None = None  # first in line; where it ran may be another, if that one refused
     fallback: str = ""  # why the base score decided instead of the learned policy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShadowDecision:
+    """What a policy in the shadow would have done with the same request and view.
+
+    `gain_s` is predicted cost of the choice that was made minus that of the shadow's, in
+    second-equivalents: positive if the cost model prefers the shadow's. `odds` are the shadow's
+    chances of each node, where above 0: what a policy is estimated from without being in charge.
+    """
+
+    policy_id: PolicyId
+    node_id: NodeId | None = None  # None: it would have placed nothing, or failed
+    is_same: bool = False
+    gain_s: float = 0.0
+    odds: tuple[tuple[NodeId, float], ...] = ()
+    error: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import IntEnum
 
-from tierwise.domain.decision import Explanation, Reason
+from tierwise.domain.decision import Explanation, Reason, ShadowDecision
 from tierwise.domain.function import Priority
 from tierwise.domain.ids import NO_POLICY, FunctionId, NodeId, PolicyId, RequestId
 
@@ -63,6 +63,9 @@ class Outcome:
     policy_id: PolicyId = NO_POLICY
     explanation: Explanation | None = None
     lease: int = 0
+    shadow: ShadowDecision | None = None
+    trial_id: int = 0  # of the canary's trial during which it was decided, 0 for none
+    block: int = 0  # of that trial, from 1; 0 if the call does not count
 
     @property
     def is_missed(self) -> bool:

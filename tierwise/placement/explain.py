@@ -58,6 +58,7 @@ def explain(
         candidates=rows,
         masked=tuple(masked),
         heuristic_choice=rows[score.index(min(score))].node_id if rows else None,
+        choice=rows[chosen].node_id if chosen is not None else None,
         fallback=fallback,
     )
 
@@ -75,4 +76,5 @@ def explain_sole(
         candidates=(CandidateScore._make((node_id, *terms, score, 0.0, 1.0)),),
         masked=tuple(masked),
         heuristic_choice=node_id,
+        choice=node_id,
     )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tierwise.cost.estimate import Estimates, Float
+from tierwise.domain.function import Priority
 from tierwise.domain.request import Request
 
 
@@ -42,6 +43,44 @@ def base_score(
     scores += weights.per_late_s * urgency * np.maximum(late_s, 0.0)
     scores += weights.per_miss_s * urgency * (late_s > 0.0)
     return scores
+
+
+# Columns of `weighted`: the terms that a score is the sum of.
+PARTS = (
+    "transfer",
+    "wait",
+    "cold_start",
+    "run",
+    "return",
+    "displaced",
+    "money",
+    "late",
+    "miss",
+)
+
+
+def weighted(
+    terms: Float, deadline_s: float, priority: Priority, weights: ScoreWeights = DEFAULT_WEIGHTS
+) -> Float:
+    """Return `base_score` term by term, in second-equivalents: its rows sum to the scores.
+
+    Args:
+        terms: Shape (k, 7), as in Estimates.
+        deadline_s: Of the request.
+        priority: Of the request.
+        weights: Of the base score.
+
+    Returns:
+        Shape (k, 9), columns PARTS.
+    """
+    vector = (1.0, 1.0, weights.cold_start, 1.0, 1.0, weights.displaced, weights.per_usd_s)
+    late_s = np.add.reduce(terms[:, :5], axis=1) - deadline_s
+    urgency = int(priority) / 2.0
+    parts: Float = np.empty((len(terms), len(PARTS)))
+    parts[:, :7] = terms * np.array(vector)
+    parts[:, 7] = weights.per_late_s * urgency * np.maximum(late_s, 0.0)
+    parts[:, 8] = weights.per_miss_s * urgency * (late_s > 0.0)
+    return parts
 
 
 def sole_score(

@@ -93,9 +93,23 @@ class Operator:
         return dict(self._one("policies", "PromotePolicy", request)["policy"])
 
     def roll_back(self) -> Record:
-        """Return to the policy before; return what is known of it."""
-        request = policy_pb2.RollBackPolicyRequest()
-        return dict(self._one("policies", "RollBackPolicy", request)["policy"])
+        """End a canary, or else return to the policy before.
+
+        Returns:
+            What is known of the `policy` that decides now, and the id of the `ended_canary` if
+            that was ended instead.
+        """
+        return self._one("policies", "RollBackPolicy", policy_pb2.RollBackPolicyRequest())
+
+    def shadow(self, policy_id: str) -> Record:
+        """Have a policy asked beside the one that decides; an empty id ends that."""
+        request = policy_pb2.ShadowPolicyRequest(policy_id=policy_id)
+        return dict(self._one("policies", "ShadowPolicy", request)["policy"])
+
+    def canary(self, policy_id: str, share: float = 0.2, block_s: float = 30.0) -> Record:
+        """Let a policy decide in a share of all time blocks; an empty id ends that."""
+        request = policy_pb2.CanaryPolicyRequest(policy_id=policy_id, share=share, block_s=block_s)
+        return dict(self._one("policies", "CanaryPolicy", request)["policy"])
 
     def drain(self, node: str, *, is_on: bool) -> Record:
         """Drain a node, or take it back."""

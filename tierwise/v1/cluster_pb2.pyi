@@ -85,6 +85,7 @@ class NodeInfo(_message.Message):
     AGE_S_FIELD_NUMBER: _builtins.int
     POLICY_ID_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    POLICIES_FIELD_NUMBER: _builtins.int
     state: _types_pb2.NodeState.ValueType
     age_s: _builtins.float
     policy_id: _builtins.str
@@ -95,6 +96,8 @@ class NodeInfo(_message.Message):
     def reading(self) -> _types_pb2.NodeReading: ...
     @_builtins.property
     def host(self) -> _types_pb2.HostReading: ...
+    @_builtins.property
+    def policies(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.PolicyHealth]: ...
     def __init__(
         self,
         *,
@@ -105,10 +108,11 @@ class NodeInfo(_message.Message):
         age_s: _builtins.float = ...,
         policy_id: _builtins.str = ...,
         version: _builtins.str = ...,
+        policies: _abc.Iterable[_types_pb2.PolicyHealth] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "node", b"node", "reading", b"reading"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "host", b"host", "node", b"node", "policy_id", b"policy_id", "reading", b"reading", "state", b"state", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "host", b"host", "node", b"node", "policies", b"policies", "policy_id", b"policy_id", "reading", b"reading", "state", b"state", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

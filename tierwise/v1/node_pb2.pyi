@@ -119,6 +119,7 @@ class Heartbeat(_message.Message):
     CALLS_FIELD_NUMBER: _builtins.int
     DROPPED_CALL_COUNT_FIELD_NUMBER: _builtins.int
     POLICY_ID_FIELD_NUMBER: _builtins.int
+    POLICIES_FIELD_NUMBER: _builtins.int
     dropped_call_count: _builtins.int
     policy_id: _builtins.str
     @_builtins.property
@@ -129,6 +130,8 @@ class Heartbeat(_message.Message):
     def calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___CallReport]:
         """Calls that ended since the last heartbeat, bounded; dropped_call_count were too many."""
 
+    @_builtins.property
+    def policies(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.PolicyHealth]: ...
     def __init__(
         self,
         *,
@@ -137,10 +140,11 @@ class Heartbeat(_message.Message):
         calls: _abc.Iterable[Global___CallReport] | None = ...,
         dropped_call_count: _builtins.int = ...,
         policy_id: _builtins.str = ...,
+        policies: _abc.Iterable[_types_pb2.PolicyHealth] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "reading", b"reading"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "dropped_call_count", b"dropped_call_count", "host", b"host", "policy_id", b"policy_id", "reading", b"reading"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "dropped_call_count", b"dropped_call_count", "host", b"host", "policies", b"policies", "policy_id", b"policy_id", "reading", b"reading"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -398,21 +402,91 @@ class PolicyAssignment(_message.Message):
     POLICY_ID_FIELD_NUMBER: _builtins.int
     BUILTIN_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
+    SHADOW_FIELD_NUMBER: _builtins.int
+    CANARY_FIELD_NUMBER: _builtins.int
     policy_id: _builtins.str
     builtin: _builtins.str
     """Name of a built-in heuristic, if it is one; otherwise fetch the file by policy_id."""
     digest: _builtins.str
+    @_builtins.property
+    def shadow(self) -> Global___PolicyRef:
+        """Asked beside the policy that decides; its answers are only recorded."""
+
+    @_builtins.property
+    def canary(self) -> Global___CanaryAssignment: ...
     def __init__(
         self,
         *,
         policy_id: _builtins.str = ...,
         builtin: _builtins.str = ...,
         digest: _builtins.str = ...,
+        shadow: Global___PolicyRef | None = ...,
+        canary: Global___CanaryAssignment | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "shadow", b"shadow"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["builtin", b"builtin", "digest", b"digest", "policy_id", b"policy_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["builtin", b"builtin", "canary", b"canary", "digest", b"digest", "policy_id", b"policy_id", "shadow", b"shadow"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PolicyAssignment: _TypeAlias = PolicyAssignment  # noqa: Y015
+
+@_typing.final
+class PolicyRef(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_ID_FIELD_NUMBER: _builtins.int
+    BUILTIN_FIELD_NUMBER: _builtins.int
+    policy_id: _builtins.str
+    builtin: _builtins.str
+    def __init__(
+        self,
+        *,
+        policy_id: _builtins.str = ...,
+        builtin: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["builtin", b"builtin", "policy_id", b"policy_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PolicyRef: _TypeAlias = PolicyRef  # noqa: Y015
+
+@_typing.final
+class CanaryAssignment(_message.Message):
+    """A policy that decides in some blocks of time, the same on all nodes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    TRIAL_ID_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    BLOCK_S_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    ELAPSED_S_FIELD_NUMBER: _builtins.int
+    trial_id: _builtins.int
+    share: _builtins.float
+    block_s: _builtins.float
+    seed: _builtins.int
+    elapsed_s: _builtins.float
+    """Since the trial began, when this was sent."""
+    @_builtins.property
+    def policy(self) -> Global___PolicyRef: ...
+    def __init__(
+        self,
+        *,
+        policy: Global___PolicyRef | None = ...,
+        trial_id: _builtins.int = ...,
+        share: _builtins.float = ...,
+        block_s: _builtins.float = ...,
+        seed: _builtins.int = ...,
+        elapsed_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_s", b"block_s", "elapsed_s", b"elapsed_s", "policy", b"policy", "seed", b"seed", "share", b"share", "trial_id", b"trial_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CanaryAssignment: _TypeAlias = CanaryAssignment  # noqa: Y015

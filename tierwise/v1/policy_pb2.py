@@ -24,13 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18tierwise/v1/policy.proto\x12\x0btierwise.v1\"C\n\x14PublishPolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07weights\x18\x02 \x01(\x0c\x12\x0c\n\x04\x63\x61rd\x18\x03 \x01(\x0c\"@\n\x15PublishPolicyResponse\x12\'\n\x06policy\x18\x01 \x01(\x0b\x32\x17.tierwise.v1.PolicyInfo\"\x15\n\x13ListPoliciesRequest\"A\n\x14ListPoliciesResponse\x12)\n\x08policies\x18\x01 \x03(\x0b\x32\x17.tierwise.v1.PolicyInfo\")\n\x14PromotePolicyRequest\x12\x11\n\tpolicy_id\x18\x01 \x01(\t\"@\n\x15PromotePolicyResponse\x12\'\n\x06policy\x18\x01 \x01(\x0b\x32\x17.tierwise.v1.PolicyInfo\"\x17\n\x15RollBackPolicyRequest\"A\n\x16RollBackPolicyResponse\x12\'\n\x06policy\x18\x01 \x01(\x0b\x32\x17.tierwise.v1.PolicyInfo\"\'\n\x12\x46\x65tchPolicyRequest\x12\x11\n\tpolicy_id\x18\x01 \x01(\t\"4\n\x13\x46\x65tchPolicyResponse\x12\x0f\n\x07weights\x18\x01 \x01(\x0c\x12\x0c\n\x04\x63\x61rd\x18\x02 \x01(\x0c\"\x94\x01\n\nPolicyInfo\x12\x11\n\tpolicy_id\x18\x01 \x01(\t\x12\x11\n\tis_active\x18\x02 \x01(\x08\x12\x12\n\nis_builtin\x18\x03 \x01(\x08\x12\x18\n\x10published_unix_s\x18\x04 \x01(\x01\x12\x14\n\x0cpublished_by\x18\x05 \x01(\t\x12\x0e\n\x06\x64igest\x18\x06 \x01(\t\x12\x0c\n\x04\x63\x61rd\x18\x07 \x01(\x0c\x32\xc1\x03\n\rPolicyService\x12V\n\rPublishPolicy\x12!.tierwise.v1.PublishPolicyRequest\x1a\".tierwise.v1.PublishPolicyResponse\x12S\n\x0cListPolicies\x12 .tierwise.v1.ListPoliciesRequest\x1a!.tierwise.v1.ListPoliciesResponse\x12V\n\rPromotePolicy\x12!.tierwise.v1.PromotePolicyRequest\x1a\".tierwise.v1.PromotePolicyResponse\x12Y\n\x0eRollBackPolicy\x12\".tierwise.v1.RollBackPolicyRequest\x1a#.tierwise.v1.RollBackPolicyResponse\x12P\n\x0b\x46\x65tchPolicy\x12\x1f.tierwise.v1.FetchPolicyRequest\x1a .tierwise.v1.FetchPolicyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18tierwise/v1/policy.proto\x12\x0btierwise.v1\"C\n\x14PublishPolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07weights\x18\x02 \x01(\x0c\x12\x0c\n\x04\x63\x61rd\x18\x03 \x01(\x0c\"@\n\x15PublishPolicyResponse\x12\'\n\x06policy\x18\x01 \x01(\x0b\x32\x17.tierwise.v1.PolicyInfo\"\x15\n\x13ListPoliciesRequest\"A\n\x14ListPoliciesResponse\x12)\n\x08policies\x18\x01 \x03(\x0b\x32\x17.tierwise.v1.PolicyInfo\")\n\x14PromotePolicyRequest\x12\x11\n\tpolicy_id\x18\x01 \x01(\t\"@\n\x15PromotePolicyResponse\x12\'\n\x06policy\x18\x01 \x01(\x0b\x32\x17.tierwise.v1.PolicyInfo\"\x17\n\x15RollBackPolicyRequest\"W\n\x16RollBackPolicyResponse\x12\'\n\x06policy\x18\x01 \x01(\x0b\x32\x17.tierwise.v1.PolicyInfo\x12\x14\n\x0c\x65nded_canary\x18\x02 \x01(\t\"(\n\x13ShadowPolicyRequest\x12\x11\n\tpolicy_id\x18\x01 \x01(\t\"?\n\x14ShadowPolicyResponse\x12\'\n\x06policy\x18\x01 \x01(\x0b\x32\x17.tierwise.v1.PolicyInfo\"H\n\x13\x43\x61naryPolicyRequest\x12\x11\n\tpolicy_id\x18\x01 \x01(\t\x12\r\n\x05share\x18\x02 \x01(\x01\x12\x0f\n\x07\x62lock_s\x18\x03 \x01(\x01\"?\n\x14\x43\x61naryPolicyResponse\x12\'\n\x06policy\x18\x01 \x01(\x0b\x32\x17.tierwise.v1.PolicyInfo\"\'\n\x12\x46\x65tchPolicyRequest\x12\x11\n\tpolicy_id\x18\x01 \x01(\t\"4\n\x13\x46\x65tchPolicyResponse\x12\x0f\n\x07weights\x18\x01 \x01(\x0c\x12\x0c\n\x04\x63\x61rd\x18\x02 \x01(\x0c\"\xe9\x02\n\nPolicyInfo\x12\x11\n\tpolicy_id\x18\x01 \x01(\t\x12\x11\n\tis_active\x18\x02 \x01(\x08\x12\x12\n\nis_builtin\x18\x03 \x01(\x08\x12\x18\n\x10published_unix_s\x18\x04 \x01(\x01\x12\x14\n\x0cpublished_by\x18\x05 \x01(\t\x12\x0e\n\x06\x64igest\x18\x06 \x01(\t\x12\x0c\n\x04\x63\x61rd\x18\x07 \x01(\x0c\x12(\n\x06shadow\x18\x08 \x01(\x0b\x32\x18.tierwise.v1.ShadowTrial\x12(\n\x06\x63\x61nary\x18\t \x01(\x0b\x32\x18.tierwise.v1.CanaryTrial\x12\x12\n\nopen_nodes\x18\n \x03(\t\x12\x39\n\tfallbacks\x18\x0b \x03(\x0b\x32&.tierwise.v1.PolicyInfo.FallbacksEntry\x1a\x30\n\x0e\x46\x61llbacksEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\xa3\x01\n\x0bShadowTrial\x12\x10\n\x08trial_id\x18\x01 \x01(\x03\x12\x16\n\x0estarted_unix_s\x18\x02 \x01(\x01\x12\x14\n\x0c\x65nded_unix_s\x18\x03 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ision_count\x18\x04 \x01(\x03\x12\x13\n\x0b\x65rror_count\x18\x05 \x01(\x03\x12\x12\n\nsame_share\x18\x06 \x01(\x01\x12\x13\n\x0bmean_gain_s\x18\x07 \x01(\x01\"\xaa\x02\n\x0b\x43\x61naryTrial\x12\x10\n\x08trial_id\x18\x01 \x01(\x03\x12\x16\n\x0estarted_unix_s\x18\x02 \x01(\x01\x12\x14\n\x0c\x65nded_unix_s\x18\x03 \x01(\x01\x12\r\n\x05share\x18\x04 \x01(\x01\x12\x0f\n\x07\x62lock_s\x18\x05 \x01(\x01\x12\x13\n\x0b\x62\x61seline_id\x18\x06 \x01(\t\x12%\n\x06\x63\x61nary\x18\x07 \x01(\x0b\x32\x15.tierwise.v1.TrialArm\x12\'\n\x08\x62\x61seline\x18\x08 \x01(\x0b\x32\x15.tierwise.v1.TrialArm\x12\'\n\x06\x63ost_s\x18\t \x01(\x0b\x32\x17.tierwise.v1.Difference\x12-\n\x0cmissed_share\x18\n \x01(\x0b\x32\x17.tierwise.v1.Difference\"^\n\x08TrialArm\x12\x13\n\x0b\x62lock_count\x18\x01 \x01(\x03\x12\x12\n\ncall_count\x18\x02 \x01(\x03\x12\x14\n\x0cmissed_count\x18\x03 \x01(\x03\x12\x13\n\x0bmean_cost_s\x18\x04 \x01(\x01\"^\n\nDifference\x12\x11\n\x04mean\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x03low\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x11\n\x04high\x18\x03 \x01(\x01H\x02\x88\x01\x01\x42\x07\n\x05_meanB\x06\n\x04_lowB\x07\n\x05_high2\xeb\x04\n\rPolicyService\x12V\n\rPublishPolicy\x12!.tierwise.v1.PublishPolicyRequest\x1a\".tierwise.v1.PublishPolicyResponse\x12S\n\x0cListPolicies\x12 .tierwise.v1.ListPoliciesRequest\x1a!.tierwise.v1.ListPoliciesResponse\x12S\n\x0cShadowPolicy\x12 .tierwise.v1.ShadowPolicyRequest\x1a!.tierwise.v1.ShadowPolicyResponse\x12S\n\x0c\x43\x61naryPolicy\x12 .tierwise.v1.CanaryPolicyRequest\x1a!.tierwise.v1.CanaryPolicyResponse\x12V\n\rPromotePolicy\x12!.tierwise.v1.PromotePolicyRequest\x1a\".tierwise.v1.PromotePolicyResponse\x12Y\n\x0eRollBackPolicy\x12\".tierwise.v1.RollBackPolicyRequest\x1a#.tierwise.v1.RollBackPolicyResponse\x12P\n\x0b\x46\x65tchPolicy\x12\x1f.tierwise.v1.FetchPolicyRequest\x1a .tierwise.v1.FetchPolicyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tierwise.v1.policy_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_POLICYINFO_FALLBACKSENTRY']._loaded_options = None
+  _globals['_POLICYINFO_FALLBACKSENTRY']._serialized_options = b'8\001'
   _globals['_PUBLISHPOLICYREQUEST']._serialized_start=41
   _globals['_PUBLISHPOLICYREQUEST']._serialized_end=108
   _globals['_PUBLISHPOLICYRESPONSE']._serialized_start=110
@@ -46,13 +48,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ROLLBACKPOLICYREQUEST']._serialized_start=375
   _globals['_ROLLBACKPOLICYREQUEST']._serialized_end=398
   _globals['_ROLLBACKPOLICYRESPONSE']._serialized_start=400
-  _globals['_ROLLBACKPOLICYRESPONSE']._serialized_end=465
-  _globals['_FETCHPOLICYREQUEST']._serialized_start=467
-  _globals['_FETCHPOLICYREQUEST']._serialized_end=506
-  _globals['_FETCHPOLICYRESPONSE']._serialized_start=508
-  _globals['_FETCHPOLICYRESPONSE']._serialized_end=560
-  _globals['_POLICYINFO']._serialized_start=563
-  _globals['_POLICYINFO']._serialized_end=711
-  _globals['_POLICYSERVICE']._serialized_start=714
-  _globals['_POLICYSERVICE']._serialized_end=1163
+  _globals['_ROLLBACKPOLICYRESPONSE']._serialized_end=487
+  _globals['_SHADOWPOLICYREQUEST']._serialized_start=489
+  _globals['_SHADOWPOLICYREQUEST']._serialized_end=529
+  _globals['_SHADOWPOLICYRESPONSE']._serialized_start=531
+  _globals['_SHADOWPOLICYRESPONSE']._serialized_end=594
+  _globals['_CANARYPOLICYREQUEST']._serialized_start=596
+  _globals['_CANARYPOLICYREQUEST']._serialized_end=668
+  _globals['_CANARYPOLICYRESPONSE']._serialized_start=670
+  _globals['_CANARYPOLICYRESPONSE']._serialized_end=733
+  _globals['_FETCHPOLICYREQUEST']._serialized_start=735
+  _globals['_FETCHPOLICYREQUEST']._serialized_end=774
+  _globals['_FETCHPOLICYRESPONSE']._serialized_start=776
+  _globals['_FETCHPOLICYRESPONSE']._serialized_end=828
+  _globals['_POLICYINFO']._serialized_start=831
+  _globals['_POLICYINFO']._serialized_end=1192
+  _globals['_POLICYINFO_FALLBACKSENTRY']._serialized_start=1144
+  _globals['_POLICYINFO_FALLBACKSENTRY']._serialized_end=1192
+  _globals['_SHADOWTRIAL']._serialized_start=1195
+  _globals['_SHADOWTRIAL']._serialized_end=1358
+  _globals['_CANARYTRIAL']._serialized_start=1361
+  _globals['_CANARYTRIAL']._serialized_end=1659
+  _globals['_TRIALARM']._serialized_start=1661
+  _globals['_TRIALARM']._serialized_end=1755
+  _globals['_DIFFERENCE']._serialized_start=1757
+  _globals['_DIFFERENCE']._serialized_end=1851
+  _globals['_POLICYSERVICE']._serialized_start=1854
+  _globals['_POLICYSERVICE']._serialized_end=2473
 # @@protoc_insertion_point(module_scope)

@@ -159,6 +159,49 @@ class RollBackPolicyResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     POLICY_FIELD_NUMBER: _builtins.int
+    ENDED_CANARY_FIELD_NUMBER: _builtins.int
+    ended_canary: _builtins.str
+    """What was ended instead, if a canary was running."""
+    @_builtins.property
+    def policy(self) -> Global___PolicyInfo: ...
+    def __init__(
+        self,
+        *,
+        policy: Global___PolicyInfo | None = ...,
+        ended_canary: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended_canary", b"ended_canary", "policy", b"policy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollBackPolicyResponse: _TypeAlias = RollBackPolicyResponse  # noqa: Y015
+
+@_typing.final
+class ShadowPolicyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_ID_FIELD_NUMBER: _builtins.int
+    policy_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        policy_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy_id", b"policy_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShadowPolicyRequest: _TypeAlias = ShadowPolicyRequest  # noqa: Y015
+
+@_typing.final
+class ShadowPolicyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def policy(self) -> Global___PolicyInfo: ...
     def __init__(
@@ -172,7 +215,53 @@ class RollBackPolicyResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___RollBackPolicyResponse: _TypeAlias = RollBackPolicyResponse  # noqa: Y015
+Global___ShadowPolicyResponse: _TypeAlias = ShadowPolicyResponse  # noqa: Y015
+
+@_typing.final
+class CanaryPolicyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_ID_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    BLOCK_S_FIELD_NUMBER: _builtins.int
+    policy_id: _builtins.str
+    share: _builtins.float
+    """Of all blocks, 0.05 to 0.95."""
+    block_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        policy_id: _builtins.str = ...,
+        share: _builtins.float = ...,
+        block_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_s", b"block_s", "policy_id", b"policy_id", "share", b"share"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CanaryPolicyRequest: _TypeAlias = CanaryPolicyRequest  # noqa: Y015
+
+@_typing.final
+class CanaryPolicyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def policy(self) -> Global___PolicyInfo: ...
+    def __init__(
+        self,
+        *,
+        policy: Global___PolicyInfo | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CanaryPolicyResponse: _TypeAlias = CanaryPolicyResponse  # noqa: Y015
 
 @_typing.final
 class FetchPolicyRequest(_message.Message):
@@ -219,6 +308,26 @@ Global___FetchPolicyResponse: _TypeAlias = FetchPolicyResponse  # noqa: Y015
 class PolicyInfo(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class FallbacksEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     POLICY_ID_FIELD_NUMBER: _builtins.int
     IS_ACTIVE_FIELD_NUMBER: _builtins.int
     IS_BUILTIN_FIELD_NUMBER: _builtins.int
@@ -226,6 +335,10 @@ class PolicyInfo(_message.Message):
     PUBLISHED_BY_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     CARD_FIELD_NUMBER: _builtins.int
+    SHADOW_FIELD_NUMBER: _builtins.int
+    CANARY_FIELD_NUMBER: _builtins.int
+    OPEN_NODES_FIELD_NUMBER: _builtins.int
+    FALLBACKS_FIELD_NUMBER: _builtins.int
     policy_id: _builtins.str
     is_active: _builtins.bool
     is_builtin: _builtins.bool
@@ -233,6 +346,20 @@ class PolicyInfo(_message.Message):
     published_by: _builtins.str
     digest: _builtins.str
     card: _builtins.bytes
+    @_builtins.property
+    def shadow(self) -> Global___ShadowTrial:
+        """Its newest turn in the shadow and as a canary, if it ever had one."""
+
+    @_builtins.property
+    def canary(self) -> Global___CanaryTrial: ...
+    @_builtins.property
+    def open_nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Over the connected nodes: where its breaker is not closed, and how often the base score decided
+        instead, by reason.
+        """
+
+    @_builtins.property
+    def fallbacks(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
     def __init__(
         self,
         *,
@@ -243,11 +370,174 @@ class PolicyInfo(_message.Message):
         published_by: _builtins.str = ...,
         digest: _builtins.str = ...,
         card: _builtins.bytes = ...,
+        shadow: Global___ShadowTrial | None = ...,
+        canary: Global___CanaryTrial | None = ...,
+        open_nodes: _abc.Iterable[_builtins.str] | None = ...,
+        fallbacks: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "shadow", b"shadow"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["card", b"card", "digest", b"digest", "is_active", b"is_active", "is_builtin", b"is_builtin", "policy_id", b"policy_id", "published_by", b"published_by", "published_unix_s", b"published_unix_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "card", b"card", "digest", b"digest", "fallbacks", b"fallbacks", "is_active", b"is_active", "is_builtin", b"is_builtin", "open_nodes", b"open_nodes", "policy_id", b"policy_id", "published_by", b"published_by", "published_unix_s", b"published_unix_s", "shadow", b"shadow"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PolicyInfo: _TypeAlias = PolicyInfo  # noqa: Y015
+
+@_typing.final
+class ShadowTrial(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRIAL_ID_FIELD_NUMBER: _builtins.int
+    STARTED_UNIX_S_FIELD_NUMBER: _builtins.int
+    ENDED_UNIX_S_FIELD_NUMBER: _builtins.int
+    DECISION_COUNT_FIELD_NUMBER: _builtins.int
+    ERROR_COUNT_FIELD_NUMBER: _builtins.int
+    SAME_SHARE_FIELD_NUMBER: _builtins.int
+    MEAN_GAIN_S_FIELD_NUMBER: _builtins.int
+    trial_id: _builtins.int
+    started_unix_s: _builtins.float
+    ended_unix_s: _builtins.float
+    """0 while it goes on."""
+    decision_count: _builtins.int
+    error_count: _builtins.int
+    same_share: _builtins.float
+    """Of the decisions without an error: share that were the same, mean estimated gain."""
+    mean_gain_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        trial_id: _builtins.int = ...,
+        started_unix_s: _builtins.float = ...,
+        ended_unix_s: _builtins.float = ...,
+        decision_count: _builtins.int = ...,
+        error_count: _builtins.int = ...,
+        same_share: _builtins.float = ...,
+        mean_gain_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision_count", b"decision_count", "ended_unix_s", b"ended_unix_s", "error_count", b"error_count", "mean_gain_s", b"mean_gain_s", "same_share", b"same_share", "started_unix_s", b"started_unix_s", "trial_id", b"trial_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShadowTrial: _TypeAlias = ShadowTrial  # noqa: Y015
+
+@_typing.final
+class CanaryTrial(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRIAL_ID_FIELD_NUMBER: _builtins.int
+    STARTED_UNIX_S_FIELD_NUMBER: _builtins.int
+    ENDED_UNIX_S_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    BLOCK_S_FIELD_NUMBER: _builtins.int
+    BASELINE_ID_FIELD_NUMBER: _builtins.int
+    CANARY_FIELD_NUMBER: _builtins.int
+    BASELINE_FIELD_NUMBER: _builtins.int
+    COST_S_FIELD_NUMBER: _builtins.int
+    MISSED_SHARE_FIELD_NUMBER: _builtins.int
+    trial_id: _builtins.int
+    started_unix_s: _builtins.float
+    ended_unix_s: _builtins.float
+    """0 while it goes on."""
+    share: _builtins.float
+    block_s: _builtins.float
+    baseline_id: _builtins.str
+    @_builtins.property
+    def canary(self) -> Global___TrialArm: ...
+    @_builtins.property
+    def baseline(self) -> Global___TrialArm: ...
+    @_builtins.property
+    def cost_s(self) -> Global___Difference:
+        """Canary minus baseline, per call."""
+
+    @_builtins.property
+    def missed_share(self) -> Global___Difference: ...
+    def __init__(
+        self,
+        *,
+        trial_id: _builtins.int = ...,
+        started_unix_s: _builtins.float = ...,
+        ended_unix_s: _builtins.float = ...,
+        share: _builtins.float = ...,
+        block_s: _builtins.float = ...,
+        baseline_id: _builtins.str = ...,
+        canary: Global___TrialArm | None = ...,
+        baseline: Global___TrialArm | None = ...,
+        cost_s: Global___Difference | None = ...,
+        missed_share: Global___Difference | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["baseline", b"baseline", "canary", b"canary", "cost_s", b"cost_s", "missed_share", b"missed_share"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["baseline", b"baseline", "baseline_id", b"baseline_id", "block_s", b"block_s", "canary", b"canary", "cost_s", b"cost_s", "ended_unix_s", b"ended_unix_s", "missed_share", b"missed_share", "share", b"share", "started_unix_s", b"started_unix_s", "trial_id", b"trial_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CanaryTrial: _TypeAlias = CanaryTrial  # noqa: Y015
+
+@_typing.final
+class TrialArm(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCK_COUNT_FIELD_NUMBER: _builtins.int
+    CALL_COUNT_FIELD_NUMBER: _builtins.int
+    MISSED_COUNT_FIELD_NUMBER: _builtins.int
+    MEAN_COST_S_FIELD_NUMBER: _builtins.int
+    block_count: _builtins.int
+    call_count: _builtins.int
+    missed_count: _builtins.int
+    mean_cost_s: _builtins.float
+    """Mean objective, in second-equivalents."""
+    def __init__(
+        self,
+        *,
+        block_count: _builtins.int = ...,
+        call_count: _builtins.int = ...,
+        missed_count: _builtins.int = ...,
+        mean_cost_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_count", b"block_count", "call_count", b"call_count", "mean_cost_s", b"mean_cost_s", "missed_count", b"missed_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrialArm: _TypeAlias = TrialArm  # noqa: Y015
+
+@_typing.final
+class Difference(_message.Message):
+    """A difference of means with its 95 % interval, unset if there are too few blocks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEAN_FIELD_NUMBER: _builtins.int
+    LOW_FIELD_NUMBER: _builtins.int
+    HIGH_FIELD_NUMBER: _builtins.int
+    mean: _builtins.float
+    low: _builtins.float
+    high: _builtins.float
+    def __init__(
+        self,
+        *,
+        mean: _builtins.float | None = ...,
+        low: _builtins.float | None = ...,
+        high: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_high", b"_high", "_low", b"_low", "_mean", b"_mean", "high", b"high", "low", b"low", "mean", b"mean"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_high", b"_high", "_low", b"_low", "_mean", b"_mean", "high", b"high", "low", b"low", "mean", b"mean"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__high: _TypeAlias = _typing.Literal["high"]  # noqa: Y015
+    _WhichOneofArgType__high: _TypeAlias = _typing.Literal["_high", b"_high"]  # noqa: Y015
+    _WhichOneofReturnType__low: _TypeAlias = _typing.Literal["low"]  # noqa: Y015
+    _WhichOneofArgType__low: _TypeAlias = _typing.Literal["_low", b"_low"]  # noqa: Y015
+    _WhichOneofReturnType__mean: _TypeAlias = _typing.Literal["mean"]  # noqa: Y015
+    _WhichOneofArgType__mean: _TypeAlias = _typing.Literal["_mean", b"_mean"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__high) -> _WhichOneofReturnType__high | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__low) -> _WhichOneofReturnType__low | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mean) -> _WhichOneofReturnType__mean | None: ...
+
+Global___Difference: _TypeAlias = Difference  # noqa: Y015

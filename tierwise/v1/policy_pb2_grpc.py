@@ -45,6 +45,16 @@ class PolicyServiceStub(object):
                 request_serializer=tierwise_dot_v1_dot_policy__pb2.ListPoliciesRequest.SerializeToString,
                 response_deserializer=tierwise_dot_v1_dot_policy__pb2.ListPoliciesResponse.FromString,
                 _registered_method=True)
+        self.ShadowPolicy = channel.unary_unary(
+                '/tierwise.v1.PolicyService/ShadowPolicy',
+                request_serializer=tierwise_dot_v1_dot_policy__pb2.ShadowPolicyRequest.SerializeToString,
+                response_deserializer=tierwise_dot_v1_dot_policy__pb2.ShadowPolicyResponse.FromString,
+                _registered_method=True)
+        self.CanaryPolicy = channel.unary_unary(
+                '/tierwise.v1.PolicyService/CanaryPolicy',
+                request_serializer=tierwise_dot_v1_dot_policy__pb2.CanaryPolicyRequest.SerializeToString,
+                response_deserializer=tierwise_dot_v1_dot_policy__pb2.CanaryPolicyResponse.FromString,
+                _registered_method=True)
         self.PromotePolicy = channel.unary_unary(
                 '/tierwise.v1.PolicyService/PromotePolicy',
                 request_serializer=tierwise_dot_v1_dot_policy__pb2.PromotePolicyRequest.SerializeToString,
@@ -81,15 +91,34 @@ class PolicyServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ShadowPolicy(self, request, context):
+        """Has agents ask a policy beside the one that decides, and record what it would have done; an
+        empty id ends that. Idempotent. NOT_FOUND, FAILED_PRECONDITION (it is the one that decides),
+        PERMISSION_DENIED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CanaryPolicy(self, request, context):
+        """Lets a policy decide in a share of all time blocks; an empty id ends that. Idempotent for
+        equal arguments. NOT_FOUND, INVALID_ARGUMENT, FAILED_PRECONDITION, PERMISSION_DENIED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def PromotePolicy(self, request, context):
-        """Makes a policy the one that agents use. Idempotent. NOT_FOUND, PERMISSION_DENIED.
+        """Makes a policy the one that agents use; ends a canary. Idempotent. NOT_FOUND,
+        PERMISSION_DENIED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RollBackPolicy(self, request, context):
-        """Returns to the policy that was active before. FAILED_PRECONDITION if there was none.
+        """Ends a canary and a shadow; without a canary, returns to the policy that was active before.
+        FAILED_PRECONDITION if there was none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -114,6 +143,16 @@ def add_PolicyServiceServicer_to_server(servicer, server):
                     servicer.ListPolicies,
                     request_deserializer=tierwise_dot_v1_dot_policy__pb2.ListPoliciesRequest.FromString,
                     response_serializer=tierwise_dot_v1_dot_policy__pb2.ListPoliciesResponse.SerializeToString,
+            ),
+            'ShadowPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.ShadowPolicy,
+                    request_deserializer=tierwise_dot_v1_dot_policy__pb2.ShadowPolicyRequest.FromString,
+                    response_serializer=tierwise_dot_v1_dot_policy__pb2.ShadowPolicyResponse.SerializeToString,
+            ),
+            'CanaryPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.CanaryPolicy,
+                    request_deserializer=tierwise_dot_v1_dot_policy__pb2.CanaryPolicyRequest.FromString,
+                    response_serializer=tierwise_dot_v1_dot_policy__pb2.CanaryPolicyResponse.SerializeToString,
             ),
             'PromotePolicy': grpc.unary_unary_rpc_method_handler(
                     servicer.PromotePolicy,
@@ -186,6 +225,60 @@ class PolicyService(object):
             '/tierwise.v1.PolicyService/ListPolicies',
             tierwise_dot_v1_dot_policy__pb2.ListPoliciesRequest.SerializeToString,
             tierwise_dot_v1_dot_policy__pb2.ListPoliciesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ShadowPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tierwise.v1.PolicyService/ShadowPolicy',
+            tierwise_dot_v1_dot_policy__pb2.ShadowPolicyRequest.SerializeToString,
+            tierwise_dot_v1_dot_policy__pb2.ShadowPolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CanaryPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tierwise.v1.PolicyService/CanaryPolicy',
+            tierwise_dot_v1_dot_policy__pb2.CanaryPolicyRequest.SerializeToString,
+            tierwise_dot_v1_dot_policy__pb2.CanaryPolicyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,10 +39,23 @@ class PolicyServiceStub:
     """
     ListPolicies: _grpc.UnaryUnaryMultiCallable[_policy_pb2.ListPoliciesRequest, _policy_pb2.ListPoliciesResponse]
     """Lists policies, built-in ones included. Read-only."""
+    ShadowPolicy: _grpc.UnaryUnaryMultiCallable[_policy_pb2.ShadowPolicyRequest, _policy_pb2.ShadowPolicyResponse]
+    """Has agents ask a policy beside the one that decides, and record what it would have done; an
+    empty id ends that. Idempotent. NOT_FOUND, FAILED_PRECONDITION (it is the one that decides),
+    PERMISSION_DENIED.
+    """
+    CanaryPolicy: _grpc.UnaryUnaryMultiCallable[_policy_pb2.CanaryPolicyRequest, _policy_pb2.CanaryPolicyResponse]
+    """Lets a policy decide in a share of all time blocks; an empty id ends that. Idempotent for
+    equal arguments. NOT_FOUND, INVALID_ARGUMENT, FAILED_PRECONDITION, PERMISSION_DENIED.
+    """
     PromotePolicy: _grpc.UnaryUnaryMultiCallable[_policy_pb2.PromotePolicyRequest, _policy_pb2.PromotePolicyResponse]
-    """Makes a policy the one that agents use. Idempotent. NOT_FOUND, PERMISSION_DENIED."""
+    """Makes a policy the one that agents use; ends a canary. Idempotent. NOT_FOUND,
+    PERMISSION_DENIED.
+    """
     RollBackPolicy: _grpc.UnaryUnaryMultiCallable[_policy_pb2.RollBackPolicyRequest, _policy_pb2.RollBackPolicyResponse]
-    """Returns to the policy that was active before. FAILED_PRECONDITION if there was none."""
+    """Ends a canary and a shadow; without a canary, returns to the policy that was active before.
+    FAILED_PRECONDITION if there was none.
+    """
     FetchPolicy: _grpc.UnaryUnaryMultiCallable[_policy_pb2.FetchPolicyRequest, _policy_pb2.FetchPolicyResponse]
     """Fetches a policy file. Read-only. NOT_FOUND."""
 
@@ -57,10 +70,23 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     """
     ListPolicies: _aio.UnaryUnaryMultiCallable[_policy_pb2.ListPoliciesRequest, _policy_pb2.ListPoliciesResponse]  # type: ignore[assignment]
     """Lists policies, built-in ones included. Read-only."""
+    ShadowPolicy: _aio.UnaryUnaryMultiCallable[_policy_pb2.ShadowPolicyRequest, _policy_pb2.ShadowPolicyResponse]  # type: ignore[assignment]
+    """Has agents ask a policy beside the one that decides, and record what it would have done; an
+    empty id ends that. Idempotent. NOT_FOUND, FAILED_PRECONDITION (it is the one that decides),
+    PERMISSION_DENIED.
+    """
+    CanaryPolicy: _aio.UnaryUnaryMultiCallable[_policy_pb2.CanaryPolicyRequest, _policy_pb2.CanaryPolicyResponse]  # type: ignore[assignment]
+    """Lets a policy decide in a share of all time blocks; an empty id ends that. Idempotent for
+    equal arguments. NOT_FOUND, INVALID_ARGUMENT, FAILED_PRECONDITION, PERMISSION_DENIED.
+    """
     PromotePolicy: _aio.UnaryUnaryMultiCallable[_policy_pb2.PromotePolicyRequest, _policy_pb2.PromotePolicyResponse]  # type: ignore[assignment]
-    """Makes a policy the one that agents use. Idempotent. NOT_FOUND, PERMISSION_DENIED."""
+    """Makes a policy the one that agents use; ends a canary. Idempotent. NOT_FOUND,
+    PERMISSION_DENIED.
+    """
     RollBackPolicy: _aio.UnaryUnaryMultiCallable[_policy_pb2.RollBackPolicyRequest, _policy_pb2.RollBackPolicyResponse]  # type: ignore[assignment]
-    """Returns to the policy that was active before. FAILED_PRECONDITION if there was none."""
+    """Ends a canary and a shadow; without a canary, returns to the policy that was active before.
+    FAILED_PRECONDITION if there was none.
+    """
     FetchPolicy: _aio.UnaryUnaryMultiCallable[_policy_pb2.FetchPolicyRequest, _policy_pb2.FetchPolicyResponse]  # type: ignore[assignment]
     """Fetches a policy file. Read-only. NOT_FOUND."""
 
@@ -86,12 +112,35 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         """Lists policies, built-in ones included. Read-only."""
 
     @_abc_1.abstractmethod
+    def ShadowPolicy(
+        self,
+        request: _policy_pb2.ShadowPolicyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_policy_pb2.ShadowPolicyResponse, _abc.Awaitable[_policy_pb2.ShadowPolicyResponse]]:
+        """Has agents ask a policy beside the one that decides, and record what it would have done; an
+        empty id ends that. Idempotent. NOT_FOUND, FAILED_PRECONDITION (it is the one that decides),
+        PERMISSION_DENIED.
+        """
+
+    @_abc_1.abstractmethod
+    def CanaryPolicy(
+        self,
+        request: _policy_pb2.CanaryPolicyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_policy_pb2.CanaryPolicyResponse, _abc.Awaitable[_policy_pb2.CanaryPolicyResponse]]:
+        """Lets a policy decide in a share of all time blocks; an empty id ends that. Idempotent for
+        equal arguments. NOT_FOUND, INVALID_ARGUMENT, FAILED_PRECONDITION, PERMISSION_DENIED.
+        """
+
+    @_abc_1.abstractmethod
     def PromotePolicy(
         self,
         request: _policy_pb2.PromotePolicyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_policy_pb2.PromotePolicyResponse, _abc.Awaitable[_policy_pb2.PromotePolicyResponse]]:
-        """Makes a policy the one that agents use. Idempotent. NOT_FOUND, PERMISSION_DENIED."""
+        """Makes a policy the one that agents use; ends a canary. Idempotent. NOT_FOUND,
+        PERMISSION_DENIED.
+        """
 
     @_abc_1.abstractmethod
     def RollBackPolicy(
@@ -99,7 +148,9 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _policy_pb2.RollBackPolicyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_policy_pb2.RollBackPolicyResponse, _abc.Awaitable[_policy_pb2.RollBackPolicyResponse]]:
-        """Returns to the policy that was active before. FAILED_PRECONDITION if there was none."""
+        """Ends a canary and a shadow; without a canary, returns to the policy that was active before.
+        FAILED_PRECONDITION if there was none.
+        """
 
     @_abc_1.abstractmethod
     def FetchPolicy(

@@ -689,9 +689,12 @@ class Explanation(_message.Message):
     MASKED_FIELD_NUMBER: _builtins.int
     HEURISTIC_CHOICE_FIELD_NUMBER: _builtins.int
     FALLBACK_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
     policy_id: _builtins.str
     heuristic_choice: _builtins.str
     fallback: _builtins.str
+    choice: _builtins.str
+    """First in line; the call may have run elsewhere, if that node refused."""
     @_builtins.property
     def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___CandidateScore]: ...
     @_builtins.property
@@ -704,14 +707,147 @@ class Explanation(_message.Message):
         masked: _abc.Iterable[Global___NodeReason] | None = ...,
         heuristic_choice: _builtins.str = ...,
         fallback: _builtins.str = ...,
+        choice: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "fallback", b"fallback", "heuristic_choice", b"heuristic_choice", "masked", b"masked", "policy_id", b"policy_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "choice", b"choice", "fallback", b"fallback", "heuristic_choice", b"heuristic_choice", "masked", b"masked", "policy_id", b"policy_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Explanation: _TypeAlias = Explanation  # noqa: Y015
+
+@_typing.final
+class ShadowDecision(_message.Message):
+    """What a policy in the shadow would have done with the same request and view."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_ID_FIELD_NUMBER: _builtins.int
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    IS_SAME_FIELD_NUMBER: _builtins.int
+    GAIN_S_FIELD_NUMBER: _builtins.int
+    ODDS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    policy_id: _builtins.str
+    node_id: _builtins.str
+    """Empty: it would have placed nothing, or failed."""
+    is_same: _builtins.bool
+    gain_s: _builtins.float
+    """Predicted cost of the choice that was made minus that of the shadow's, second-equivalents."""
+    error: _builtins.str
+    @_builtins.property
+    def odds(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeChance]:
+        """The shadow's chance of each node, where above 0."""
+
+    def __init__(
+        self,
+        *,
+        policy_id: _builtins.str = ...,
+        node_id: _builtins.str = ...,
+        is_same: _builtins.bool = ...,
+        gain_s: _builtins.float = ...,
+        odds: _abc.Iterable[Global___NodeChance] | None = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "gain_s", b"gain_s", "is_same", b"is_same", "node_id", b"node_id", "odds", b"odds", "policy_id", b"policy_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShadowDecision: _TypeAlias = ShadowDecision  # noqa: Y015
+
+@_typing.final
+class NodeChance(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    CHANCE_FIELD_NUMBER: _builtins.int
+    node_id: _builtins.str
+    chance: _builtins.float
+    def __init__(
+        self,
+        *,
+        node_id: _builtins.str = ...,
+        chance: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chance", b"chance", "node_id", b"node_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NodeChance: _TypeAlias = NodeChance  # noqa: Y015
+
+@_typing.final
+class PolicyHealth(_message.Message):
+    """How a policy does its duty on one node, since it was assigned there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class FallbacksEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    POLICY_ID_FIELD_NUMBER: _builtins.int
+    DUTY_FIELD_NUMBER: _builtins.int
+    BREAKER_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
+    OPENED_COUNT_FIELD_NUMBER: _builtins.int
+    DECISION_COUNT_FIELD_NUMBER: _builtins.int
+    FALLBACKS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    policy_id: _builtins.str
+    duty: _builtins.str
+    """active, canary or shadow."""
+    breaker: _builtins.str
+    """closed (it decides), open (the base score does) or half-open (it is being tried)."""
+    cause: _builtins.str
+    """Why the breaker opened last."""
+    opened_count: _builtins.int
+    decision_count: _builtins.int
+    error: _builtins.str
+    """The last error, or why the policy could not be loaded."""
+    @_builtins.property
+    def fallbacks(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Decisions that the base score took instead, by reason."""
+
+    def __init__(
+        self,
+        *,
+        policy_id: _builtins.str = ...,
+        duty: _builtins.str = ...,
+        breaker: _builtins.str = ...,
+        cause: _builtins.str = ...,
+        opened_count: _builtins.int = ...,
+        decision_count: _builtins.int = ...,
+        fallbacks: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["breaker", b"breaker", "cause", b"cause", "decision_count", b"decision_count", "duty", b"duty", "error", b"error", "fallbacks", b"fallbacks", "opened_count", b"opened_count", "policy_id", b"policy_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PolicyHealth: _TypeAlias = PolicyHealth  # noqa: Y015
 
 @_typing.final
 class Outcome(_message.Message):
@@ -741,6 +877,9 @@ class Outcome(_message.Message):
     POLICY_ID_FIELD_NUMBER: _builtins.int
     EXPLANATION_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
+    SHADOW_FIELD_NUMBER: _builtins.int
+    TRIAL_ID_FIELD_NUMBER: _builtins.int
+    BLOCK_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     function_id: _builtins.str
     state: Global___OutcomeState.ValueType
@@ -762,12 +901,17 @@ class Outcome(_message.Message):
     reason: Global___Reason.ValueType
     policy_id: _builtins.str
     lease: _builtins.int
+    trial_id: _builtins.int
+    """The canary's trial and its time block during which the call was decided; 0 if none counts it."""
+    block: _builtins.int
     @_builtins.property
     def latency(self) -> Global___LatencySplit: ...
     @_builtins.property
     def tried(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeReason]: ...
     @_builtins.property
     def explanation(self) -> Global___Explanation: ...
+    @_builtins.property
+    def shadow(self) -> Global___ShadowDecision: ...
     def __init__(
         self,
         *,
@@ -795,10 +939,13 @@ class Outcome(_message.Message):
         policy_id: _builtins.str = ...,
         explanation: Global___Explanation | None = ...,
         lease: _builtins.int = ...,
+        shadow: Global___ShadowDecision | None = ...,
+        trial_id: _builtins.int = ...,
+        block: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["explanation", b"explanation", "latency", b"latency"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["explanation", b"explanation", "latency", b"latency", "shadow", b"shadow"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_s", b"deadline_s", "energy_j", b"energy_j", "error_code", b"error_code", "explanation", b"explanation", "failed_item_count", b"failed_item_count", "function_id", b"function_id", "is_cold", b"is_cold", "item_count", b"item_count", "latency", b"latency", "lease", b"lease", "memory_mib", b"memory_mib", "message", b"message", "money_usd", b"money_usd", "node_id", b"node_id", "origin", b"origin", "peak_memory_mib", b"peak_memory_mib", "policy_id", b"policy_id", "priority", b"priority", "reason", b"reason", "request_bytes", b"request_bytes", "request_id", b"request_id", "response_bytes", b"response_bytes", "state", b"state", "tried", b"tried"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "deadline_s", b"deadline_s", "energy_j", b"energy_j", "error_code", b"error_code", "explanation", b"explanation", "failed_item_count", b"failed_item_count", "function_id", b"function_id", "is_cold", b"is_cold", "item_count", b"item_count", "latency", b"latency", "lease", b"lease", "memory_mib", b"memory_mib", "message", b"message", "money_usd", b"money_usd", "node_id", b"node_id", "origin", b"origin", "peak_memory_mib", b"peak_memory_mib", "policy_id", b"policy_id", "priority", b"priority", "reason", b"reason", "request_bytes", b"request_bytes", "request_id", b"request_id", "response_bytes", b"response_bytes", "shadow", b"shadow", "state", b"state", "trial_id", b"trial_id", "tried", b"tried"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

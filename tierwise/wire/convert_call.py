@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from tierwise.domain.decision import CandidateScore, Explanation, Reason
+from tierwise.domain.decision import CandidateScore, Explanation, Reason, ShadowDecision
 from tierwise.domain.function import FunctionSpec, Priority
 from tierwise.domain.ids import FunctionId, NodeId, PolicyId, RequestId
 from tierwise.domain.outcome import LatencySplit, Outcome, OutcomeState
@@ -143,11 +143,15 @@ def outcome_to_pb(outcome: Outcome, *, with_explanation: bool = True) -> types_p
         message=checks.clean(outcome.message, MESSAGE_LENGTH_MAX) if outcome.message else "",
         policy_id=outcome.policy_id,
         lease=outcome.lease,
+        trial_id=outcome.trial_id,
+        block=outcome.block,
     )
     if outcome.reason is not None:
         pb.reason = types_pb2.Reason.ValueType(outcome.reason)
     for node_id, reason in outcome.tried:
         pb.tried.add(node_id=node_id, reason=types_pb2.Reason.ValueType(reason))
+    if outcome.shadow is not None:
+        _fill_shadow(pb.shadow, outcome.shadow)
     if with_explanation and outcome.explanation is not None:
         _fill_explanation(pb.explanation, outcome.explanation)
     return pb
@@ -214,6 +218,9 @@ def outcome_from_pb(pb: types_pb2.Outcome) -> Outcome:
         policy_id=PolicyId(checks.text(pb.policy_id, "policy_id", POLICY_ID_MAX)),
         explanation=explanation_from_pb(pb.explanation) if pb.HasField("explanation") else None,
         lease=counts[4],
+        shadow=_shadow_from_pb(pb.shadow) if pb.HasField("shadow") else None,
+        trial_id=checks.integer(pb.trial_id, "trial_id", 0, INT64_MAX),
+        block=checks.integer(pb.block, "block", 0, INT64_MAX),
     )
 
 
@@ -237,6 +244,7 @@ def _fill_explanation(pb: types_pb2.Explanation, value: Explanation) -> None:
     pb.policy_id = value.policy_id
     pb.heuristic_choice = value.heuristic_choice or ""
     pb.fallback = checks.clean(value.fallback, MESSAGE_LENGTH_MAX)
+    pb.choice = value.choice or ""
     add = pb.candidates.add
     for row in value.candidates:
         add(
@@ -263,13 +271,45 @@ def explanation_from_pb(pb: types_pb2.Explanation) -> Explanation:
         InvalidArgument: A field is wrong; the message names it.
     """
     checks.at_most(pb.candidates, "candidates", NODES_MAX)
-    choice = pb.heuristic_choice
+    heuristic_choice, choice = pb.heuristic_choice, pb.choice
     return Explanation(
         policy_id=PolicyId(checks.text(pb.policy_id, "policy_id", POLICY_ID_MAX)),
         candidates=tuple(map(_candidate_from_pb, pb.candidates)),
         masked=_reasons_from_pb(pb.masked, "masked"),
-        heuristic_choice=NodeId(checks.name(choice, "heuristic_choice")) if choice else None,
+        heuristic_choice=(
+            NodeId(checks.name(heuristic_choice, "heuristic_choice")) if heuristic_choice else None
+        ),
+        choice=NodeId(checks.name(choice, "choice")) if choice else None,
         fallback=pb.fallback[:MESSAGE_LENGTH_MAX],
+    )
+
+
+def _fill_shadow(pb: types_pb2.ShadowDecision, value: ShadowDecision) -> None:
+    pb.policy_id = value.policy_id
+    pb.node_id = value.node_id or ""
+    pb.is_same = value.is_same
+    pb.gain_s = value.gain_s
+    pb.error = checks.clean(value.error, MESSAGE_LENGTH_MAX)
+    for node_id, chance in value.odds:
+        pb.odds.add(node_id=node_id, chance=chance)
+
+
+def _shadow_from_pb(pb: types_pb2.ShadowDecision) -> ShadowDecision:
+    checks.at_most(pb.odds, "shadow.odds", NODES_MAX)
+    node_id = pb.node_id
+    return ShadowDecision(
+        policy_id=PolicyId(checks.text(pb.policy_id, "shadow.policy_id", POLICY_ID_MAX)),
+        node_id=NodeId(checks.name(node_id, "shadow.node_id")) if node_id else None,
+        is_same=pb.is_same,
+        gain_s=checks.number(pb.gain_s, "shadow.gain_s", -HUGE, HUGE),
+        odds=tuple(
+            (
+                NodeId(checks.name(row.node_id, "shadow.odds.node_id")),
+                checks.number(row.chance, "shadow.odds.chance", 0.0, 1.0),
+            )
+            for row in pb.odds
+        ),
+        error=pb.error[:MESSAGE_LENGTH_MAX],
     )
 
 

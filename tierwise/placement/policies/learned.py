@@ -29,7 +29,8 @@ from tierwise.placement.network import initial as initial
 from tierwise.placement.ranking import Ranking, rank_or_place, softmax
 from tierwise.placement.score import ScoreWeights
 from tierwise.placement.weights import Card as Card
-from tierwise.placement.weights import pack, unpack_card, unpack_network
+from tierwise.placement.weights import pack, unpack_network
+from tierwise.placement.weights import unpack_card as unpack_card
 
 RANGE_MARGIN = 0.5  # of a column's trained range, on both sides
 DECIMALS = 4  # of a residual: equal rows may differ in the last bits, by the machine's algebra
