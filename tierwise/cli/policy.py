@@ -31,6 +31,12 @@ def tune(context: typer.Context) -> None:
     _train("training.tune", context.args)
 
 
+@app.command(context_settings=_PASS_ON)
+def scenario(context: typer.Context) -> None:
+    """Write a preset's world as a scenario's files, for `eval --scenario`; --help lists options."""
+    _train("envs.scenario", context.args)
+
+
 @app.command()
 def publish(
     folder: Annotated[Path, typer.Argument(help="run folder with policy.npz and policy.json")],
