@@ -169,7 +169,7 @@ class Shell:
         """
         self.machine = machine
         self.policy = policy
-        self.reports: deque[tuple[Outcome, str, str]] = deque()
+        self.reports: deque[tuple[Outcome, str, str, float]] = deque()  # and when, monotonic
         self.dropped_report_count = 0
         self._runtime = runtime
         self._environments = environments
@@ -433,7 +433,7 @@ class Shell:
         if len(self.reports) >= REPORTS_MAX:
             self.reports.popleft()
             self.dropped_report_count += 1
-        self.reports.append((outcome, self._ended.log, self._ended.caller))
+        self.reports.append((outcome, self._ended.log, self._ended.caller, monotonic_s()))
 
 
 def _item(result: ItemResult) -> types_pb2.Item:
