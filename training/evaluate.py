@@ -237,15 +237,18 @@ def main() -> int:
     from tqdm import tqdm
 
     total = len(presets) * len(policies) * flags.seeds
-    with tqdm(total=total, unit="world", file=sys.stderr) as bar:
-        rows = compare(
-            policies,
-            presets,
-            range(HELD_OUT, HELD_OUT + flags.seeds),
-            flags.requests,
-            on_progress=lambda done, total: bar.update(done - bar.n),
-            make=make,
-        )
+    try:
+        with tqdm(total=total, unit="world", file=sys.stderr) as bar:
+            rows = compare(
+                policies,
+                presets,
+                range(HELD_OUT, HELD_OUT + flags.seeds),
+                flags.requests,
+                on_progress=lambda done, total: bar.update(done - bar.n),
+                make=make,
+            )
+    except TierwiseError as error:  # a world needs what is not installed
+        parser.error(str(error))
     if flags.output == "json":
         print(json.dumps(rows, indent=2))
     else:
