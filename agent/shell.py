@@ -164,7 +164,7 @@ class Shell:
         """
         self.machine = machine
         self.decider = decider
-        self.reports: deque[tuple[Outcome, str, str]] = deque()
+        self.reports: deque[tuple[Outcome, str, str, float]] = deque()  # and when, monotonic
         self.dropped_report_count = 0
         self._runtime = runtime
         self._environments = environments
@@ -419,8 +419,9 @@ class Shell:
         if len(self.reports) >= REPORTS_MAX:
             self.reports.popleft()
             self.dropped_report_count += 1
-        outcome = self.decider.reported(outcome, monotonic_s())
-        self.reports.append((outcome, self._ended.log, self._ended.caller))
+        now_s = monotonic_s()
+        outcome = self.decider.reported(outcome, now_s)
+        self.reports.append((outcome, self._ended.log, self._ended.caller, now_s))
 
 
 def _item(result: ItemResult) -> types_pb2.Item:

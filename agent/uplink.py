@@ -202,7 +202,7 @@ class Uplink:
         shell = self._shell
         calls = []
         for index in range(min(len(shell.reports), REPORTS_PER_BEAT_MAX)):
-            outcome, printed, caller = shell.reports.popleft()
+            outcome, printed, caller, ended_s = shell.reports.popleft()
             calls.append(
                 node_pb2.CallReport(
                     outcome=convert.outcome_to_pb(
@@ -210,6 +210,7 @@ class Uplink:
                     ),
                     log=printed,
                     caller=caller,
+                    ended_ago_s=max(0.0, monotonic_s() - ended_s),
                 )
             )
         dropped_count, shell.dropped_report_count = shell.dropped_report_count, 0

@@ -1,5 +1,6 @@
 """What arrives when: a trace as named requests, and the barriers that hold later ones back."""
 
+import math
 from collections.abc import Iterator
 from itertools import islice
 
@@ -36,6 +37,9 @@ class Schedule:
         drawn = service.standard_normal(len(self._named)).tolist()
         names = [name for name, _ in self._named]
         self._noise: dict[RequestId, float] = dict(zip(names, drawn, strict=True))
+        for name, arrival in self._named:
+            if arrival.run_s > 0.0:
+                self._noise[name] = self._noise_of(arrival)
         self._arrivals: Iterator[Named] = iter(named)
         self._stage_left = {number: stage.size for number, stage in trace.stages.items()}
         self._stage_of: dict[RequestId, int] = {}
@@ -56,7 +60,7 @@ class Schedule:
             spec=spec,
             origin=arrival.origin,
             priority=arrival.priority,
-            deadline_s=spec.deadline_s * arrival.item_count,
+            deadline_s=arrival.deadline_s or spec.deadline_s * arrival.item_count,
             timeout_s=spec.timeout_s * arrival.item_count,
             request_bytes=arrival.request_bytes,
             item_count=arrival.item_count,
@@ -77,6 +81,12 @@ class Schedule:
     def noise(self, request_id: RequestId) -> float:
         """Return the standard normal draw behind a request's lognormal run time."""
         return self._noise[request_id]
+
+    def _noise_of(self, arrival: Arrival) -> float:
+        """Return the draw that would give a request the run time that its trace tells."""
+        behaviour = self._trace.behaviours[arrival.function]
+        mean_s = behaviour.profile.run_s * arrival.item_count
+        return math.log(arrival.run_s / mean_s) / behaviour.run_sigma
 
     def planned(self) -> Iterator[tuple[RequestId, Arrival, float]]:
         """Yield every request of the trace, those of later stages last, with its noise."""

@@ -43,6 +43,8 @@ class Arrival:
     data_bytes: int = 0
     stage: int = 0  # 0: none
     is_pinned: bool = False  # to its data: a federated client
+    run_s: float = 0.0  # at speed 1.0, all items together; 0: drawn
+    deadline_s: float = 0.0  # 0: the function's, for each item
 
 
 @dataclass(frozen=True, slots=True)

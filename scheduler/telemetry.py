@@ -21,7 +21,7 @@ from tierwise.domain.outcome import Outcome, OutcomeState
 from tierwise.domain.view import ViewTable
 from tierwise.errors import InvalidArgument, NotFound, TierwiseError
 from tierwise.v1 import call_pb2, call_pb2_grpc, node_pb2, types_pb2
-from tierwise.wire import convert
+from tierwise.wire import checks, convert
 
 log = structlog.get_logger()
 
@@ -30,6 +30,7 @@ PROFILES_INTERVAL_S = 5.0
 TAKEN_MAX = 50_000  # calls that wait for the store
 LOG_MAX = 8192
 CALLER_MAX = 200
+AGO_S_MAX = 30 * 86_400.0  # a node that was offline tells of its calls later
 
 
 class Telemetry(call_pb2_grpc.CallServiceServicer):
@@ -110,10 +111,11 @@ class Telemetry(call_pb2_grpc.CallServiceServicer):
         namespace, name, version = split_function_id(outcome.function_id)
         if version is None or not 0 < len(outcome.request_id) <= convert.REQUEST_ID_MAX:
             raise InvalidArgument(f"{outcome.request_id!r} of {outcome.function_id!r} is no call")
+        ago_s = checks.number(report.ended_ago_s, "ended_ago_s", 0.0, AGO_S_MAX)
         if len(self._taken) >= TAKEN_MAX:  # the store fails, or reports come too fast
             log.warning("calls.dropped", call_count=len(self._taken))
             self._taken.clear()
-        self._taken.append(_Taken(namespace, name, outcome, report, wall_s()))
+        self._taken.append(_Taken(namespace, name, outcome, report, wall_s() - ago_s))
         self._learn(outcome)
 
     async def _store_taken(self) -> None:

@@ -1,12 +1,15 @@
 """Compare policies in the simulator: the same worlds, the same seeds, intervals.
 
-python -m training.evaluate --policies ect,learned --presets small,campus --seeds 20
+    python -m training.evaluate --policies ect,learned --presets small,campus --seeds 20
+    python -m training.evaluate --policies ect,learned --scenario FILE
+
+A scenario (docs/scenarios.md) is one world: there seeds draw service times, links and faults only.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from envs import scenario
 from envs.simulator import Simulator
-from envs.world import PRESETS, make_world
+from envs.world import PRESETS, World, make_world
 from tierwise.clock import precise_s
 from tierwise.cost.objective import DEFAULT_OBJECTIVE
 from tierwise.domain.outcome import Outcome
@@ -27,6 +31,7 @@ from tierwise.placement.policy import Policy, create
 HELD_OUT = 1_000_000  # evaluation seeds start here; training and validation never reach it
 POLICIES = ("edge-only", "cloud-only", "edge-first", "least-loaded", "ect", "learned")
 BOOTSTRAP = 2000
+Maker = Callable[[str, int, int], World]  # preset, seed, requests → world
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +50,14 @@ class Run:
     decision_us: float
 
 
-def run(policy: Policy, preset: str, seed: int, request_count: int) -> Run:
+def of_preset(preset: str, seed: int, request_count: int) -> World:
+    """Return the world of a preset."""
+    return make_world(preset, seed, request_count=request_count)
+
+
+def run(policy: Policy, preset: str, seed: int, request_count: int, make: Maker = of_preset) -> Run:
     """Simulate one world with one policy."""
-    world = make_world(preset, seed, request_count=request_count)
+    world = make(preset, seed, request_count)
     simulator = Simulator(world, seed)
     tier_of = {node.node_id: node.tier for node in world.nodes}
     started_s = precise_s()
@@ -102,6 +112,7 @@ def compare(
     seeds: Sequence[int],
     request_count: int,
     on_progress: Any = lambda done, total: None,
+    make: Maker = of_preset,
 ) -> list[dict[str, Any]]:
     """Run every policy on every world; return one row per preset and policy.
 
@@ -115,7 +126,7 @@ def compare(
         for name, policy in policies.items():
             runs = []
             for seed in seeds:
-                runs.append(run(policy, preset, seed, request_count))
+                runs.append(run(policy, preset, seed, request_count, make))
                 done += 1
                 on_progress(done, total)
             costs[name] = np.array([r.cost_s for r in runs])
@@ -158,13 +169,13 @@ def load_policies(names: Sequence[str]) -> dict[str, Policy]:
     return found
 
 
-def print_rows(rows: list[dict[str, Any]]) -> None:
+def print_rows(rows: list[dict[str, Any]], title: str = "simulated worlds") -> None:
     """Print the table for people."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="simulated worlds, held-out seeds", box=None)
-    for title in (
+    table = Table(title=title, box=None)
+    for column in (
         "preset",
         "policy",
         "cost s [95 % CI]",
@@ -177,7 +188,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         "edge/fog/cloud",
         "µs/decision*",
     ):
-        table.add_column(title, justify="left" if title in ("preset", "policy") else "right")
+        table.add_column(column, justify="left" if column in ("preset", "policy") else "right")
     for row in rows:
         versus = ""
         if "versus_ect" in row:
@@ -210,31 +221,39 @@ def main() -> int:
     parser.add_argument("--presets", default="small,campus,factory", help=", ".join(PRESETS))
     parser.add_argument("--seeds", type=int, default=10, help="worlds per preset")
     parser.add_argument("--requests", type=int, default=600, help="per world")
+    parser.add_argument("--scenario", type=Path, help="a scenario's file, instead of presets")
     parser.add_argument("-o", "--output", choices=("table", "json"), default="table")
     flags = parser.parse_args()
-    presets = flags.presets.split(",")
-    unknown = set(presets) - set(PRESETS)
+    presets = flags.presets.split(",") if flags.scenario is None else [flags.scenario.stem]
+    unknown = set(presets) - set(PRESETS) if flags.scenario is None else set()
     if unknown or flags.seeds < 1 or flags.requests < 1:
         parser.error(f"unknown presets {sorted(unknown)}" if unknown else "counts start at 1")
     try:
         policies = load_policies(flags.policies.split(","))
+        given = scenario.read(flags.scenario) if flags.scenario is not None else None
     except TierwiseError as error:
         parser.error(str(error))
+    make = of_preset if given is None else lambda preset, seed, count: given
     from tqdm import tqdm
 
     total = len(presets) * len(policies) * flags.seeds
-    with tqdm(total=total, unit="world", file=sys.stderr) as bar:
-        rows = compare(
-            policies,
-            presets,
-            range(HELD_OUT, HELD_OUT + flags.seeds),
-            flags.requests,
-            on_progress=lambda done, total: bar.update(done - bar.n),
-        )
+    try:
+        with tqdm(total=total, unit="world", file=sys.stderr) as bar:
+            rows = compare(
+                policies,
+                presets,
+                range(HELD_OUT, HELD_OUT + flags.seeds),
+                flags.requests,
+                on_progress=lambda done, total: bar.update(done - bar.n),
+                make=make,
+            )
+    except TierwiseError as error:  # a world needs what is not installed
+        parser.error(str(error))
     if flags.output == "json":
         print(json.dumps(rows, indent=2))
     else:
-        print_rows(rows)
+        what = "simulated worlds, held-out seeds" if given is None else "simulated scenario"
+        print_rows(rows, what)
     return 0
 
 

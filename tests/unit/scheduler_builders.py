@@ -251,10 +251,15 @@ class FakeAgent:
         async with self.writing:  # a stream takes one write at a time
             await self.call.write(message)
 
-    async def report(self, *outcomes: types_pb2.Outcome, log: str = "") -> None:
+    async def report(
+        self, *outcomes: types_pb2.Outcome, log: str = "", ended_ago_s: float = 0.0
+    ) -> None:
         """Send a heartbeat with call reports."""
         reports = [
-            node_pb2.CallReport(outcome=o, log=log, caller="tierwise://user/u") for o in outcomes
+            node_pb2.CallReport(
+                outcome=o, log=log, caller="tierwise://user/u", ended_ago_s=ended_ago_s
+            )
+            for o in outcomes
         ]
         await self.send(node_pb2.SessionRequest(heartbeat=self._heartbeat(reports)))
 

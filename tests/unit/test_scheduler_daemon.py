@@ -4,6 +4,7 @@ import asyncio
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -471,7 +472,7 @@ async def test_reported_calls_are_listed_billed_and_learnt_from(
     ):
         await user.deploy(name)
         outcome = outcome_pb(call_id, agent.name, function_id=f"default/{name}@1")
-        await agent.report(outcome, log="hello")
+        await agent.report(outcome, log="hello", ended_ago_s=1000.0)
 
         async def call() -> call_pb2.Call:
             request = call_pb2.GetCallRequest(request_id=call_id[:-1])  # a prefix is enough
@@ -486,6 +487,7 @@ async def test_reported_calls_are_listed_billed_and_learnt_from(
                     assert isinstance(error_from_rpc(error), NotFound)
                     await asyncio.sleep(0.05)
         assert found.log == "hello"
+        assert found.ended_unix_s == pytest.approx(time.time() - 1000.0, abs=60.0)
         assert found.outcome.latency.run_s == 0.25
         listed = await user.calls.ListCalls(call_pb2.ListCallsRequest(function=name), timeout=5)
         assert [c.outcome.request_id for c in listed.calls] == [call_id]

@@ -34,6 +34,36 @@ def tune(context: typer.Context) -> None:
     _train("training.tune", context.args)
 
 
+@app.command(context_settings=_PASS_ON)
+def scenario(context: typer.Context) -> None:
+    """Write a preset's world as a scenario's files, for `eval --scenario`; --help lists options."""
+    _train("envs.scenario", context.args)
+
+
+@app.command()
+def record(
+    out: Annotated[Path, typer.Option(help="folder for the scenario and its records")],
+    limit: Annotated[int, typer.Option(help="at most this many of the newest calls", min=1)] = 5000,
+) -> None:
+    """Make a scenario of the calls that this cluster has seen, for `eval --scenario`."""
+    import json
+
+    records = out / "records"
+    records.mkdir(parents=True, exist_ok=True)
+    with operator() as ask:
+        found = {
+            "calls": ask.calls(limit=limit),
+            "nodes": ask.nodes(),
+            "functions": ask.functions(),
+            "links": ask.links(),
+        }
+    arguments = []
+    for kind, rows in found.items():
+        (records / f"{kind}.json").write_text(json.dumps(rows))
+        arguments += [f"--{kind}", str(records / f"{kind}.json")]
+    _train("training.dataset", [*arguments, "--out", str(out)])
+
+
 @app.command()
 def publish(
     folder: Annotated[Path, typer.Argument(help="run folder with policy.npz and policy.json")],

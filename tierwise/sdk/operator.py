@@ -30,6 +30,11 @@ class Operator:
         """Return every node with state, reading, host and age."""
         return self._list("cluster", "ListNodes", cluster_pb2.ListNodesRequest(), "nodes")
 
+    def links(self) -> Record:
+        """Return the paths between tiers that policies reckon with."""
+        found: Record = self._one("cluster", "GetView", cluster_pb2.GetViewRequest())["links"]
+        return found
+
     def functions(self, namespace: str = "") -> list[Record]:
         """Return the newest version of every function."""
         request = function_pb2.ListFunctionsRequest(namespace=namespace)

@@ -157,8 +157,11 @@ class CallReport(_message.Message):
     OUTCOME_FIELD_NUMBER: _builtins.int
     LOG_FIELD_NUMBER: _builtins.int
     CALLER_FIELD_NUMBER: _builtins.int
+    ENDED_AGO_S_FIELD_NUMBER: _builtins.int
     log: _builtins.str
     caller: _builtins.str
+    ended_ago_s: _builtins.float
+    """Since the call ended, when this was sent: reports wait for a heartbeat."""
     @_builtins.property
     def outcome(self) -> _types_pb2.Outcome: ...
     def __init__(
@@ -167,10 +170,11 @@ class CallReport(_message.Message):
         outcome: _types_pb2.Outcome | None = ...,
         log: _builtins.str = ...,
         caller: _builtins.str = ...,
+        ended_ago_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "log", b"log", "outcome", b"outcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "ended_ago_s", b"ended_ago_s", "log", b"log", "outcome", b"outcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
