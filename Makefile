@@ -6,9 +6,9 @@ export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 PROTOS := $(wildcard protos/tierwise/v1/*.proto)
 
-.PHONY: help demo check test bench protos train-policy clean format lint
+.PHONY: help demo check test bench bench-sim2real protos train-policy clean format lint
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 demo: $(VENV)/demo.stamp ## start a local cluster, drive real work through it, print the comparison
 	@$(BIN)/python -m examples.demo
@@ -29,6 +29,9 @@ bench: $(VENV)/dev.stamp ## speed and size, as ratios against rivals in the same
 	@$(BIN)/python -m benchmarks.bench_agent
 	@$(BIN)/python -m benchmarks.bench_decision
 	@$(BIN)/python -m benchmarks.bench_simulator
+
+bench-sim2real: $(VENV)/dev.stamp ## does the simulator predict live agents? about six minutes; writes docs/results
+	@$(BIN)/python -m benchmarks.bench_sim2real
 
 format: $(VENV)/dev.stamp ## rewrite the code in the house style
 	@$(BIN)/ruff format -q . && $(BIN)/ruff check -q --fix .
