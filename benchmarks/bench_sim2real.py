@@ -9,10 +9,9 @@ in the table is prediction. Writes docs/results/sim2real.json and .md.
 """
 
 import argparse
-import json
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ import numpy as np
 import psutil
 
 import tierwise
-from benchmarks.live_replay import NODES, LiveCluster, LiveRun, replay_world
-from benchmarks.report import at_most, commit, make_table, show, where
+from benchmarks.live_replay import NODES, LiveCluster, LiveRun, is_counted, replay_world
+from benchmarks.report import commit, where
+from benchmarks.sim2real_report import P50_ERROR_MAX, P95_ERROR_MAX, report
 from envs.calibrate import Fit, calibrated, fit
 from envs.fidelity import Float, rank_agreement, relative_error
 from envs.schedule import Schedule
@@ -31,12 +31,10 @@ from tierwise.clock import monotonic_s
 from tierwise.cost.objective import DEFAULT_OBJECTIVE
 from tierwise.domain.ids import RequestId
 from tierwise.domain.outcome import Outcome
-from tierwise.files import write_atomically
 from tierwise.placement.policy import create
 
 POLICIES = ("edge-only", "cloud-only", "edge-first", "least-loaded", "ect", "learned")
 FIT_POLICY = "edge-first"  # uses all tiers, so that one run shows them all
-P50_ERROR_MAX, P95_ERROR_MAX = 0.10, 0.20
 BLOCK_S = 2.0  # of the trace, for the noise of differences
 SIMULATIONS = 10  # per trace and policy: the same arrivals and run times, other jitter and draws
 LATE_S_MAX = 0.005  # 95th percentile of how late calls are sent; beyond, the run is tried again
@@ -48,12 +46,18 @@ def main() -> int:
     """Measure, print, write; return 0 if every goal is met, 3 if one is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of traces")
-    parser.add_argument("--seconds", type=float, default=16.0, help="length of a trace")
+    parser.add_argument("--seconds", type=float, default=13.0, help="length of a trace")
     parser.add_argument("--rate", type=float, default=11.0, help="calls per second, on average")
+    parser.add_argument(
+        "--fresh", action="store_true", help="no calls before the trace: functions are unknown"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     flags = parser.parse_args()
     worlds = {
-        seed: replay_world(seed, duration_s=flags.seconds, rate=flags.rate) for seed in flags.seeds
+        seed: replay_world(
+            seed, duration_s=flags.seconds, rate=flags.rate, is_primed=not flags.fresh
+        )
+        for seed in flags.seeds
     }
     started_s = monotonic_s()
     load_before = psutil.getloadavg()[0]
@@ -70,12 +74,14 @@ def main() -> int:
         "where": where(),
         "commit": commit(),
         "seeds": flags.seeds,
-        "calls": {str(seed): len(world.trace.arrivals) for seed, world in worlds.items()},
+        "simulations": SIMULATIONS,
+        "is_primed": not flags.fresh,
+        "calls": {str(seed): len(counted(world)) for seed, world in worlds.items()},
         "took_s": monotonic_s() - started_s,
         "load_before": load_before,
         "attempts": attempts,
         "fit": describe(found),
-        "repeated": repeated(fit_run, runs[first, FIT_POLICY]),
+        "repeated": repeated(counted(worlds[first]), fit_run, runs[first, FIT_POLICY]),
     }
     report(result, flags.out)
     return 0 if result["is_met"] else 3
@@ -152,15 +158,17 @@ def compare(
         for seed, world in worlds.items():
             run = runs[seed, policy]
             twin = calibrated(world, found)
+            names = counted(world)
+            mine = pick(names, run.outcomes.values())
+            theirs = []
             for index, pool in enumerate(simulated):
                 simulator = Simulator(twin, 1000 * seed + index, service_seed=seed)
-                pool.extend(simulator.run(create(policy)))
-            live += run.outcomes.values()
-            client_s += run.client_s.values()
-            costs.append(_blocks(world, run.outcomes))
-            count = len(world.trace.arrivals)
-            one = side_by_side(list(run.outcomes.values()), [pool[-count:] for pool in simulated])
-            by_seed.append({"policy": policy, "seed": seed, **one})
+                theirs.append(pick(names, simulator.run(create(policy))))
+                pool.extend(theirs[-1])
+            live += mine
+            client_s += [run.client_s[outcome.request_id] for outcome in mine]
+            costs.append(_blocks(names, mine))
+            by_seed.append({"policy": policy, "seed": seed, **side_by_side(mine, theirs)})
         rows[policy] = side_by_side(live, simulated)
         rows[policy]["client_p50_s"] = float(np.percentile(client_s, 50))
         rows[policy]["client_p95_s"] = float(np.percentile(client_s, 95))
@@ -198,6 +206,17 @@ def compare(
     }
 
 
+def counted(world: World) -> dict[RequestId, float]:
+    """Return the calls that are compared, and when they arrive."""
+    planned = Schedule(world.trace, service_stream(0)).planned()
+    return {name: arrival.at_s for name, arrival, _ in planned if is_counted(arrival)}
+
+
+def pick(names: Container[RequestId], outcomes: Iterable[Outcome]) -> list[Outcome]:
+    """Return the outcomes of these calls."""
+    return [outcome for outcome in outcomes if outcome.request_id in names]
+
+
 def side_by_side(live: Sequence[Outcome], simulated: Sequence[Sequence[Outcome]]) -> dict[str, Any]:
     """Return figures of a live run, means over its simulations, and the errors of these."""
     row: dict[str, Any] = {f"live_{key}": value for key, value in figures(live).items()}
@@ -226,9 +245,9 @@ def figures(outcomes: Iterable[Outcome]) -> dict[str, float]:
     }
 
 
-def repeated(one: LiveRun, other: LiveRun) -> dict[str, float]:
+def repeated(names: Container[RequestId], one: LiveRun, other: LiveRun) -> dict[str, float]:
     """Return how far two live runs of the same trace and policy are apart: the noise of reality."""
-    a, b = figures(one.outcomes.values()), figures(other.outcomes.values())
+    a, b = (figures(pick(names, run.outcomes.values())) for run in (one, other))
     return {key: relative_error(a[key], b[key]) for key in ("p50_s", "p95_s", "cost_s")}
 
 
@@ -256,14 +275,12 @@ def describe(found: Fit) -> dict[str, Any]:
     }
 
 
-def _blocks(world: World, outcomes: dict[RequestId, Outcome]) -> Float:
+def _blocks(names: dict[RequestId, float], outcomes: Iterable[Outcome]) -> Float:
     """Return the mean cost of the calls of each block of time, NaN where there was none."""
-    arrivals = Schedule(world.trace, service_stream(0)).planned()
-    count = 1 + int(world.trace.arrivals[-1].at_s / BLOCK_S)
-    costs: list[list[float]] = [[] for _ in range(count)]
-    for name, arrival, _ in arrivals:
-        if name in outcomes:
-            costs[int(arrival.at_s / BLOCK_S)].append(DEFAULT_OBJECTIVE.cost_s(outcomes[name]))
+    costs: list[list[float]] = [[] for _ in range(1 + int(max(names.values()) / BLOCK_S))]
+    for outcome in outcomes:
+        block = int(names[outcome.request_id] / BLOCK_S)
+        costs[block].append(DEFAULT_OBJECTIVE.cost_s(outcome))
     return np.array([np.mean(block) if block else np.nan for block in costs])
 
 
@@ -274,98 +291,6 @@ def _line(attempt: dict[str, Any]) -> str:
         f"cluster {attempt['own_share']:.0%} of the CPUs, others {attempt['foreign_share']:.0%}, "
         f"sent late by {1e3 * attempt['late_p95_s']:.1f} ms at p95{note}"
     )
-
-
-# -- the report ---------------------------------------------------------------------------------
-
-COLUMNS = (
-    "policy",
-    "p50 live",
-    "sim",
-    "error",
-    "p95 live",
-    "sim",
-    "error",
-    "missed live/sim",
-    "objective live/sim",
-)
-
-
-def report(result: dict[str, Any], folder: Path) -> None:
-    """Print the table and the verdicts; write both, and everything else as JSON."""
-    table = make_table("Live agents against the simulator (simulated)", COLUMNS, _caption(result))
-    for cells in _cells(result):
-        table.add_row(*cells)
-    show(table)
-    verdicts = _verdicts(result)
-    print("\n".join(verdicts))
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "sim2real.json", json.dumps(result, indent=1).encode())
-    lines = [
-        "# Simulator against live agents",
-        "",
-        f"`{result['command']}`",
-        "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|---" + "|---:" * (len(COLUMNS) - 1) + "|",
-        *("| " + " | ".join(cells) + " |" for cells in _cells(result)),
-        "",
-        result["where"] + ". " + _caption(result),
-        "",
-        *(f"- {line}" for line in verdicts),
-        "",
-    ]
-    write_atomically(folder / "sim2real.md", "\n".join(lines).encode())
-
-
-def _cells(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    return [
-        (
-            policy,
-            f"{1e3 * row['live_p50_s']:.0f} ms",
-            f"{1e3 * row['sim_p50_s']:.0f} ms",
-            f"{row['p50_error']:+.1%}",
-            f"{1e3 * row['live_p95_s']:.0f} ms",
-            f"{1e3 * row['sim_p95_s']:.0f} ms",
-            f"{row['p95_error']:+.1%}",
-            f"{row['live_missed']:.1%} / {row['sim_missed']:.1%}",
-            f"{row['live_cost_s']:.3f} / {row['sim_cost_s']:.3f} s",
-        )
-        for policy, row in result["rows"].items()
-    ]
-
-
-def _caption(result: dict[str, Any]) -> str:
-    used = [a for a in result["attempts"] if a.get("is_used")]
-    shares = [a["foreign_share"] for a in used]
-    return (
-        f"Trace seeds {', '.join(map(str, result['seeds']))}, {sum(result['calls'].values())} "
-        f"calls per policy, pooled; fitted on one other live run ({FIT_POLICY}). Live links and "
-        f"device speeds are emulated. Simulated: means of {SIMULATIONS} simulations per seed. "
-        f"Others took {min(shares):.0%} to {max(shares):.0%} of the CPUs meanwhile; "
-        f"{len(result['attempts']) - len(used)} disturbed runs were repeated."
-    )
-
-
-def _verdicts(result: dict[str, Any]) -> list[str]:
-    worst, median, rank = result["worst"], result["median_error"], result["ranking"]
-    again = result["repeated"]
-    held = {name: 1e2 * worst[name] for name in worst}
-    wrong = "".join(f"; live {a} < {b}, simulated not" for a, b in rank["disagreements"])
-    order = " < ".join
-    return [
-        f"p50: largest error {worst['p50']:.1%} (median of policies {median['p50']:.1%}), goal "
-        f"{at_most(held['p50'], 1e2 * P50_ERROR_MAX, ' %')}",
-        f"p95: largest error {worst['p95']:.1%} (median of policies {median['p95']:.1%}), goal "
-        f"{at_most(held['p95'], 1e2 * P95_ERROR_MAX, ' %')}",
-        f"ranking by objective, live: {order(rank['live'])}; simulated: {order(rank['simulated'])}",
-        f"Kendall's tau {rank['kendall']:.2f}, Spearman {rank['spearman']:.2f}; of {rank['pairs']} "
-        f"pairs live runs tell {rank['resolved']} apart (2 standard errors of paired blocks), of "
-        f"which the simulator orders {rank['agreed']} alike: goal "
-        f"{'met' if result['goals']['ranking'] else 'MISSED'}{wrong}",
-        f"two live runs of one trace under {FIT_POLICY} differ by {again['p50_s']:+.1%} in p50, "
-        f"{again['p95_s']:+.1%} in p95, {again['cost_s']:+.1%} in the objective",
-    ]
 
 
 if __name__ == "__main__":

@@ -40,8 +40,11 @@ BUSY_SHARE = 0.1  # of a call's time that burns CPU
 BURST = (0.35, 0.5)  # shares of the trace's length in which edge-1 has a crowd
 BURST_FACTOR = 2.5
 TIMEOUT_S = 30.0
+PRIMED = (NodeId("cloud-1"), NodeId("fog-1"))  # where each function is called once beforehand
+PRIME_GAP_S = 0.12
+PRIME_REST_S = 1.3  # until every node has heard of these calls: heartbeat, storing, view
 WARM_UP_TRIES = 3
-SETTLE_S = 1.5  # heartbeats are every 0.5 s: catalogue and readings are everywhere by then
+SETTLE_S = 1.0  # heartbeats are every 0.5 s: catalogue and readings are everywhere by then
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,21 +70,24 @@ KINDS = (
 )
 
 
-def replay_world(seed: int, *, duration_s: float, rate: float) -> World:
+def replay_world(seed: int, *, duration_s: float, rate: float, is_primed: bool = True) -> World:
     """Return the cluster that `tierwise up` starts, with a trace of Poisson arrivals and a burst.
 
     Args:
         seed: Of the arrivals.
         duration_s: Length of the trace.
         rate: Calls per second on average, over both edges.
+        is_primed: Whether pinned calls come before, one per function and upper tier, so that the
+            platform knows the functions; `is_counted` tells them from the rest.
     """
     rng = np.random.default_rng(seed)
     behaviours = [_behaviour(kind) for kind in KINDS]
     shares = [kind.share for kind in KINDS]
     width = BURST[1] - BURST[0]
     calm = rate / (1.0 - width + width * BURST_FACTOR)
-    arrivals: list[Arrival] = []
-    now_s = 0.2
+    arrivals = _priming(behaviours) if is_primed else []
+    first_s = arrivals[-1].at_s + PRIME_REST_S if arrivals else 0.2
+    now_s = 0.0
     while True:
         is_burst = BURST[0] < now_s / duration_s < BURST[1]
         now_s += float(rng.exponential(1.0 / (calm * (BURST_FACTOR if is_burst else 1.0))))
@@ -91,7 +97,7 @@ def replay_world(seed: int, *, duration_s: float, rate: float) -> World:
         behaviour = behaviours[int(rng.choice(len(KINDS), p=shares))]
         size = int(behaviour.request_bytes * rng.lognormal(0.0, 0.3))
         function = behaviour.spec.function_id
-        arrivals.append(Arrival(now_s, edge, function, size, Priority.NORMAL))
+        arrivals.append(Arrival(first_s + now_s, edge, function, size, Priority.NORMAL))
     nodes = tuple(
         Node(
             node_id=NodeId(plan.name),
@@ -103,6 +109,27 @@ def replay_world(seed: int, *, duration_s: float, rate: float) -> World:
     )
     trace = Trace(behaviours={b.spec.function_id: b for b in behaviours}, arrivals=tuple(arrivals))
     return World(nodes=nodes, links=link_table(LINKS), trace=trace, heartbeat_interval_s=0.5)
+
+
+def is_counted(arrival: Arrival) -> bool:
+    """Return whether a call is part of what is compared, and not of the priming."""
+    return not arrival.is_pinned
+
+
+def _priming(behaviours: list[Behaviour]) -> list[Arrival]:
+    pairs = [(behaviour, node_id) for node_id in PRIMED for behaviour in behaviours]
+    return [
+        Arrival(
+            0.2 + PRIME_GAP_S * index,
+            EDGES[index % 2],
+            behaviour.spec.function_id,
+            behaviour.request_bytes,
+            Priority.NORMAL,
+            data_node=node_id,
+            is_pinned=True,
+        )
+        for index, (behaviour, node_id) in enumerate(pairs)
+    ]
 
 
 def _behaviour(kind: Kind) -> Behaviour:
@@ -145,6 +172,7 @@ class Shot:
     edge: NodeId
     function: str
     blob: bytes
+    options: Options
 
 
 @dataclass(slots=True)
@@ -253,7 +281,7 @@ class LiveCluster:
             connection = clients[shot.edge].connection()
             try:
                 result = await connection.invoke(
-                    shot.function, [shot.blob], Options(), TIMEOUT_S + 30.0
+                    shot.function, [shot.blob], shot.options, TIMEOUT_S + 30.0
                 )
                 run.outcomes[shot.request_id] = convert.outcome_from_pb(result.outcome)
             except TierwiseError as error:
@@ -305,7 +333,8 @@ def _shots(world: World, seed: int, names: dict[str, str]) -> list[Shot]:
         )
         name = names[behaviour.spec.name]
         blob = encode(arguments, {})
-        shots.append(Shot(request_id, arrival.at_s, arrival.origin, name, blob))
+        options = Options(node=arrival.data_node or "")
+        shots.append(Shot(request_id, arrival.at_s, arrival.origin, name, blob, options))
     return shots
 
 
