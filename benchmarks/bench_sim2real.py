@@ -38,7 +38,7 @@ FIT_POLICY = "edge-first"  # uses all tiers, so that one run shows them all
 BLOCK_S = 2.0  # of the trace, for the noise of differences
 SIMULATIONS = 10  # per trace and policy: the same arrivals and run times, other jitter and draws
 LATE_S_MAX = 0.005  # 95th percentile of how late calls are sent; beyond, the run is tried again
-RETRIES_MAX = 3  # in all
+RETRIES_MAX = 3  # in all, one per run
 RESULTS = Path("docs/results")
 
 
@@ -124,7 +124,7 @@ def measure(
                         }
                     )
                     print(_line(attempts[-1]), file=sys.stderr)
-                    if not is_disturbed or not retries_left:
+                    if not is_disturbed or len(tried) > 1 or not retries_left:
                         break
                     retries_left -= 1
                 best = min(tried, key=lambda run: float(np.percentile(run.late_s, 95)))

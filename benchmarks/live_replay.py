@@ -23,7 +23,7 @@ from envs.world import World
 from tierwise.clock import monotonic_s, pause
 from tierwise.config import link_table
 from tierwise.domain.function import FunctionProfile, FunctionSpec, Priority
-from tierwise.domain.ids import NodeId, RequestId
+from tierwise.domain.ids import FunctionId, NodeId, RequestId
 from tierwise.domain.outcome import Outcome
 from tierwise.domain.resources import Resources
 from tierwise.domain.topology import Node
@@ -314,7 +314,7 @@ class LiveCluster:
             self._operator.delete_function(f"{namespace}/{kind.name}")
 
 
-def _as_simulated(function: str) -> str:
+def _as_simulated(function: str) -> FunctionId:
     name, _, _ = function.partition("@")
     return _behaviour(next(kind for kind in KINDS if kind.name == name)).spec.function_id
 

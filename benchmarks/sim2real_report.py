@@ -68,11 +68,12 @@ def _cells(result: dict[str, Any]) -> list[tuple[str, ...]]:
 def _caption(result: dict[str, Any]) -> str:
     used = [a for a in result["attempts"] if a.get("is_used")]
     shares = [a["foreign_share"] for a in used]
+    seeds = ", ".join(map(str, result["seeds"]))
     return (
-        f"Trace seeds {', '.join(map(str, result['seeds']))}, {sum(result['calls'].values())} "
-        f"calls per policy, pooled; fitted on one other live run ({result['fit']['policy']}). Live links and "
-        f"device speeds are emulated. Simulated: means of {result['simulations']} simulations per seed. "
-        f"Others took {min(shares):.0%} to {max(shares):.0%} of the CPUs meanwhile; "
+        f"Trace seeds {seeds}, {sum(result['calls'].values())} calls per policy, pooled; fitted on "
+        f"one other live run ({result['fit']['policy']}). Live links and device speeds are "
+        f"emulated. Simulated: means of {result['simulations']} simulations per seed. Others took "
+        f"{min(shares):.0%} to {max(shares):.0%} of the CPUs meanwhile; "
         f"{len(result['attempts']) - len(used)} disturbed runs were repeated."
     )
 
@@ -94,8 +95,9 @@ def _verdicts(result: dict[str, Any]) -> list[str]:
         f"pairs live runs tell {rank['resolved']} apart (2 standard errors of paired blocks), of "
         f"which the simulator orders {rank['agreed']} alike: goal "
         f"{'met' if result['goals']['ranking'] else 'MISSED'}{wrong}",
-        f"two live runs of one trace under {result['fit']['policy']} differ by {again['p50_s']:+.1%} in p50, "
-        f"{again['p95_s']:+.1%} in p95, {again['cost_s']:+.1%} in the objective",
+        f"two live runs of one trace under {result['fit']['policy']} differ by "
+        f"{again['p50_s']:+.1%} in p50, {again['p95_s']:+.1%} in p95, {again['cost_s']:+.1%} in "
+        "the objective",
         f"compared is what the platform records; clients measured {min(waits):.1f} to "
         f"{max(waits):.1f} ms more at p50 (their own sending and waking)",
     ]
