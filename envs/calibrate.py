@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 from envs.overheads import Overheads, Spread
 from envs.traces import Behaviour
 from envs.world import World
-from scheduler.inventory import VIEW_INTERVAL_S
 from tierwise.domain.ids import FunctionId, RequestId
 from tierwise.domain.outcome import Outcome, OutcomeState
 
 Float = NDArray[np.float64]
 
+VIEW_INTERVAL_S = 0.2  # of scheduler.inventory, which this room does not load: it opens sockets
 CALLS_MIN = 8  # of a function, to say anything about it
 CALL_STEPS = 40  # of the search for call_s
 SIGMA_PER_MAD = 1.4826  # of a normal distribution

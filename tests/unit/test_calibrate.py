@@ -5,13 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from envs.calibrate import calibrated, fit, least_absolute
+from envs.calibrate import VIEW_INTERVAL_S, calibrated, fit, least_absolute
 from envs.fidelity import is_resolved, rank_agreement, relative_error
 from envs.overheads import NO_OVERHEADS, Overheads, Spread
 from envs.schedule import Schedule
 from envs.simulator import Simulator, service_stream
 from envs.traces import Mix, make_functions, make_trace
 from envs.world import World, make_world
+from scheduler import inventory
 from tierwise.domain.ids import RequestId
 from tierwise.domain.outcome import Outcome
 from tierwise.placement.policy import create
@@ -166,3 +167,7 @@ def test_differences_within_their_noise_are_ties() -> None:
     assert not is_resolved(rng.normal(0.0, 1.0, 30))
     assert is_resolved(rng.normal(1.0, 0.5, 30))
     assert not is_resolved(np.array([np.nan, 1.0]))
+
+
+def test_views_go_out_as_often_as_the_scheduler_sends_them() -> None:
+    assert VIEW_INTERVAL_S == inventory.VIEW_INTERVAL_S
