@@ -178,6 +178,9 @@ def compare(
     worst = {
         name: max(abs(row[f"{name}_error"]) for row in rows.values()) for name in ("p50", "p95")
     }
+    one_trace = {
+        name: sorted(abs(each[f"{name}_error"]) for each in by_seed) for name in ("p50", "p95")
+    }
     goals = {
         "p50": worst["p50"] <= P50_ERROR_MAX,
         "p95": worst["p95"] <= P95_ERROR_MAX,
@@ -187,6 +190,7 @@ def compare(
         "rows": rows,
         "by_seed": by_seed,
         "worst": worst,
+        "one_trace": one_trace,
         "median_error": {
             name: float(np.median([abs(row[f"{name}_error"]) for row in rows.values()]))
             for name in ("p50", "p95")
@@ -262,7 +266,7 @@ def describe(found: Fit) -> dict[str, Any]:
         "call_ms": 1e3 * overheads.call_s,
         "run_added_ms_mean": 1e3 * overheads.run_s.mean,
         "message_ms_mean": 1e3 * overheads.message_s.mean,
-        "cold_sigma": overheads.cold_sigma,
+        "cold_factor_mean": overheads.cold.mean,
         "functions": {
             behaviour.spec.name: {
                 "run_ms": 1e3 * behaviour.profile.run_s,

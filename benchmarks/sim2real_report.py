@@ -90,6 +90,7 @@ def _verdicts(result: dict[str, Any]) -> list[str]:
         f"{at_most(held['p50'], 1e2 * P50_ERROR_MAX, ' %')}",
         f"p95: largest error {worst['p95']:.1%} (median of policies {median['p95']:.1%}), goal "
         f"{at_most(held['p95'], 1e2 * P95_ERROR_MAX, ' %')}",
+        _one_trace(result["one_trace"]),
         f"ranking by objective, live: {order(rank['live'])}; simulated: {order(rank['simulated'])}",
         f"Kendall's tau {rank['kendall']:.2f}, Spearman {rank['spearman']:.2f}; of {rank['pairs']} "
         f"pairs live runs tell {rank['resolved']} apart (2 standard errors of paired blocks), of "
@@ -101,3 +102,13 @@ def _verdicts(result: dict[str, Any]) -> list[str]:
         f"compared is what the platform records; clients measured {min(waits):.1f} to "
         f"{max(waits):.1f} ms more at p50 (their own sending and waking)",
     ]
+
+
+def _one_trace(errors: dict[str, list[float]]) -> str:
+    """Say how far off the simulator is where nothing is pooled."""
+    words = []
+    for name, bound in (("p50", P50_ERROR_MAX), ("p95", P95_ERROR_MAX)):
+        each = errors[name]
+        held = sum(error <= bound for error in each)
+        words.append(f"{name} within {bound:.0%} in {held} of {len(each)}, worst {max(each):.1%}")
+    return f"single traces and policies, not pooled: {'; '.join(words)}"

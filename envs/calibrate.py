@@ -5,7 +5,7 @@ say what of that a world explains already. What is left are the parameters of `O
 
     run       = call_s + (median · exp(sigma · z) + run_s) ÷ speed
     transfer  = link there and back + 2 × message_s
-    cold      = median · exp(cold_sigma · z) ÷ speed
+    cold      = median · factor ÷ speed
 
 What needs no fitting is set as the daemons have it: views go out every VIEW_INTERVAL_S, and calls
 teach profiles with the next heartbeat of their owner.
@@ -101,7 +101,7 @@ def fit(
         added = Spread.of(
             np.concatenate([s.added_s(call_s, curves[k]) for k, s in samples.items()])
         )
-    cold_s, cold_sigma, cold_count = _cold(world, good)
+    cold_s, factors = _cold(world, good)
     messages = _messages_s(world, good)
     behaviours = {
         key: replace(
@@ -123,7 +123,7 @@ def fit(
         call_s=call_s,
         run_s=added,
         message_s=Spread.of(messages),
-        cold_sigma=cold_sigma,
+        cold=Spread.of(factors),
         view_interval_s=VIEW_INTERVAL_S,
         reports_late=True,
     )
@@ -132,7 +132,7 @@ def fit(
         overheads=overheads,
         run_count=sum(map(len, groups.values())),
         forward_count=len(messages),
-        cold_count=cold_count,
+        cold_count=len(factors),
     )
 
 
@@ -236,8 +236,8 @@ def _messages_s(world: World, outcomes: Sequence[Outcome]) -> Float:
     return halves
 
 
-def _cold(world: World, outcomes: Sequence[Outcome]) -> tuple[dict[FunctionId, float], float, int]:
-    """Return cold starts at speed 1.0 (medians, one for all if few), their noise and number."""
+def _cold(world: World, outcomes: Sequence[Outcome]) -> tuple[dict[FunctionId, float], Float]:
+    """Return cold starts at speed 1.0 (medians, one for all if few), and factors on these."""
     speeds = {node.node_id: node.speed for node in world.nodes}
     seen: dict[FunctionId, list[float]] = {}
     for outcome in outcomes:
@@ -246,12 +246,11 @@ def _cold(world: World, outcomes: Sequence[Outcome]) -> tuple[dict[FunctionId, f
             seen.setdefault(outcome.function_id, []).append(cold_s)
     everything = np.array([value for values in seen.values() for value in values])
     if len(everything) == 0:
-        return {}, world.overheads.cold_sigma, 0
+        return {}, everything
     middle = float(np.median(everything))
     medians = {
         key: float(np.median(seen[key])) if len(seen.get(key, ())) >= CALLS_MIN else middle
         for key in world.trace.behaviours
     }
-    logs = [np.log(value / medians[key]) for key, values in seen.items() for value in values]
-    sigma = SIGMA_PER_MAD * float(np.median(np.abs(logs)))
-    return medians, sigma, len(everything)
+    factors = [value / medians.get(key, middle) for key, values in seen.items() for value in values]
+    return medians, np.array(factors)

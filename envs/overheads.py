@@ -54,7 +54,7 @@ class Overheads:
         run_s: On top of a run at speed 1.0: what the host's other work costs a function. May be
             negative, for it is measured around the median.
         message_s: Of a message between nodes, on top of the link: serialising, sending, waking.
-        cold_sigma: Of the lognormal noise of cold starts.
+        cold: Factors on a cold start's median; without any, lognormal noise with a sigma of 0.25.
         view_interval_s: How soon after a heartbeat all nodes know of it, at most; 0 is with their
             own next heartbeat.
         reports_late: Whether calls teach profiles only with the heartbeat of the node that owned
@@ -64,7 +64,7 @@ class Overheads:
     call_s: float = 0.0
     run_s: Spread = Spread()
     message_s: Spread = Spread()
-    cold_sigma: float = 0.25
+    cold: Spread = Spread()
     view_interval_s: float = 0.0
     reports_late: bool = False
 

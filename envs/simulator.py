@@ -297,7 +297,8 @@ class Simulator:
                 self._run(sim, command)
             case StartInstance():
                 profile = self.world.trace.behaviours[command.spec.function_id].profile
-                noise = float(self._cold_rng.lognormal(0.0, self.world.overheads.cold_sigma))
+                noise = self.world.overheads.cold.draw(self._cold_rng)
+                noise = noise or float(self._cold_rng.lognormal(0.0, 0.25))
                 cold_s = profile.cold_start_s * noise / sim.node.speed
                 started = InstanceStarted(instance_id=command.instance_id, cold_start_s=cold_s)
                 self._at(cold_s, self._alive_step, sim, sim.life, started)

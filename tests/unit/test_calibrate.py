@@ -22,7 +22,7 @@ TRUE = Overheads(
     call_s=0.002,
     run_s=Spread(TAIL_S),
     message_s=Spread((0.001, 0.0015, 0.002, 0.006)),
-    cold_sigma=0.4,
+    cold=Spread((0.5, 0.8, 1.0, 1.3, 2.5)),
     view_interval_s=0.2,
     reports_late=True,
 )
@@ -79,7 +79,7 @@ def test_known_parameters_are_recovered_from_one_run() -> None:
         assert behaviour.profile.cold_start_s == pytest.approx(0.05, rel=0.25)
         assert behaviour.profile.response_bytes == base.profile.response_bytes
     assert found.overheads.message_s.mean == pytest.approx(TRUE.message_s.mean, abs=0.001)
-    assert found.overheads.cold_sigma == pytest.approx(TRUE.cold_sigma, abs=0.2)
+    assert found.overheads.cold.mean == pytest.approx(TRUE.cold.mean, rel=0.25)
     assert 0.0 <= found.overheads.call_s < 0.01
     assert found.run_count == 600
 
