@@ -6,9 +6,9 @@ export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 PROTOS := $(wildcard protos/tierwise/v1/*.proto)
 
-.PHONY: help demo check test bench bench-breaker protos train-policy clean format lint
+.PHONY: help demo check test bench bench-breaker bench-sim2real protos train-policy clean format lint
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 demo: $(VENV)/demo.stamp ## start a local cluster, drive real work through it, print the comparison
 	@$(BIN)/python -m examples.demo
@@ -33,6 +33,9 @@ bench: $(VENV)/dev.stamp ## speed and size, as ratios against rivals in the same
 
 bench-breaker: $(VENV)/dev.stamp ## for which policies the circuit breaker would open (simulated)
 	@$(BIN)/python -m benchmarks.bench_breaker
+
+bench-sim2real: $(VENV)/dev.stamp ## does the simulator predict live agents? about six minutes; writes docs/results
+	@$(BIN)/python -m benchmarks.bench_sim2real
 
 format: $(VENV)/dev.stamp ## rewrite the code in the house style
 	@$(BIN)/ruff format -q . && $(BIN)/ruff check -q --fix .

@@ -78,6 +78,7 @@ class _SimNode:
     callers: dict[RequestId, NodeId | None] = field(default_factory=dict)
     answers: dict[RequestId, Outcome] = field(default_factory=dict)
     outbox: dict[RequestId, Outcome] = field(default_factory=dict)
+    reports: list[Outcome] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +89,22 @@ class Question:
     node_id: NodeId
 
 
+def service_stream(seed: int) -> np.random.Generator:
+    """Return the stream of service times of the runs with `seed`."""
+    return np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])
+
+
 class Simulator:
     """One run of a world. The same world, seed and answers give the same outcomes."""
 
-    def __init__(self, world: World, seed: int) -> None:
+    def __init__(self, world: World, seed: int, *, service_seed: int | None = None) -> None:
         """Prepare a run.
 
         Args:
             world: Nodes, links, workload and faults.
             seed: Of the streams of service times, links, faults and cold starts; adding one moves
                 no other.
+            service_seed: Takes the service times of that seed's run instead, to vary the rest.
         """
         self.world = world
         self.now_s = 0.0
@@ -105,14 +112,15 @@ class Simulator:
         self.recorded: list[tuple[Outcome, bool]] = []  # durable work, True if dead-lettered
         self.decision_count = 0
         self.on_step: Callable[[NodeMachine], None] | None = None
-        names = ("service", "links", "faults", "cold starts")
+        names = ("service", "links", "faults", "cold starts", "overheads")
         streams = map(np.random.default_rng, np.random.SeedSequence(seed).spawn(len(names)))
-        self._service, self._link_rng, self._fault_rng, self._cold_rng = streams
+        service, self._link_rng, self._fault_rng, self._cold_rng, self._overhead_rng = streams
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._sequence = 0
         self._nodes = {node.node_id: _SimNode(node, NodeMachine(node)) for node in world.nodes}
         self._channels: dict[tuple[NodeId, NodeId], Channel] = {}
         self._profiles = Profiles()
+        self._told_profiles = self._profiles.snapshot()
         self._requests: dict[RequestId, Request] = {}
         self._question: Question | None = None
         self._waiting_events: list[tuple[_SimNode, NodeEvent]] = []
@@ -121,7 +129,9 @@ class Simulator:
         )
         self._plane_policy: Policy | None = None
         self._rng = np.random.default_rng(seed)
-        self.schedule = Schedule(world.trace, self._service)
+        if service_seed is not None:
+            service = service_stream(service_seed)
+        self.schedule = Schedule(world.trace, service)
         self._ends_s = max(self.schedule.last_arrival_s, world.faults.until_s) + SETTLE_S
         self._start()
 
@@ -196,6 +206,8 @@ class Simulator:
             offset_s = float(self._fault_rng.random()) * self.world.heartbeat_interval_s
             self._at(offset_s, self._heartbeat, sim)
         self._at(TICK_S, self._tick)
+        if self.world.overheads.view_interval_s:
+            self._at(self.world.overheads.view_interval_s, self._broadcast)
         self._next_arrival()
         faults = self.world.faults
         if faults.crash_interval_s:
@@ -254,6 +266,12 @@ class Simulator:
 
     def _learn(self, outcome: Outcome) -> None:
         """Let the function's profile follow, as the scheduler's telemetry does."""
+        if self.world.overheads.reports_late and outcome.origin in self._nodes:
+            self._nodes[outcome.origin].reports.append(outcome)
+        else:
+            self._taught(outcome)
+
+    def _taught(self, outcome: Outcome) -> None:
         speed = None if outcome.node_id is None else self._nodes[outcome.node_id].node.speed
         self._profiles.learn(outcome, speed, self.now_s)
 
@@ -279,7 +297,8 @@ class Simulator:
                 self._run(sim, command)
             case StartInstance():
                 profile = self.world.trace.behaviours[command.spec.function_id].profile
-                noise = float(self._cold_rng.lognormal(0.0, 0.25))
+                noise = self.world.overheads.cold.draw(self._cold_rng)
+                noise = noise or float(self._cold_rng.lognormal(0.0, 0.25))
                 cold_s = profile.cold_start_s * noise / sim.node.speed
                 started = InstanceStarted(instance_id=command.instance_id, cold_start_s=cold_s)
                 self._at(cold_s, self._alive_step, sim, sim.life, started)
@@ -320,7 +339,10 @@ class Simulator:
         behaviour = self.world.trace.behaviours[instance.spec.function_id]
         request = self._requests[command.request_id]
         noise = math.exp(behaviour.run_sigma * self.schedule.noise(command.request_id))
-        run_s = behaviour.profile.run_s * request.item_count * noise / sim.node.speed
+        overheads = self.world.overheads
+        added_s = overheads.run_s.draw(self._overhead_rng)
+        work_s = behaviour.profile.run_s * request.item_count * noise + added_s
+        run_s = max(0.0, work_s) / sim.node.speed + overheads.call_s
         if request.data_nodes and sim.node.node_id not in request.data_nodes:
             run_s += self.world.links.default.transfer_s(request.data_bytes)
         is_late = run_s > command.timeout_s
@@ -385,6 +407,7 @@ class Simulator:
             link = self.world.links.between(sim.node, target.node)
             channel = self._channels[key] = Channel(link)
         delay_s = channel.delay_s(size_bytes, self.now_s, float(self._link_rng.random()))
+        delay_s += max(0.0, self.world.overheads.message_s.draw(self._overhead_rng))
         life = target.life
 
         def arrive() -> None:
@@ -465,14 +488,27 @@ class Simulator:
             return
         reading = sim.machine.reading(self.now_s)
         self._tell_plane(HeartbeatReceived(node_id=sim.node.node_id, reading=reading))
-        self._inform(sim)
+        for outcome in sim.reports:
+            self._taught(outcome)
+        sim.reports.clear()
+        if not self.world.overheads.view_interval_s:
+            self._inform(sim)
+
+    def _broadcast(self) -> None:
+        """Send everybody the view, as the scheduler does when anything has changed."""
+        self._at(self.world.overheads.view_interval_s, self._broadcast)
+        for sim in self._nodes.values():
+            if sim.is_up and not sim.is_cut:
+                self._inform(sim)
 
     def _inform(self, sim: _SimNode) -> None:
         """Send a node the scheduler's view, as the session does after each heartbeat."""
+        if not self.world.overheads.reports_late:
+            self._told_profiles = self._profiles.snapshot()
         event = ViewReceived(
             peers=self._plane.peers(self.now_s),
             links=self.world.links,
-            profiles=self._profiles.snapshot(),
+            profiles=self._told_profiles,
             is_full=True,
         )
         self._at(SESSION_DELAY_S, self._alive_step, sim, sim.life, event)
@@ -480,6 +516,7 @@ class Simulator:
     def _tick(self) -> None:
         self._at(TICK_S, self._tick)
         self._tell_plane(Ticked())
+        self._told_profiles = self._profiles.snapshot()  # telemetry stores as often
         for sim in self._nodes.values():
             self._step(sim, Ticked())
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from envs.overheads import NO_OVERHEADS, Overheads
 from envs.topology import (
     ACCESS,
     Classes,
@@ -45,6 +46,7 @@ class World:
     trace: Trace
     heartbeat_interval_s: float = 0.5
     faults: Faults = field(default_factory=Faults)
+    overheads: Overheads = NO_OVERHEADS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

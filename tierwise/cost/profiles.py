@@ -19,6 +19,7 @@ class Profiles:
     def __init__(self, known: Mapping[FunctionId, FunctionProfile] | None = None) -> None:
         self._profiles: dict[FunctionId, FunctionProfile] = dict(known or {})
         self._counted_at_s: dict[FunctionId, float] = {}
+        self._cold_counts: dict[FunctionId, int] = {}
 
     def get(self, function: FunctionId) -> FunctionProfile:
         """Return what is known of `function`, the prior if nothing is."""
@@ -52,7 +53,9 @@ class Profiles:
             response_bytes += int(weight * (outcome.response_bytes / items - response_bytes))
             if outcome.is_cold:
                 seen_s = max(0.0, outcome.latency.cold_start_s) * speed
-                cold_s += max(weight, COLD_SMOOTHING) * (seen_s - cold_s)
+                seen = self._cold_counts.get(function, 0)  # the first one replaces the prior
+                self._cold_counts[function] = seen + 1
+                cold_s += max(1.0 / (seen + 1), COLD_SMOOTHING) * (seen_s - cold_s)
         self._profiles[function] = FunctionProfile(
             run_s=run_s,
             cold_start_s=cold_s,
