@@ -9,6 +9,7 @@ from tierwise.domain.outcome import Outcome, OutcomeState
 
 SMOOTHING = 0.1  # weight of the newest call, once there were ten
 COLD_SMOOTHING = 0.3  # cold starts are rare: each counts for more
+COLD_KNOWN = 4  # cold starts after which each has that weight
 RATE_WINDOW_S = 60.0
 PROFILES_MAX = 20_000  # functions that are learnt about
 
@@ -19,7 +20,8 @@ class Profiles:
     def __init__(self, known: Mapping[FunctionId, FunctionProfile] | None = None) -> None:
         self._profiles: dict[FunctionId, FunctionProfile] = dict(known or {})
         self._counted_at_s: dict[FunctionId, float] = {}
-        self._cold_counts: dict[FunctionId, int] = {}
+        # What was stored may rest on many cold starts: a new one then only moves it.
+        self._cold_counts: dict[FunctionId, int] = dict.fromkeys(self._profiles, COLD_KNOWN)
 
     def get(self, function: FunctionId) -> FunctionProfile:
         """Return what is known of `function`, the prior if nothing is."""
