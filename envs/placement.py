@@ -1,6 +1,8 @@
 """`tierwise/Placement-v0`: where does the next request run?"""
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import gymnasium
@@ -18,6 +20,7 @@ from tierwise.placement.features import BOUND, CANDIDATES_MAX, FEATURES, GAP_MAX
 from tierwise.placement.policies.ect import EarliestCompletion
 from tierwise.placement.ranking import Ranking, rank
 
+GAP, VALID = len(FEATURES), len(FEATURES) + 1
 COLUMNS = len(FEATURES) + 2
 COST_S_MAX = 30.0  # of one request, so that one outlier does not drown an episode
 SAVED_MAX = 5.0  # mean costs that one request can earn or lose, so that few do not drown the others
@@ -25,6 +28,22 @@ POLICY_ID = PolicyId("environment@1")
 
 Observation = NDArray[np.float32]
 Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A request that has ended, in mean costs of a request under the base score.
+
+    Attributes:
+        decision: Number of the decision that placed it, the last one if it was refused in between;
+            None if it had no choice.
+        saved: Its cost under the base score minus its cost, within ±5.
+        cost: Its cost, at most 5.
+    """
+
+    decision: int | None
+    saved: float
+    cost: float
 
 
 class Episode:
@@ -79,17 +98,17 @@ class Episode:
         return False
 
     def observe(self, out: Observation) -> None:
-        """Write the open decision into `out`, shape (16, 26), zero-padded.
+        """Write the open decision into `out`, shape (16, ≥ 26), zero-padded.
 
-        The last two columns are the base score's gap to the best one ÷ deadline, and 1 for valid.
+        After the features come the base score's gap to the best one ÷ deadline, and 1 for valid.
         """
         assert self._question is not None and self._ranking is not None
         ask, ranking = self._question.ask, self._ranking
         k = len(ranking.scores)
         out[k:] = 0.0
-        out[:k, :-2] = encode(ask.view, ask.request, ranking.estimates, ranking.scores)
-        out[:k, -2] = gaps(ranking.scores, ask.request.deadline_s)
-        out[:k, -1] = 1.0
+        out[:k, :GAP] = encode(ask.view, ask.request, ranking.estimates, ranking.scores)
+        out[:k, GAP] = gaps(ranking.scores, ask.request.deadline_s)
+        out[:k, VALID] = 1.0
 
     def decide(self, action: int) -> None:
         """Place the open request on the candidate in row `action`."""
@@ -107,24 +126,36 @@ class Episode:
 
         That is the sum of (cost under the base score − cost) ÷ mean cost under the base score.
         """
-        return sum(saved for _, saved in self.settle())
+        return sum(settled.saved for settled in self.settle())
 
-    def settle(self) -> list[tuple[int | None, float]]:
-        """Return what `collect` adds up, each with the number of the decision that placed it.
-
-        The number is None for a request that had no choice. After a refusal a request is decided
-        again, and the last decision counts.
-        """
+    def settle(self) -> list[Settled]:
+        """Return the requests that ended since the last call."""
         outcomes = self._simulator.outcomes
-        settled: list[tuple[int | None, float]] = []
+        settled: list[Settled] = []
         for outcome in outcomes[self._paid_count :]:
             cost_s = _cost_s(outcome)
             self.cost_s += cost_s
             saved = (self._base_s.get(outcome.request_id, cost_s) - cost_s) / self._mean_s
-            saved = min(max(saved, -SAVED_MAX), SAVED_MAX)
-            settled.append((self._decided.pop(outcome.request_id, None), saved))
+            settled.append(
+                Settled(
+                    decision=self._decided.pop(outcome.request_id, None),
+                    saved=min(max(saved, -SAVED_MAX), SAVED_MAX),
+                    cost=min(cost_s / self._mean_s, SAVED_MAX),
+                )
+            )
         self._paid_count = len(outcomes)
         return settled
+
+    def hindsight(self) -> tuple[float, float]:
+        """Return what no policy can know of the open request, but its judge may.
+
+        That is its cost under the base score ÷ the mean (at most 5), and the log of that mean: a
+        critic that sees them knows how hard this trace is here and now, whatever the policy does
+        (input-driven baseline: Mao et al., ICLR 2019).
+        """
+        assert self._question is not None
+        base_s = self._base_s.get(self._question.ask.request.request_id, self._mean_s)
+        return min(base_s / self._mean_s, SAVED_MAX), math.log(self._mean_s)
 
     @property
     def gain(self) -> float:
@@ -222,7 +253,7 @@ class PlacementEnv(gymnasium.Env[Observation, np.int64]):
 
     def action_masks(self) -> Mask:
         """Return which actions are valid now, shape (16,), bool."""
-        mask: Mask = self._observation[:, -1] > 0.0
+        mask: Mask = self._observation[:, VALID] > 0.0
         return mask
 
     def _info(self) -> dict[str, Any]:

@@ -4,29 +4,39 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
-from envs.placement import COLUMNS, Episode, PlacementEnv, new_episode
-from tierwise.placement.features import CANDIDATES_MAX
+from envs.placement import COLUMNS, VALID, Episode, new_episode
+from tierwise.placement.features import BOUND, CANDIDATES_MAX, GAP_MAX
 
 Rewards = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 PLAYS = 3  # of each world
+HINDSIGHT = 2  # columns that only a critic may look at
 REMEMBERED_MAX = 4096  # steps whose rewards are kept for `take_rewards`
 
 
 class VectorEnv(VecEnv):
-    """What the batched environments share: spaces, masks, and what the learner asks of them."""
+    """What the batched environments share: spaces, masks, and what the learner asks of them.
+
+    Observations are those of `PlacementEnv` and two columns more for the critic alone, the same in
+    every row: what `Episode.hindsight` returns.
+    """
 
     def __init__(self, env_count: int) -> None:
-        single = PlacementEnv()
-        super().__init__(env_count, single.observation_space, single.action_space)
-        self._observations = np.zeros((env_count, CANDIDATES_MAX, COLUMNS), dtype=np.float32)
+        shape = (CANDIDATES_MAX, COLUMNS + HINDSIGHT)
+        super().__init__(
+            env_count,
+            spaces.Box(-BOUND, GAP_MAX, shape=shape, dtype=np.float32),
+            spaces.Discrete(CANDIDATES_MAX),
+        )
+        self._observations = np.zeros((env_count, *shape), dtype=np.float32)
 
     def action_masks(self) -> NDArray[np.bool_]:
         """Return valid actions of all episodes, shape (n, 16)."""
-        masks: NDArray[np.bool_] = self._observations[:, :, -1] > 0.0
+        masks: NDArray[np.bool_] = self._observations[:, :, VALID] > 0.0
         return masks
 
     def env_method(
@@ -101,7 +111,7 @@ class PlacementVecEnv(VectorEnv):
         self._earned: list[NDArray[np.float32]] = []  # and by the step that decided
 
     def reset(self) -> NDArray[np.float32]:
-        """Start every episode anew; return observations, shape (n, 16, 26)."""
+        """Start every episode anew; return observations, shape (n, 16, 28)."""
         self._episodes = [self._fresh(index) for index in range(self.num_envs)]
         self._begun_at = [self._step_count] * self.num_envs
         return self._observations.copy()
@@ -124,10 +134,11 @@ class PlacementVecEnv(VectorEnv):
         for index, episode in enumerate(self._episodes):
             episode.decide(int(self._actions[index]))
             is_over = not episode.advance()
-            for number, saved in episode.settle():
-                rewards[index] += saved
-                step = self._step_count if number is None else self._begun_at[index] + number
-                self._earned[max(0, step - self._rollout_at)][index] += saved
+            for settled in episode.settle():
+                rewards[index] += settled.saved
+                if settled.decision is not None:
+                    step = self._begun_at[index] + settled.decision
+                    self._earned[max(0, step - self._rollout_at)][index] -= settled.cost
             if is_over:
                 dones[index] = True
                 infos[index] = {
@@ -142,17 +153,17 @@ class PlacementVecEnv(VectorEnv):
                 self._episodes[index] = self._fresh(index)
                 self._begun_at[index] = self._step_count + 1
             else:
-                episode.observe(self._observations[index])
+                self._observe(index, episode)
         self._step_count += 1
         return self._observations.copy(), rewards, dones, infos
 
     def take_rewards(self) -> Rewards:
         """Return the rewards since the last call, each of shape (steps, n), and forget them.
 
-        The first are as `step_wait` paid them, when a request ended. The second are the same
-        ones given to the step that had placed the request: a learner that looks back at a whole
-        rollout need not guess which of many decisions a late reward belongs to. What was decided
-        before the last call counts at the first step since.
+        The first are as `step_wait` paid them, when a request ended. The second are −cost, in mean
+        costs under the base score, at the step that had placed the request: a learner that looks
+        back at a whole rollout need not guess which of many decisions a late reward belongs to.
+        What was decided before the last call counts at the first step since.
         """
         paid, earned = np.array(self._paid), np.array(self._earned)
         self._paid, self._earned, self._rollout_at = [], [], self._step_count
@@ -172,5 +183,10 @@ class PlacementVecEnv(VectorEnv):
             episode = new_episode(self._preset, seed, self._request_count)
             self._plays_left[index] = PLAYS
         self._plays_left[index] -= 1
-        episode.observe(self._observations[index])
+        self._observe(index, episode)
         return episode
+
+    def _observe(self, index: int, episode: Episode) -> None:
+        out = self._observations[index]
+        episode.observe(out)
+        out[:, COLUMNS:] = episode.hindsight()

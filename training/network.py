@@ -10,6 +10,8 @@ from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from torch import nn
 from torch.nn import functional
 
+from envs.placement import GAP, VALID
+from envs.vector import HINDSIGHT
 from tierwise.placement.features import CANDIDATES_MAX, FEATURES
 
 BETA = 20.0
@@ -51,15 +53,33 @@ class Residual(nn.Module):
         return residual
 
 
+class Critic(nn.Module):
+    """What the value is read from: the candidates, the base score's choice, and hindsight."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.rows = Residual(hidden)
+        self.joined = nn.Linear(3 * hidden + HINDSIGHT, hidden)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return shape (b, H), of observations (b, 16, 28)."""
+        valid, gap = rows[:, :, VALID], rows[:, :, GAP]
+        hidden, context = self.rows.pooled(rows[:, :, :GAP], valid)
+        best = torch.argmin(gap + 1e3 * (1.0 - valid), dim=1)
+        first = hidden[torch.arange(len(rows)), best]
+        seen = torch.cat([context, first, rows[:, 0, -HINDSIGHT:]], dim=-1)
+        return torch.relu(self.joined(seen))
+
+
 class Heads(nn.Module):
     """What stable-baselines3 calls the MLP extractor: logits, and a context for the value."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
         self.residual = Residual(hidden)
-        self.critic = Residual(hidden)
+        self.critic = Critic(hidden)
         self.latent_dim_pi = CANDIDATES_MAX
-        self.latent_dim_vf = 2 * hidden
+        self.latent_dim_vf = hidden
 
     def forward(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (logits, value context)."""
@@ -68,14 +88,14 @@ class Heads(nn.Module):
     def forward_actor(self, flat: torch.Tensor) -> torch.Tensor:
         """Return logits −β·gap + f, shape (b, 16); masking follows outside."""
         rows = flat.view(flat.shape[0], CANDIDATES_MAX, -1)
-        residual = self.residual(rows[:, :, :-2], rows[:, :, -1])
-        logits: torch.Tensor = residual - BETA * rows[:, :, -2]
+        residual = self.residual(rows[:, :, :GAP], rows[:, :, VALID])
+        logits: torch.Tensor = residual - BETA * rows[:, :, GAP]
         return logits
 
     def forward_critic(self, flat: torch.Tensor) -> torch.Tensor:
-        """Return what the value is read from, shape (b, 2H)."""
-        rows = flat.view(flat.shape[0], CANDIDATES_MAX, -1)
-        return self.critic.pooled(rows[:, :, :-2], rows[:, :, -1])[1]
+        """Return what the value is read from, shape (b, H)."""
+        value: torch.Tensor = self.critic(flat.view(flat.shape[0], CANDIDATES_MAX, -1))
+        return value
 
 
 class ResidualPolicy(MaskableActorCriticPolicy):
@@ -102,5 +122,6 @@ class ResidualPolicy(MaskableActorCriticPolicy):
         self.action_net = nn.Identity()
         nn.init.zeros_(self.residual.layer4.weight)
         nn.init.zeros_(self.residual.layer4.bias)
+        nn.init.constant_(self.value_net.bias, -1.0)  # where values are: see `training.ppo`
         make: Any = self.optimizer_class
         self.optimizer = make(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)

@@ -22,6 +22,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import set_random_seed
 
+from envs.placement import GAP, VALID
 from envs.sharded import ShardedVecEnv
 from envs.world import PRESETS
 from tierwise.errors import InvalidArgument, TierwiseError
@@ -103,7 +104,7 @@ class Watch(BaseCallback):
         self._look_back()
         observations = self.model.rollout_buffer.observations  # type: ignore[attr-defined]
         rows = observations.reshape(-1, observations.shape[-1])
-        features = rows[rows[:, -1] > 0.0][:, :-2]
+        features = rows[rows[:, VALID] > 0.0][:, :GAP]
         self._progress.low = np.minimum(self._progress.low, features.min(axis=0))
         self._progress.high = np.maximum(self._progress.high, features.max(axis=0))
         self._bar.update(self.num_timesteps - self._bar.n)
@@ -112,15 +113,17 @@ class Watch(BaseCallback):
             self.validate()
 
     def _look_back(self) -> None:
-        """Give each reward to the decision that earned it, and compute the advantages again.
+        """Let each decision earn −cost of its own request, and compute the advantages again.
 
-        A request ends many decisions after its own; paid then, its reward would be one of many
-        that an advantage has to tell apart. What a decision does to others still comes later.
+        A request ends many decisions after its own; paid then, its cost would be one of many that
+        an advantage has to tell apart. What a decision does to others still comes later. Times
+        1 − γ, values are mean costs of a request: about −1.
         """
         model: Any = self.model
         paid, earned = model.env.take_rewards()
         buffer = model.rollout_buffer
-        buffer.rewards += earned - paid
+        truncated = buffer.rewards - paid  # SB3 has added γ·value where an episode ended
+        buffer.rewards[:] = (1.0 - GAMMA) * earned + truncated
         with torch.no_grad():
             values = model.policy.predict_values(torch.as_tensor(model._last_obs))
         buffer.compute_returns_and_advantage(last_values=values, dones=model._last_episode_starts)

@@ -9,14 +9,14 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
-from envs.placement import COLUMNS, PlacementEnv
+from envs.placement import COLUMNS, GAP, VALID, PlacementEnv
 from envs.sharded import ShardedVecEnv
-from envs.vector import PlacementVecEnv, VectorEnv
+from envs.vector import HINDSIGHT, PlacementVecEnv, VectorEnv
 from tierwise.placement.features import CANDIDATES_MAX
 
 
 def base_scores_choice(observation: np.ndarray) -> int:  # type: ignore[type-arg]
-    return int(np.argmin(observation[:, -2] + 1e3 * (1.0 - observation[:, -1])))
+    return int(np.argmin(observation[:, GAP] + 1e3 * (1.0 - observation[:, VALID])))
 
 
 def test_it_is_registered_and_passes_both_checkers() -> None:
@@ -79,7 +79,7 @@ def test_an_invalid_action_becomes_the_base_scores_choice_and_is_counted() -> No
 def test_the_batched_environment_is_many_single_ones() -> None:
     batch = PlacementVecEnv(3, seed=5, preset="small", request_count=40)
     observations = batch.reset()
-    assert observations.shape == (3, CANDIDATES_MAX, COLUMNS)
+    assert observations.shape == (3, CANDIDATES_MAX, COLUMNS + HINDSIGHT)
     ends = 0
     for _ in range(60):
         actions = np.array([base_scores_choice(o) for o in observations])
@@ -95,7 +95,7 @@ def test_the_batched_environment_is_many_single_ones() -> None:
 def steps(environment: VectorEnv, count: int) -> list[np.ndarray]:  # type: ignore[type-arg]
     found = [environment.reset()]
     for _ in range(count):
-        best = np.argmin(found[-1][:, :, -2] + 1e3 * (1.0 - found[-1][:, :, -1]), axis=1)
+        best = np.argmin(found[-1][:, :, GAP] + 1e3 * (1.0 - found[-1][:, :, VALID]), axis=1)
         environment.step_async((best + np.arange(len(best))) % 2)
         found.append(environment.step_wait()[0])
     environment.close()
@@ -109,17 +109,29 @@ def test_processes_change_nothing() -> None:
         np.testing.assert_array_equal(here, there)
 
 
-def test_a_reward_given_to_its_decision_is_still_given_once() -> None:
-    environment = PlacementVecEnv(3, seed=5, preset="small", request_count=60)
+def test_a_decision_earns_the_cost_of_its_own_request() -> None:
+    environment = PlacementVecEnv(2, seed=5, preset="small", request_count=60)
+    seen = [environment.reset()]
+    for _ in range(50):
+        base = [base_scores_choice(one) for one in seen[-1]]
+        environment.step_async(np.array(base))
+        seen.append(environment.step_wait()[0])
+    paid, earned = environment.take_rewards()
+    assert paid.shape == earned.shape == (50, 2)
+    assert np.abs(paid).max() < 1e-6  # like the base score, request by request
+    under_base = np.array(seen[:-1])[:, :, 0, COLUMNS]
+    has_ended = earned < 0.0  # the others still run, or were asked about again
+    assert has_ended.mean() > 0.7
+    np.testing.assert_allclose(earned[has_ended], -under_base[has_ended], rtol=1e-5)
+
+
+def test_rewards_are_taken_once() -> None:
+    environment = PlacementVecEnv(2, seed=5, preset="small", request_count=60)
     environment.reset()
-    rng = np.random.default_rng(0)
-    for _ in range(4):
-        for _ in range(50):
-            masks = environment.action_masks()
-            actions = [int(rng.choice(np.flatnonzero(mask))) for mask in masks]
-            environment.step_async(np.array(actions))
+    for _ in range(3):
+        for _ in range(10):
+            environment.step_async(environment.action_masks().argmax(axis=1))
             environment.step_wait()
         paid, earned = environment.take_rewards()
-        assert paid.shape == earned.shape == (50, 3)
-        assert np.abs(paid - earned).max() > 0.1  # most requests end later than the next decision
-        np.testing.assert_allclose(paid.sum(axis=0), earned.sum(axis=0), rtol=1e-4, atol=1e-4)
+        assert paid.shape == earned.shape == (10, 2)
+    assert environment.take_rewards()[0].shape[0] == 0
