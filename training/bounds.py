@@ -28,7 +28,8 @@ from tierwise.domain.ids import PolicyId
 from tierwise.domain.outcome import LatencySplit, Outcome, OutcomeState
 from tierwise.placement.policies.ect import EarliestCompletion
 from tierwise.placement.ranking import Ranking, rank
-from training.evaluate import HELD_OUT, mean_cost_s
+from training.evaluate import HELD_OUT
+from training.figures import mean_cost_s
 
 HORIZON = 40  # arrivals after the decision that the copies live through
 WIDTH = 6  # candidates that are tried, best base scores first

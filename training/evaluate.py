@@ -1,7 +1,8 @@
 """Compare policies in the simulator: the same worlds, the same seeds, intervals.
 
-    python -m training.evaluate --policies ect,learned --presets small,campus --seeds 20
-    python -m training.evaluate --policies ect,learned --scenario FILE
+    tierwise policy eval --policies ect,learned --presets small,campus --seeds 20
+    tierwise policy eval --policies ect,learned --scenario FILE
+    tierwise policy eval --suite standard          (all policies, loads, shifts; see its own --help)
 
 A scenario (docs/scenarios.md) is one world: there seeds draw service times, links and faults only.
 """
@@ -9,8 +10,7 @@ A scenario (docs/scenarios.md) is one world: there seeds draw service times, lin
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,74 +18,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from envs import scenario
-from envs.simulator import Simulator
 from envs.world import PRESETS, World, make_world
-from tierwise.clock import precise_s
-from tierwise.cost.objective import DEFAULT_OBJECTIVE
-from tierwise.domain.outcome import Outcome
-from tierwise.domain.topology import Tier
 from tierwise.errors import TierwiseError
 from tierwise.placement.policies import learned
-from tierwise.placement.policy import Policy, create
+from tierwise.placement.policy import Policy, create, names
+from training.figures import Figures, measure
 
 HELD_OUT = 1_000_000  # evaluation seeds start here; training and validation never reach it
 POLICIES = ("edge-only", "cloud-only", "edge-first", "least-loaded", "ect", "learned")
+HEURISTICS = frozenset(names()) - {"learned"}
 BOOTSTRAP = 2000
+Columns = dict[str, NDArray[np.float64]]
 Maker = Callable[[str, int, int], World]  # preset, seed, requests → world
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """Figures of one policy on one world."""
-
-    cost_s: float
-    p50_s: float
-    p95_s: float
-    missed: float
-    cold: float
-    usd_per_1000: float
-    edge: float
-    fog: float
-    cloud: float
-    decision_us: float
 
 
 def of_preset(preset: str, seed: int, request_count: int) -> World:
     """Return the world of a preset."""
     return make_world(preset, seed, request_count=request_count)
-
-
-def run(policy: Policy, preset: str, seed: int, request_count: int, make: Maker = of_preset) -> Run:
-    """Simulate one world with one policy."""
-    world = make(preset, seed, request_count)
-    simulator = Simulator(world, seed)
-    tier_of = {node.node_id: node.tier for node in world.nodes}
-    started_s = precise_s()
-    outcomes = simulator.run(policy)
-    elapsed_s = precise_s() - started_s
-    latency_s = np.array([o.latency.total_s for o in outcomes])
-    tiers = [tier_of[o.node_id] for o in outcomes if o.node_id is not None]
-
-    def share(tier: Tier) -> float:
-        return sum(t is tier for t in tiers) / max(1, len(tiers))
-
-    return Run(
-        cost_s=mean_cost_s(outcomes),
-        p50_s=float(np.percentile(latency_s, 50)),
-        p95_s=float(np.percentile(latency_s, 95)),
-        missed=float(np.mean([o.is_missed for o in outcomes])),
-        cold=float(np.mean([o.is_cold for o in outcomes])),
-        usd_per_1000=1000.0 * float(np.mean([o.money_usd for o in outcomes])),
-        edge=share(Tier.EDGE),
-        fog=share(Tier.FOG),
-        cloud=share(Tier.CLOUD),
-        decision_us=1e6 * elapsed_s / max(1, simulator.decision_count),
-    )
-
-
-def mean_cost_s(outcomes: Sequence[Outcome]) -> float:
-    """Return the objective per request, second-equivalents."""
-    return float(np.mean([DEFAULT_OBJECTIVE.cost_s(outcome) for outcome in outcomes]))
 
 
 def iqm(values: NDArray[np.float64]) -> float:
@@ -106,49 +55,61 @@ def interval(values: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def summary(columns: Columns, figures: Mapping[str, Columns]) -> dict[str, Any]:
+    """Return one policy's figures over its worlds: IQM and interval of the cost, means of the rest.
+
+    `versus_ect` and `versus_best` are IQMs of the paired relative differences in cost to `ect`,
+    and to the heuristic with the lowest IQM in this very case, which nobody knows beforehand.
+
+    Args:
+        columns: The policy's figures, each of shape (worlds,).
+        figures: Those of every policy, by name, on the same worlds.
+    """
+    row: dict[str, Any] = {key: float(values.mean()) for key, values in columns.items()}
+    row["cost_s"] = iqm(columns["cost_s"])
+    row["cost_s_low"], row["cost_s_high"] = interval(columns["cost_s"])
+    rivals = {name: each for name, each in figures.items() if name in HEURISTICS}
+    others = {"ect": figures.get("ect")}
+    if rivals:
+        row["heuristics"] = sorted(rivals)
+        row["best"] = min(rivals, key=lambda name: iqm(rivals[name]["cost_s"]))
+        others["best"] = rivals[row["best"]]
+    for name, other in others.items():
+        if other is not None:
+            ratio = columns["cost_s"] / other["cost_s"] - 1.0
+            row[f"versus_{name}"] = iqm(ratio)
+            row[f"versus_{name}_low"], row[f"versus_{name}_high"] = interval(ratio)
+    return row
+
+
 def compare(
-    policies: dict[str, Policy],
+    policies: Mapping[str, Policy],
     presets: Sequence[str],
     seeds: Sequence[int],
     request_count: int,
-    on_progress: Any = lambda done, total: None,
+    on_progress: Callable[[], object] = lambda: None,
     make: Maker = of_preset,
 ) -> list[dict[str, Any]]:
-    """Run every policy on every world; return one row per preset and policy.
-
-    `versus_ect` is the IQM of the paired relative differences in cost to `ect`, with its interval.
-    """
+    """Run every policy on every world; return one row per preset and policy: its `summary`."""
     rows: list[dict[str, Any]] = []
-    total = len(presets) * len(policies) * len(seeds)
-    done = 0
     for preset in presets:
-        costs: dict[str, NDArray[np.float64]] = {}
+        figures: dict[str, Columns] = {}
         for name, policy in policies.items():
-            runs = []
+            worlds = []
             for seed in seeds:
-                runs.append(run(policy, preset, seed, request_count, make))
-                done += 1
-                on_progress(done, total)
-            costs[name] = np.array([r.cost_s for r in runs])
-            low, high = interval(costs[name])
-            row: dict[str, Any] = {
-                "preset": preset,
-                "policy": name,
-                "cost_s": iqm(costs[name]),
-                "cost_s_low": low,
-                "cost_s_high": high,
-            }
-            for field in Run.__dataclass_fields__:
-                if field != "cost_s":
-                    row[field] = float(np.mean([getattr(r, field) for r in runs]))
-            rows.append(row)
-        if "ect" in costs:
-            for row in rows:
-                if row["preset"] == preset:
-                    ratio = costs[row["policy"]] / costs["ect"] - 1.0
-                    row["versus_ect"] = iqm(ratio)
-                    row["versus_ect_low"], row["versus_ect_high"] = interval(ratio)
+                worlds.append(measure(policy, make(preset, seed, request_count), seed))
+                on_progress()
+            figures[name] = as_columns(worlds)
+        rows += [
+            {"preset": preset, "policy": name} | summary(columns, figures)
+            for name, columns in figures.items()
+        ]
     return rows
+
+
+def as_columns(worlds: Sequence[Figures]) -> Columns:
+    """Return the figures of several worlds, each as an array of shape (worlds,)."""
+    return {key: np.array([each[key] for each in worlds]) for key in worlds[0]}
 
 
 def load_policies(names: Sequence[str]) -> dict[str, Policy]:
@@ -184,9 +145,9 @@ def print_rows(rows: list[dict[str, Any]], title: str = "simulated worlds") -> N
         "p95 ms",
         "missed",
         "cold",
-        "$/1000",
+        "$/million",
         "edge/fog/cloud",
-        "µs/decision*",
+        "µs/decision",
     ):
         table.add_column(column, justify="left" if column in ("preset", "policy") else "right")
     for row in rows:
@@ -205,18 +166,20 @@ def print_rows(rows: list[dict[str, Any]], title: str = "simulated worlds") -> N
             f"{row['p95_s'] * 1e3:.0f}",
             f"{row['missed']:.1%}",
             f"{row['cold']:.1%}",
-            f"{row['usd_per_1000']:.4f}",
+            f"{row['usd_per_million']:.2f}",
             f"{row['edge']:.0%}/{row['fog']:.0%}/{row['cloud']:.0%}",
             f"{row['decision_us']:.0f}",
         )
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    console.print(table)
-    console.print("* simulation included; benchmarks/bench_decision.py times decisions alone")
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def main() -> int:
     """Parse the command line, evaluate, print; return the exit code."""
-    parser = argparse.ArgumentParser(prog="tierwise policy eval", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="tierwise policy eval",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--policies", default=",".join(POLICIES), help="names or run folders")
     parser.add_argument("--presets", default="small,campus,factory", help=", ".join(PRESETS))
     parser.add_argument("--seeds", type=int, default=10, help="worlds per preset")
@@ -244,7 +207,7 @@ def main() -> int:
                 presets,
                 range(HELD_OUT, HELD_OUT + flags.seeds),
                 flags.requests,
-                on_progress=lambda done, total: bar.update(done - bar.n),
+                on_progress=bar.update,
                 make=make,
             )
     except TierwiseError as error:  # a world needs what is not installed

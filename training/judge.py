@@ -114,7 +114,7 @@ def finish(folder: Path, network: Network, trained: Range, origin: Origin) -> No
             [origin.preset],
             seeds,
             EVALUATION_REQUESTS,
-            on_progress=lambda *_: bar.update(),
+            on_progress=bar.update,
         )
     judged = next(row for row in rows if row["policy"] == "learned")
     card = make_card(

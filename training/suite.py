@@ -10,7 +10,7 @@ bootstrap intervals of the interquartile mean.
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from envs.world import NAMED, NO_SHIFT, Shift, make_world
 from tierwise.errors import TierwiseError
 from tierwise.files import write_atomically
 from training.bounds import clairvoyant, relaxed_cost_s
-from training.evaluate import HELD_OUT, interval, iqm, load_policies
+from training.evaluate import HELD_OUT, Columns, as_columns, load_policies, summary
 from training.figures import Figures, mean_cost_s, measure
 from training.report import plot_differences, plot_load, to_markdown
 
@@ -43,12 +43,10 @@ POLICIES = (
     "ect",
     "learned",
 )
-HEURISTICS = frozenset(POLICIES) - {"learned"}
 LOADS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.1)
 LOAD_PRESET = "campus"
 PARTS = ("presets", "load", "shifts", "bounds")
 BOUND_REQUESTS = 150  # a world with a rollout of every candidate at every decision takes its time
-Columns = dict[str, np.ndarray[Any, Any]]
 SHIFTS: dict[str, tuple[str, Shift]] = {
     "3x the nodes": ("campus", Shift(node_factor=3)),
     "10x the nodes": ("small", Shift(node_factor=10)),
@@ -109,35 +107,12 @@ def run(
                 for future in futures:
                     worlds.append(future.result())
                     on_progress()
-                figures[name] = {key: np.array([w[key] for w in worlds]) for key in worlds[0]}
+                figures[name] = as_columns(worlds)
             rows += [
                 {"part": case.part, "case": case.name, "policy": name} | summary(columns, figures)
                 for name, columns in figures.items()
             ]
     return rows
-
-
-def summary(columns: Columns, figures: Mapping[str, Columns]) -> dict[str, Any]:
-    """Return one policy's figures over its worlds: IQM and interval of the cost, means of the rest.
-
-    `versus_ect` and `versus_best` are IQMs of the paired relative differences in cost to `ect`,
-    and to the heuristic with the lowest IQM in this very case, which nobody knows beforehand.
-    """
-    row: dict[str, Any] = {key: float(values.mean()) for key, values in columns.items()}
-    row["cost_s"] = iqm(columns["cost_s"])
-    row["cost_s_low"], row["cost_s_high"] = interval(columns["cost_s"])
-    rivals = {name: each for name, each in figures.items() if name in HEURISTICS}
-    others = {"ect": figures.get("ect")}
-    if rivals:
-        row["heuristics"] = sorted(rivals)
-        row["best"] = min(rivals, key=lambda name: iqm(rivals[name]["cost_s"]))
-        others["best"] = rivals[row["best"]]
-    for name, other in others.items():
-        if other is not None:
-            ratio = columns["cost_s"] / other["cost_s"] - 1.0
-            row[f"versus_{name}"] = iqm(ratio)
-            row[f"versus_{name}_low"], row[f"versus_{name}_high"] = interval(ratio)
-    return row
 
 
 def bound(names: Sequence[str], preset: str, seed: int) -> Figures:

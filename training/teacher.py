@@ -26,7 +26,8 @@ from tierwise.placement.policies.ect import EarliestCompletion
 from tierwise.placement.policy import Policy
 from tierwise.placement.ranking import rank
 from training.bounds import cost_in_a_copy
-from training.evaluate import load_policies, mean_cost_s
+from training.evaluate import load_policies
+from training.figures import mean_cost_s
 
 TRAINING = 2_000_000  # seeds of worlds to learn from start here
 SHARE = 0.3  # of the decisions are labelled

@@ -27,7 +27,7 @@ from tierwise.placement.policies.pull_based import PullBased
 from tierwise.placement.policies.slowest_fit import SlowestFit
 from tierwise.placement.policy import Policy
 from tierwise.placement.score import ScoreWeights
-from training.evaluate import mean_cost_s
+from training.figures import mean_cost_s
 
 VALIDATION = 500_000  # seeds of validation worlds
 SEED = 3  # of the search

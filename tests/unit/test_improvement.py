@@ -15,7 +15,7 @@ from tierwise.placement.policies.ect import EarliestCompletion
 from tierwise.placement.policy import create
 from tierwise.placement.ranking import rank
 from training.bounds import clairvoyant, cost_in_a_copy, relaxed_cost_s
-from training.evaluate import mean_cost_s
+from training.figures import mean_cost_s
 from training.improve import Examples, expected_cost, improve, load
 from training.network import Residual
 from training.report import to_markdown

@@ -24,14 +24,36 @@ def train(context: typer.Context) -> None:
 
 @app.command(name="eval", context_settings=_PASS_ON)
 def evaluate(context: typer.Context) -> None:
-    """Compare policies in the simulator on held-out seeds; --help lists the options."""
-    _train("training.evaluate", context.args)
+    """Compare policies in the simulator on held-out seeds; --help lists the options.
+
+    With `--suite standard`: every policy on every preset, a load curve, shifted worlds, bounds.
+    """
+    is_suite = any(argument.partition("=")[0] == "--suite" for argument in context.args)
+    _train("training.suite" if is_suite else "training.evaluate", context.args)
 
 
 @app.command(context_settings=_PASS_ON)
 def tune(context: typer.Context) -> None:
     """Tune the weights of the base score on validation traces; --help lists the options."""
     _train("training.tune", context.args)
+
+
+@app.command(context_settings=_PASS_ON)
+def label(context: typer.Context) -> None:
+    """Label simulated decisions with what each candidate leads to; --help lists the options."""
+    _train("training.teacher", context.args)
+
+
+@app.command(context_settings=_PASS_ON)
+def improve(context: typer.Context) -> None:
+    """Train a policy on the labels of `label`; --help lists the options."""
+    _train("training.improve", context.args)
+
+
+@app.command(context_settings=_PASS_ON)
+def bounds(context: typer.Context) -> None:
+    """Show how much better any policy could be (simulated); --help lists the options."""
+    _train("training.bounds", context.args)
 
 
 @app.command(context_settings=_PASS_ON)
