@@ -57,7 +57,7 @@ from tierwise.domain.outcome import LatencySplit, Outcome, OutcomeState
 from tierwise.domain.request import Request
 from tierwise.domain.topology import Channel, Node
 from tierwise.domain.view import NodeReading
-from tierwise.placement.policy import Policy
+from tierwise.placement.policy import Learner, Policy
 
 TICK_S = 0.25
 SESSION_DELAY_S = 0.01
@@ -120,6 +120,7 @@ class Simulator:
             heartbeat_interval_s=world.heartbeat_interval_s, links=world.links
         )
         self._plane_policy: Policy | None = None
+        self._learner: Learner | None = None
         self._rng = np.random.default_rng(seed)
         self.schedule = Schedule(world.trace, self._service)
         self._ends_s = max(self.schedule.last_arrival_s, world.faults.until_s) + SETTLE_S
@@ -128,7 +129,9 @@ class Simulator:
     # -- driving --------------------------------------------------------------------------------
 
     def run(self, policy: Policy) -> list[Outcome]:
-        """Run to the end with one policy; return what users got."""
+        """Run to the end with one policy; return what users got. A learner starts afresh."""
+        if isinstance(policy, Learner):
+            policy = self._learner = policy.fresh()
         self._plane_policy = policy
         while (question := self.next_question()) is not None:
             decision = policy.decide(question.ask.view, question.ask.request, self._rng)
@@ -256,6 +259,8 @@ class Simulator:
         """Let the function's profile follow, as the scheduler's telemetry does."""
         speed = None if outcome.node_id is None else self._nodes[outcome.node_id].node.speed
         self._profiles.learn(outcome, speed, self.now_s)
+        if self._learner is not None:
+            self._learner.learn(outcome)
 
     # -- nodes ----------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ python -m training.tune --all --json tuned.json
 """
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -102,13 +103,18 @@ TUNABLES: dict[str, Tunable] = {
 }
 
 
-def cost_of(policy: Policy, presets: Sequence[str], seeds: range, request_count: int) -> float:
-    """Return the mean over worlds of log cost, so that no single world decides."""
+def cost_of(
+    make: Callable[[], Policy], presets: Sequence[str], seeds: range, request_count: int
+) -> float:
+    """Return the mean over worlds of log cost, so that no single world decides.
+
+    Every world gets a policy of its own: nothing that one has learnt is known in the next.
+    """
     logs = []
     for preset in presets:
         for seed in seeds:
             world = make_world(preset, seed, request_count=request_count)
-            logs.append(np.log(mean_cost_s(Simulator(world, seed).run(policy))))
+            logs.append(np.log(mean_cost_s(Simulator(world, seed).run(make()))))
     return float(np.mean(logs))
 
 
@@ -131,7 +137,8 @@ def tune(
 
     def cost(parameters: Mapping[str, Any]) -> float:
         on_trial()
-        return cost_of(tunable.make(**parameters), presets, seeds, request_count)
+        make = functools.partial(tunable.make, **parameters)
+        return cost_of(make, presets, seeds, request_count)
 
     first = best_cost = cost(best)
     tried = {tuple(best.values())}
