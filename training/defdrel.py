@@ -1,6 +1,6 @@
 """Train the DeF-DReL-style agent: a DQN that says "fog" or "cloud" per call, in the same simulator.
 
-    python -m training.defdrel --seed 0 --steps 120000
+    python -m training.defdrel --seed 0 --steps 100000
 
 Writes `defdrel.npz` (NumPy weights, no pickle) and the card `defdrel.json` with command and seed.
 What is kept is the checkpoint that is best on validation worlds. See
@@ -174,7 +174,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m training.defdrel", description=__doc__)
     parser.add_argument("--preset", default="random")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=120_000, help="decisions to learn from")
+    parser.add_argument("--steps", type=int, default=100_000, help="decisions to learn from")
     parser.add_argument("--requests", type=int, default=300, help="per world")
     parser.add_argument("--validation-worlds", type=int, default=24)
     parser.add_argument("--out", type=Path, default=Path(policies.__file__).parent)
@@ -209,7 +209,8 @@ def main() -> int:
     card = {
         "name": "defdrel",
         "inputs": INPUTS,
-        "command": "python -m training.defdrel " + " ".join(sys.argv[1:]),
+        "command": f"python -m training.defdrel --preset {flags.preset} --seed {flags.seed} "
+        f"--steps {flags.steps} --requests {flags.requests}",
         "seed": flags.seed,
         "commit": commit(),
         "data": f"simulated worlds of preset {flags.preset}, {flags.requests} requests each, "

@@ -1,6 +1,6 @@
 """Let LinUCB learn on training worlds, and write what it has seen as its prior.
 
-    python -m training.linucb --seed 0 --worlds 200
+    python -m training.linucb --seed 0 --worlds 60
 
 One bandit lives through all the worlds, one after the other, starting from nothing. What remains is
 A and b per observation (see `tierwise.placement.policies.linucb`), in `linucb.npz` with a card next
@@ -62,7 +62,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m training.linucb", description=__doc__)
     parser.add_argument("--preset", default="random")
     parser.add_argument("--seed", type=int, default=0, help="of the worlds")
-    parser.add_argument("--worlds", type=int, default=200)
+    parser.add_argument("--worlds", type=int, default=60)
     parser.add_argument("--requests", type=int, default=300, help="per world")
     parser.add_argument("--alpha", type=float, default=0.5, help="optimism while learning")
     parser.add_argument("--out", type=Path, default=Path(policies.__file__).parent)
@@ -76,7 +76,8 @@ def main() -> int:
     card = {
         "name": "linucb",
         "schema": SCHEMA,
-        "command": "python -m training.linucb " + " ".join(sys.argv[1:]),
+        "command": f"python -m training.linucb --preset {flags.preset} --seed {flags.seed} "
+        f"--worlds {flags.worlds} --requests {flags.requests} --alpha {flags.alpha}",
         "seed": flags.seed,
         "commit": commit(),
         "data": f"{flags.worlds} simulated worlds of preset {flags.preset}, "

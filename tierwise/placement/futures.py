@@ -6,7 +6,6 @@ with the learnt rates, run for the learnt means times lognormal noise, and go wh
 sends them. All of it is what the viewer believes: nothing here knows the real future.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,7 +27,8 @@ FUNCTIONS_MAX = 16  # that arrive in a sampled future, the most frequent ones
 CPUS_MAX = 8  # servers of one node that are told apart
 NOISE = 0.25  # sigma of a run's lognormal noise
 SECONDS_MAX = 1e6  # beyond this a belief says no more than "never"
-SPREAD_MIN_S = 1.0
+SPREAD_MIN_S = 1.0  # a rate is never told from less time
+UNSEEN_MAX_S = 5.0  # of an old reading: what is older has been served
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +41,28 @@ class Habit:
     request_bytes: float
 
 
-class Paths:
-    """One-way latency in seconds and seconds per byte between nodes, both of shape (n, n)."""
+class Ground:
+    """What is fixed of the modelled nodes, n of them: paths, speeds, prices."""
 
     def __init__(self, links: LinkTable, nodes: tuple[Node, ...]) -> None:
+        """Look everything up once; nodes and links change rarely, decisions are many."""
         self.links = links
         self.nodes = nodes
+        self.place = {node.node_id: i for i, node in enumerate(nodes)}
         found = [[links.between(a, b) for b in nodes] for a in nodes]
+        # One way in seconds, and seconds per byte, both (n, n): row origin, column target.
         self.delay_s = _finite([[x.rtt_s / 2 + x.jitter_s / 2 for x in row] for row in found])
         self.s_per_byte = _finite([[1.0 / x.bandwidth_bytes_per_s for x in row] for row in found])
-        here = np.eye(len(nodes), dtype=np.bool_)
-        self.is_away = ~here
+        self.speed = np.array([node.speed for node in nodes])
+        self.cpus = np.array([min(CPUS_MAX, max(1, int(n.capacity.cpus))) for n in nodes])
+        self.room = self.speed * self.cpus
+        prices = [DEFAULT_PRICES.by_tier[node.tier] for node in nodes]
+        self.usd_per_mib_s = np.array([p.usd_per_gb_s for p in prices]) / 1024.0
+        self.usd_per_call = np.array([p.usd_per_request for p in prices])
+        self.usd_per_byte = np.array([p.usd_per_gb_in for p in prices]) / 1e9
+        self.is_away = ~np.eye(len(nodes), dtype=np.bool_)
+        edges = [i for i, node in enumerate(nodes) if node.tier is Tier.EDGE]
+        self.origins = np.array(edges or range(len(nodes)))
 
 
 def total_rate(profiles: Sequence[FunctionProfile]) -> float:
@@ -86,6 +97,7 @@ class First:
     cold_start_s: Float
     run_s: Float
     return_s: Float
+    displaced_s: Float
     money_usd: Float
     function: FunctionId
     deadline_s: float
@@ -99,7 +111,7 @@ class Model:
         self,
         view: ClusterView,
         rows: Sequence[NodeView],
-        paths: Paths,
+        ground: Ground,
         habits: Mapping[FunctionId, Habit],
         weights: ScoreWeights,
     ) -> None:
@@ -108,11 +120,11 @@ class Model:
         Args:
             view: What is known.
             rows: Its nodes that are modelled, n of them.
-            paths: Between these nodes.
+            ground: What is fixed of these nodes.
             habits: What is known of requests; the functions that are in it arrive.
             weights: Of the base score, which decides what follows.
         """
-        self._paths = paths
+        self._ground = ground
         self._weights = weights
         known = [(f, view.profile(f)) for f in habits]
         known.sort(key=lambda pair: -pair[1].rate_per_s)
@@ -131,19 +143,10 @@ class Model:
         self._memory = np.array([h.memory_mib for h in mine])
         self._bytes = _finite([h.request_bytes for h in mine])
         self._evicted_first = np.argsort(share * self._cold_s, kind="stable")
-        nodes = [row.node for row in rows]
-        self._speed = np.array([node.speed for node in nodes])
-        self._cpus = np.array([min(CPUS_MAX, max(1, int(n.capacity.cpus))) for n in nodes])
-        prices = [DEFAULT_PRICES.by_tier[node.tier] for node in nodes]
-        self._usd_gb_s = np.array([p.usd_per_gb_s for p in prices]) / 1024.0
-        self._usd_call = np.array([p.usd_per_request for p in prices])
-        self._usd_byte = np.array([p.usd_per_gb_in for p in prices]) / 1e9
-        edges = [i for i, node in enumerate(nodes) if node.tier is Tier.EDGE]
-        self._origins = np.array(edges or range(len(nodes)))
         self._age_s = _finite([max(0.0, view.now_s - row.received_at_s) for row in rows])
         readings = [row.reading for row in rows]
         self._wait_s = _finite([predict_wait_s(row, view.now_s) for row in rows])
-        self._busy = self._cpus - np.array([min(float(CPUS_MAX), r.free.cpus) for r in readings])
+        self._busy = ground.cpus - np.array([min(float(CPUS_MAX), r.free.cpus) for r in readings])
         self._free_mib = _finite([r.free.memory_mib for r in readings])
         self._price = _finite([r.eviction_price_s_per_mib for r in readings])
         self._warm = np.zeros((len(known), len(rows)), dtype=np.bool_)
@@ -167,11 +170,13 @@ class Model:
             horizon: How many requests arrive in each.
             hidden: Share of the cluster's traffic that may have reached a node since its reading.
         """
-        width, n = len(first.node), len(self._speed)
+        ground, width = self._ground, len(first.node)
         w, s = np.arange(width)[:, None], np.arange(samples)
-        slots = np.tile(self._servers(rng, samples, hidden), (width, 1, 1, 1))
-        warm = np.tile(self._warm, (width, samples, 1, 1))
-        free_mib = np.tile(self._free_mib, (width, samples, 1))
+        slots = np.stack([self._servers(rng, samples, hidden)] * width)
+        warm = np.empty((width, samples, *self._warm.shape), dtype=np.bool_)
+        warm[:] = self._warm
+        free_mib = np.empty((width, samples, len(self._free_mib)))
+        free_mib[:] = self._free_mib
         objective, weights = DEFAULT_OBJECTIVE, self._weights
 
         # The request itself.
@@ -180,7 +185,9 @@ class Model:
         begin_s = np.maximum(slots[w, s, place, 0], first.transfer_s[:, None])
         end_s = begin_s + first.cold_start_s[:, None] + first.run_s[:, None] * noise[-1]
         latency_s = end_s + first.return_s[:, None]
-        costs: Float = latency_s + (objective.per_usd_s * first.money_usd)[:, None]
+        price = objective.per_usd_s * first.money_usd + weights.displaced * first.displaced_s
+        price -= (1.0 - weights.cold_start) * first.cold_start_s
+        costs: Float = latency_s + price[:, None]
         costs += objective.per_miss_s * first.urgency * (latency_s > first.deadline_s)
         _occupy(slots, w, s, place, end_s)
         if first.function in self.functions:
@@ -193,15 +200,15 @@ class Model:
         at_s = np.cumsum(rng.exponential(1.0 / self.rate, (horizon, samples)), axis=0)
         kind = np.searchsorted(self._share, rng.random((horizon, samples)))
         kind = np.minimum(kind, len(self._share) - 1)
-        origin = self._origins[rng.integers(len(self._origins), size=(horizon, samples))]
-        delay_s, s_per_byte = self._paths.delay_s[origin], self._paths.s_per_byte[origin]
+        origin = ground.origins[rng.integers(len(ground.origins), size=(horizon, samples))]
+        delay_s, s_per_byte = ground.delay_s[origin], ground.s_per_byte[origin]
         sent, answered = self._bytes[kind][..., None], self._response[kind][..., None]
         go_s, back_s = delay_s + sent * s_per_byte, delay_s + answered * s_per_byte
-        run_s = self._run_s[kind][..., None] / self._speed
+        run_s = self._run_s[kind][..., None] / ground.speed
         memory = self._memory[kind][..., None]
-        usd = run_s * memory * self._usd_gb_s + self._usd_call
-        usd += (sent + answered) * self._usd_byte * self._paths.is_away[origin]
-        cold_s = self._cold_s[kind][..., None] / self._speed
+        usd = run_s * memory * ground.usd_per_mib_s + ground.usd_per_call
+        usd += (sent + answered) * ground.usd_per_byte * ground.is_away[origin]
+        cold_s = self._cold_s[kind][..., None] / ground.speed
         displaced_s = np.maximum(memory - self._free_mib, 0.0) * self._price
         cold_price = weights.cold_start * cold_s + weights.displaced * displaced_s
         fixed_s = go_s + run_s + back_s
@@ -212,6 +219,7 @@ class Model:
         ready_s = at_s[..., None] + go_s
         run_s = run_s * noise[:-1, :, None]
         fixed_cost = back_s - at_s[..., None] + objective.per_usd_s * usd
+        start_price = cold_price - cold_s  # a cold start is in part an investment
         miss_cost = objective.per_miss_s * urgency
         limit_s = deadline_s[..., None] - back_s + at_s[..., None]
         for step in range(horizon):
@@ -230,15 +238,20 @@ class Model:
             costs += miss_cost[step] * (end_s > limit_s[step][s, place])
             _occupy(slots, w, s, place, end_s)
             if starts.any():
+                costs += starts * start_price[step][s, place]
                 self._start(warm, free_mib, w, s, number, place)
+        # What is still queued delays those that come later: rate × share × backlog² ÷ 2.
+        left_s = np.maximum(slots[..., 0] - at_s[-1][:, None], 0.0)
+        costs += 0.5 * self.rate * (left_s * left_s) @ (ground.room / ground.room.sum())
         return costs
 
     def _servers(self, rng: np.random.Generator, samples: int, hidden: float) -> Float:
         """Return when each server comes free, rising, shape (samples, n, servers)."""
-        count = int(self._cpus.max())
+        ground = self._ground
+        count = int(ground.cpus.max())
         server = np.arange(count)
-        mean_s = float(np.diff(self._share, prepend=0.0) @ self._run_s) / self._speed
-        cpus = self._cpus[:, None]
+        mean_s = float(np.diff(self._share, prepend=0.0) @ self._run_s) / ground.speed
+        cpus = ground.cpus[:, None]
         # A backlog is work ÷ CPUs; some servers are done before the others.
         spread = 2.0 * self._wait_s[:, None] * (server + 0.5) / cpus
         is_busy = server >= cpus - self._busy[:, None]
@@ -246,10 +259,10 @@ class Model:
         left_s = np.maximum(left_s - self._age_s[:, None], 0.0) * is_busy
         slots = np.maximum(np.where(self._wait_s[:, None] > 0.0, spread, 0.0), left_s)
         if hidden > 0.0 and self.rate > 0.0:
-            room = self._speed * self._cpus
-            unseen = hidden * self.rate * np.minimum(self._age_s, 5.0) * room / room.sum()
+            share = ground.room / ground.room.sum()
+            unseen = hidden * self.rate * np.minimum(self._age_s, UNSEEN_MAX_S) * share
             extra = rng.poisson(np.minimum(unseen, 1e3), (samples, len(unseen)))
-            slots = slots + (extra * mean_s / self._cpus)[..., None]
+            slots = slots + (extra * mean_s / ground.cpus)[..., None]
         slots = np.where(server < cpus, slots, np.inf)
         slots.sort(axis=-1)
         return slots
@@ -291,5 +304,5 @@ def _occupy(slots: Float, w: Index, s: Index, place: Index, end_s: Float) -> Non
 
 def _finite(values: object) -> Float:
     """Return an array within 0 … SECONDS_MAX, whatever was believed."""
-    array = np.nan_to_num(np.array(values, dtype=np.float64), nan=SECONDS_MAX)
-    return np.minimum(np.maximum(array, 0.0), SECONDS_MAX)
+    array = np.array(values, dtype=np.float64)
+    return np.fmax(np.fmin(array, SECONDS_MAX), 0.0)  # fmin, unlike minimum, takes NaN for large

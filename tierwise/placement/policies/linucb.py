@@ -45,7 +45,7 @@ class LinUCB:
         prior: Observations that the training worlds count for; 0 starts from nothing.
     """
 
-    alpha: float = 0.25
+    alpha: float = 0.1
     prior: float = 1000.0
     policy_id: ClassVar[PolicyId] = PolicyId("linucb@1")
     observation_count: int = field(default=0, init=False)
@@ -57,11 +57,12 @@ class LinUCB:
 
     def __post_init__(self) -> None:
         """Start from the prior."""
-        start, self._moment = RIDGE * np.eye(INPUTS), np.zeros(INPUTS)
+        start: Float = RIDGE * np.eye(INPUTS)
+        self._moment = np.zeros(INPUTS)
         if self.prior > 0.0:
             gram, moment = _package_prior()
             start, self._moment = start + self.prior * gram, self.prior * moment
-        self._inverse = np.linalg.inv(start)
+        self._inverse = np.asarray(np.linalg.inv(start), dtype=np.float64)
 
     def fresh(self) -> Self:
         """Return the same policy as it was before its first outcome."""

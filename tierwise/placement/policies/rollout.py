@@ -18,7 +18,7 @@ from tierwise.domain.request import Request
 from tierwise.domain.topology import NodeState
 from tierwise.domain.view import ClusterView, NodeView
 from tierwise.placement.features import gaps
-from tierwise.placement.futures import First, Habit, Model, Paths
+from tierwise.placement.futures import First, Ground, Habit, Model
 from tierwise.placement.ranking import Ranking, rank_or_place
 from tierwise.placement.score import DEFAULT_WEIGHTS, ScoreWeights
 
@@ -37,6 +37,7 @@ class Rollout:
         width: Candidates that are tried, best base scores first.
         caution: Standard errors by which a candidate must beat the base score's choice.
         hidden: Share of the cluster's traffic that may have reached a node since its reading.
+        trust: Weight of the futures against the base score, 0 … 1.
         gap_tried: Candidates worse than the best by more deadlines are not tried.
     """
 
@@ -45,13 +46,14 @@ class Rollout:
     width: int = 4
     caution: float = 1.0
     hidden: float = 0.3
+    trust: float = 0.25
     gap_tried: float = 2.0
     weights: ScoreWeights = DEFAULT_WEIGHTS
     policy_id: ClassVar[PolicyId] = PolicyId("rollout@1")
     _habits: OrderedDict[FunctionId, Habit] = field(
         default_factory=OrderedDict, init=False, repr=False
     )
-    _paths: Paths | None = field(default=None, init=False, repr=False)
+    _ground: Ground | None = field(default=None, init=False, repr=False)
 
     def fresh(self) -> Self:
         """Return the same policy without what it remembers of requests."""
@@ -61,6 +63,7 @@ class Rollout:
             self.width,
             self.caution,
             self.hidden,
+            self.trust,
             self.gap_tried,
             self.weights,
         )
@@ -81,6 +84,8 @@ class Rollout:
         if len(tried) < 2:
             return ranking.placed(self.policy_id, order)
         costs = self._costs(view, request, ranking, tried, rng)
+        scores = ranking.scores[tried][:, None]
+        costs = scores + self.trust * (costs - scores)
         saved = costs[0] - costs
         mean = saved.mean(axis=1)
         error = saved.std(axis=1) / max(1.0, (self.samples - 1) ** 0.5)
@@ -100,10 +105,11 @@ class Rollout:
         candidates = ranking.estimates.candidates
         rows = self._modelled(view, [candidates[i] for i in tried.tolist()])
         nodes = tuple([row.node for row in rows])
-        if self._paths is None or (self._paths.links, self._paths.nodes) != (view.links, nodes):
-            self._paths = Paths(view.links, nodes)
-        model = Model(view, rows, self._paths, self._habits, self.weights)
-        place = {node.node_id: i for i, node in enumerate(nodes)}
+        ground = self._ground
+        if ground is None or ground.links is not view.links or ground.nodes != nodes:
+            ground = self._ground = Ground(view.links, nodes)
+        model = Model(view, rows, ground, self._habits, self.weights)
+        place = ground.place
         terms = np.nan_to_num(ranking.estimates.terms[tried], posinf=1e6)
         first = First(
             node=np.array([place[candidates[i].node.node_id] for i in tried.tolist()]),
@@ -111,6 +117,7 @@ class Rollout:
             cold_start_s=terms[:, 2],
             run_s=terms[:, 3],
             return_s=terms[:, 4],
+            displaced_s=terms[:, 5],
             money_usd=terms[:, 6],
             function=request.spec.function_id,
             deadline_s=request.deadline_s,
