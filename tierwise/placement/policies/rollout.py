@@ -46,7 +46,7 @@ class Rollout:
     width: int = 4
     caution: float = 1.0
     hidden: float = 0.3
-    trust: float = 0.25
+    trust: float = 0.5
     gap_tried: float = 2.0
     weights: ScoreWeights = DEFAULT_WEIGHTS
     policy_id: ClassVar[PolicyId] = PolicyId("rollout@1")
