@@ -229,14 +229,14 @@ def test_defdrels_shipped_network_has_its_shape_and_answers_both_ways() -> None:
 
 # -- rollouts -----------------------------------------------------------------------------------
 
-LONG = FunctionProfile(run_s=1.0, cold_start_s=0.2, rate_per_s=0.1, call_count=6)
+LONG = FunctionProfile(run_s=1.0, cold_start_s=0.2, rate_per_s=0.1, call_count=6_000)
 SHORT_SPEC = replace(SPEC, name="short", deadline_s=0.03, priority=Priority.CRITICAL)
 
 
 def crowded(rate: float) -> tuple[ClusterView, Request]:
     """A long job that would end a little earlier here, where short calls arrive at a rate."""
     short = FunctionProfile(
-        run_s=0.01, cold_start_s=0.2, rate_per_s=rate, call_count=int(rate * 60)
+        run_s=0.01, cold_start_s=0.2, rate_per_s=rate, call_count=int(rate * 60_000)
     )
     warm = {F: 1, SHORT_SPEC.function_id: 1}
     rows = (row("edge-1", replace(IDLE, warm=warm)), row("cloud-1", replace(IDLE, warm=warm)))

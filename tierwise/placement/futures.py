@@ -160,8 +160,10 @@ class Model:
     ) -> Float:
         """Return what each candidate leads to in each future, shape (w, samples).
 
-        That is the objective summed over this request and the next `horizon` ones. A future is the
-        same for every candidate (common random numbers), so only differences count.
+        That is summed over this request and the next `horizon` ones: the objective, with cold
+        starts and evictions charged as the base score charges them, for much of what they bring
+        or cost comes later. A future is the same for every candidate (common random numbers), so
+        only differences count.
 
         Args:
             first: The decision.
@@ -170,33 +172,50 @@ class Model:
             horizon: How many requests arrive in each.
             hidden: Share of the cluster's traffic that may have reached a node since its reading.
         """
-        ground, width = self._ground, len(first.node)
-        w, s = np.arange(width)[:, None], np.arange(samples)
-        slots = np.stack([self._servers(rng, samples, hidden)] * width)
+        lanes = self._lanes(len(first.node), samples, self._servers(rng, samples, hidden))
+        noise = np.exp(NOISE * rng.standard_normal((horizon + 1, samples)))
+        costs = self._place_first(lanes, first, noise[-1])
+        if self.rate > 0.0 and horizon > 0:
+            costs += self._follow(lanes, noise[:-1], rng)
+        return costs
+
+    def _lanes(self, width: int, samples: int, servers: Float) -> "_Lanes":
         warm = np.empty((width, samples, *self._warm.shape), dtype=np.bool_)
         warm[:] = self._warm
         free_mib = np.empty((width, samples, len(self._free_mib)))
         free_mib[:] = self._free_mib
-        objective, weights = DEFAULT_OBJECTIVE, self._weights
+        w, s = np.arange(width)[:, None], np.arange(samples)
+        return _Lanes(w, s, np.stack([servers] * width), warm, free_mib)
 
-        # The request itself.
-        place = first.node[:, None] + np.zeros_like(w + s)
-        noise = np.exp(NOISE * rng.standard_normal((horizon + 1, samples)))
-        begin_s = np.maximum(slots[w, s, place, 0], first.transfer_s[:, None])
-        end_s = begin_s + first.cold_start_s[:, None] + first.run_s[:, None] * noise[-1]
+    def _place_first(self, lanes: "_Lanes", first: First, noise: Float) -> Float:
+        """Place the request itself on each candidate; return what that costs, shape (w, s)."""
+        objective, weights = DEFAULT_OBJECTIVE, self._weights
+        place = first.node[:, None] + np.zeros_like(lanes.w + lanes.s)
+        begin_s = np.maximum(lanes.slots[lanes.w, lanes.s, place, 0], first.transfer_s[:, None])
+        end_s = begin_s + first.cold_start_s[:, None] + first.run_s[:, None] * noise
         latency_s = end_s + first.return_s[:, None]
         price = objective.per_usd_s * first.money_usd + weights.displaced * first.displaced_s
         price -= (1.0 - weights.cold_start) * first.cold_start_s
         costs: Float = latency_s + price[:, None]
         costs += objective.per_miss_s * first.urgency * (latency_s > first.deadline_s)
-        _occupy(slots, w, s, place, end_s)
+        lanes.occupy(place, end_s)
         if first.function in self.functions:
-            number = np.full(samples, self.functions[first.function])
-            self._start(warm, free_mib, w, s, number, place)
-        if self.rate <= 0.0 or horizon < 1:
-            return costs
+            self._start(lanes, np.full(len(lanes.s), self.functions[first.function]), place)
+        return costs
 
-        # Those that follow, all their terms at once: shape (horizon, samples) and (…, n).
+    def _follow(self, lanes: "_Lanes", noise: Float, rng: np.random.Generator) -> Float:
+        """Let requests arrive and go by base score; return what they cost, shape (w, s).
+
+        Args:
+            lanes: The queues, which change.
+            noise: Factors of run times, shape (horizon, samples).
+            rng: Of arrivals.
+        """
+        objective, weights, ground = DEFAULT_OBJECTIVE, self._weights, self._ground
+        horizon, samples = noise.shape
+        w, s, slots, warm = lanes.w, lanes.s, lanes.slots, lanes.warm
+        costs = np.zeros((len(w), samples))
+        # All terms at once, of shape (horizon, samples) and (…, n).
         at_s = np.cumsum(rng.exponential(1.0 / self.rate, (horizon, samples)), axis=0)
         kind = np.searchsorted(self._share, rng.random((horizon, samples)))
         kind = np.minimum(kind, len(self._share) - 1)
@@ -217,7 +236,7 @@ class Model:
         slack_s = deadline_s[..., None] - fixed_s
         late_price = (weights.per_late_s * urgency)[..., None]
         ready_s = at_s[..., None] + go_s
-        run_s = run_s * noise[:-1, :, None]
+        run_s = run_s * noise[..., None]
         fixed_cost = back_s - at_s[..., None] + objective.per_usd_s * usd
         start_price = cold_price - cold_s  # a cold start is in part an investment
         miss_cost = objective.per_miss_s * urgency
@@ -236,10 +255,10 @@ class Model:
             end_s += starts * cold_s[step][s, place] + run_s[step][s, place]
             costs += end_s + fixed_cost[step][s, place]
             costs += miss_cost[step] * (end_s > limit_s[step][s, place])
-            _occupy(slots, w, s, place, end_s)
+            lanes.occupy(place, end_s)
             if starts.any():
                 costs += starts * start_price[step][s, place]
-                self._start(warm, free_mib, w, s, number, place)
+                self._start(lanes, number, place)
         # What is still queued delays those that come later: rate × share × backlog² ÷ 2.
         left_s = np.maximum(slots[..., 0] - at_s[-1][:, None], 0.0)
         costs += 0.5 * self.rate * (left_s * left_s) @ (ground.room / ground.room.sum())
@@ -267,16 +286,9 @@ class Model:
         slots.sort(axis=-1)
         return slots
 
-    def _start(
-        self,
-        warm: NDArray[np.bool_],
-        free_mib: Float,
-        w: Index,
-        s: Index,
-        number: Index,
-        place: Index,
-    ) -> None:
+    def _start(self, lanes: "_Lanes", number: Index, place: Index) -> None:
         """Make function `number[s]` warm on `place[w, s]`; the cheapest other one may go."""
+        w, s, warm, free_mib = lanes.w, lanes.s, lanes.warm, lanes.free_mib
         is_new = ~warm[w, s, number, place]
         warm[w, s, number, place] = True
         free_mib[w, s, place] -= is_new * self._memory[number]
@@ -294,12 +306,26 @@ class Model:
             free_mib[at_w, at_s, node] += self._memory[victim]
 
 
-def _occupy(slots: Float, w: Index, s: Index, place: Index, end_s: Float) -> None:
-    """Let the server that comes free first be busy until `end_s`, shape (w, s)."""
-    servers = slots[w, s, place]
-    servers[..., 0] = end_s
-    servers.sort(axis=-1)
-    slots[w, s, place] = servers
+@dataclass(frozen=True, slots=True)
+class _Lanes:
+    """The state of n nodes in w × s parallel lives; it changes in place.
+
+    `w` and `s` index lanes, of shape (w, 1) and (s,). `slots` are the times at which servers come
+    free, rising, (w, s, n, servers); `warm` is (w, s, functions, n), `free_mib` (w, s, n).
+    """
+
+    w: Index
+    s: Index
+    slots: Float
+    warm: NDArray[np.bool_]
+    free_mib: Float
+
+    def occupy(self, place: Index, end_s: Float) -> None:
+        """Let the server that comes free first be busy until `end_s`; both of shape (w, s)."""
+        servers = self.slots[self.w, self.s, place]
+        servers[..., 0] = end_s
+        servers.sort(axis=-1)
+        self.slots[self.w, self.s, place] = servers
 
 
 def _finite(values: object) -> Float:

@@ -36,7 +36,8 @@ class Learner(Policy, Protocol):
     """A policy that also learns from how its requests ended.
 
     What it has learnt is part of what it decides by, so the law above holds for it only between
-    two outcomes. A run starts from `fresh()`: no run knows of another.
+    two outcomes. A run starts from `fresh()`: no run knows of another. The simulator tells a
+    learner every outcome, as if all nodes shared what they learn; live agents tell none yet.
     """
 
     def fresh(self) -> Self:
