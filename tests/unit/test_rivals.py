@@ -25,8 +25,9 @@ from tierwise.placement.policies.ect import EarliestCompletion
 from tierwise.placement.policies.linucb import PENDING_MAX, LinUCB
 from tierwise.placement.policies.probabilistic import Probabilistic, node_prices, softmin
 from tierwise.placement.policies.rollout import Rollout
-from tierwise.placement.policy import Learner, Policy, create
+from tierwise.placement.policy import Learner, Policy
 from tierwise.placement.ranking import Ranking, rank
+from training import tune as tuning
 
 SPEC = FunctionSpec(namespace="default", name="f", version=1, code_digest="d")
 F = SPEC.function_id
@@ -151,9 +152,8 @@ def test_the_inverse_that_is_kept_is_the_inverse() -> None:
     np.testing.assert_allclose(policy._inverse, direct, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["linucb", "rollout"])
-def test_a_run_of_the_simulator_starts_afresh_whatever_ran_before(name: str) -> None:
-    policy = create(name)
+@pytest.mark.parametrize("policy", [LinUCB(alpha=0.5, prior=0.0), Rollout(samples=2)])
+def test_a_run_of_the_simulator_starts_afresh_whatever_ran_before(policy: Policy) -> None:
     assert isinstance(policy, Learner)
     world = make_world("small", 3, request_count=60)
     digests = []
@@ -162,6 +162,10 @@ def test_a_run_of_the_simulator_starts_afresh_whatever_ran_before(name: str) -> 
         simulator.run(policy)
         digests.append(simulator.log_digest())
     assert digests[0] == digests[1]
+    if isinstance(policy, LinUCB):
+        assert policy.observation_count == 0 and not policy._pending
+    else:
+        assert isinstance(policy, Rollout) and not policy._habits
 
 
 def test_the_simulator_tells_a_learner_how_every_request_ended() -> None:
@@ -325,3 +329,35 @@ def test_the_prices_come_near_the_linear_program(load: float) -> None:
         overload.append(float(np.max(demand @ shares / room)) - 1.0)
     assert np.mean(excess) < 0.08
     assert np.mean(np.maximum(overload, 0.0)) < 0.05
+
+
+# -- tuning -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_real", [True, False])
+def test_a_search_adopts_only_what_also_wins_on_other_worlds(
+    monkeypatch: pytest.MonkeyPatch, is_real: bool
+) -> None:
+    def cost_of(make: Any, presets: Any, seeds: range, request_count: int) -> float:
+        gain = 0.1 * make().choices
+        return gain if seeds[0] >= tuning.CONFIRMATION and not is_real else -gain
+
+    monkeypatch.setattr(tuning, "cost_of", cost_of)
+    seeds = range(tuning.VALIDATION, tuning.VALIDATION + 4)
+    found = tuning.tune("power-of-two", trials=30, presets=["small"], seeds=seeds, request_count=1)
+    best = max(tuning.TUNABLES["power-of-two"].values["choices"])
+    assert found["found"]["choices"] == best
+    assert (found["confirmed"] < 0.0) == is_real
+    assert (found["parameters"] == found["found"]) == is_real
+    assert is_real or found["parameters"] == found["defaults"]
+
+
+def test_every_world_of_a_search_gets_a_policy_of_its_own() -> None:
+    made = []
+
+    def make() -> Policy:
+        made.append(LinUCB(prior=0.0))
+        return made[-1]
+
+    tuning.cost_of(make, ["small"], range(3), 20)
+    assert len(made) == 3
