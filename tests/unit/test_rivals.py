@@ -1,6 +1,9 @@
 """Rivals that learn or plan: LinUCB, DeF-DReL-style, rollouts; and the prices of the LP."""
 
+import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +30,8 @@ from tierwise.placement.policies.probabilistic import Probabilistic, node_prices
 from tierwise.placement.policies.rollout import Rollout
 from tierwise.placement.policy import Learner, Policy
 from tierwise.placement.ranking import Ranking, rank
+from training import defdrel as train_defdrel
+from training import linucb as train_linucb
 from training import tune as tuning
 
 SPEC = FunctionSpec(namespace="default", name="f", version=1, code_digest="d")
@@ -361,3 +366,28 @@ def test_every_world_of_a_search_gets_a_policy_of_its_own() -> None:
 
     tuning.cost_of(make, ["small"], range(3), 20)
     assert len(made) == 3
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "flags"),
+    [
+        (train_defdrel, "defdrel", ["--steps", "64", "--validation-worlds", "1"]),
+        (train_linucb, "linucb", ["--worlds", "1"]),
+    ],
+)
+def test_what_ships_is_made_by_the_command_on_its_card(
+    module: Any, name: str, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [name, "--seed", "5", "--requests", "20", "--preset", "small", *flags]
+    monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path)])
+    assert module.main() == 0
+    card = json.loads((tmp_path / f"{name}.json").read_text())
+    assert card["seed"] == 5
+    assert card["command"].startswith(f"python -m training.{name} --preset small --seed 5 ")
+    shipped = Path(module.policies.__file__).parent
+    assert json.loads((shipped / f"{name}.json").read_text()).keys() == card.keys()
+    with (
+        np.load(tmp_path / f"{name}.npz", allow_pickle=False) as made,
+        np.load(shipped / f"{name}.npz", allow_pickle=False) as ours,
+    ):
+        assert {k: made[k].shape for k in made.files} == {k: ours[k].shape for k in ours.files}
