@@ -344,13 +344,13 @@ def test_a_search_adopts_only_what_also_wins_on_other_worlds(
     monkeypatch: pytest.MonkeyPatch, is_real: bool
 ) -> None:
     def cost_of(make: Any, presets: Any, seeds: range, request_count: int) -> float:
-        gain = 0.1 * make().choices
+        gain = -0.1 * make().choices
         return gain if seeds[0] >= tuning.CONFIRMATION and not is_real else -gain
 
     monkeypatch.setattr(tuning, "cost_of", cost_of)
     seeds = range(tuning.VALIDATION, tuning.VALIDATION + 4)
     found = tuning.tune("power-of-two", trials=30, presets=["small"], seeds=seeds, request_count=1)
-    best = max(tuning.TUNABLES["power-of-two"].values["choices"])
+    best = min(tuning.TUNABLES["power-of-two"].values["choices"])
     assert found["found"]["choices"] == best
     assert (found["confirmed"] < 0.0) == is_real
     assert (found["parameters"] == found["found"]) == is_real
