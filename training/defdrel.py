@@ -1,6 +1,6 @@
 """Train the DeF-DReL-style agent: a DQN that says "fog" or "cloud" per call, in the same simulator.
 
-    python -m training.defdrel --seed 0 --steps 100000
+    python -m training.defdrel --seed 0 --steps 60000
 
 Writes `defdrel.npz` (NumPy weights, no pickle) and the card `defdrel.json` with command and seed.
 What is kept is the checkpoint that is best on validation worlds. See
@@ -174,7 +174,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m training.defdrel", description=__doc__)
     parser.add_argument("--preset", default="random")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=100_000, help="decisions to learn from")
+    parser.add_argument("--steps", type=int, default=60_000, help="decisions to learn from")
     parser.add_argument("--requests", type=int, default=300, help="per world")
     parser.add_argument("--validation-worlds", type=int, default=24)
     parser.add_argument("--out", type=Path, default=Path(policies.__file__).parent)
@@ -185,14 +185,14 @@ def main() -> int:
     model = DQN(
         "MlpPolicy",
         SideEnv(flags.seed, flags.preset, flags.requests),
-        learning_rate=5e-4,
+        learning_rate=lambda left: 5e-4 * left,
         buffer_size=50_000,
         learning_starts=2_000,
-        batch_size=128,
-        gamma=0.9,
+        batch_size=256,
+        gamma=0.8,
         train_freq=8,
-        gradient_steps=2,
-        target_update_interval=1_000,
+        gradient_steps=4,
+        target_update_interval=2_000,
         exploration_fraction=0.4,
         exploration_final_eps=0.05,
         policy_kwargs={"net_arch": [HIDDEN, HIDDEN]},

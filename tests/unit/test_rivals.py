@@ -204,12 +204,15 @@ def test_defdrel_takes_one_side_and_lets_the_base_score_choose_there() -> None:
     assert far.node_ids == ("cloud-2", "cloud-1", "fog-1", "edge-1")
 
 
-def test_defdrel_sees_distance_priorities_and_demand_but_no_load() -> None:
+def test_defdrel_sees_distance_priorities_demand_and_what_the_fog_has_left() -> None:
     calm = view(row("edge-1"), row("fog-1"), row("cloud-1"))
     full = view(row("edge-1", BUSY), row("fog-1", BUSY), row("cloud-1", BUSY))
     x = dict(zip(defdrel.INPUTS, defdrel.inputs(calm, REQUEST).tolist(), strict=True))
     assert x["distance"] == pytest.approx(np.log1p(100 * 0.01))
-    np.testing.assert_array_equal(defdrel.inputs(calm, REQUEST), defdrel.inputs(full, REQUEST))
+    np.testing.assert_array_equal(
+        defdrel.inputs(calm, REQUEST)[:-1], defdrel.inputs(full, REQUEST)[:-1]
+    )
+    assert x["fog_free"] == 1.0 and defdrel.inputs(full, REQUEST)[-1] == 0.0
     changed = replace(
         REQUEST,
         priority=Priority.CRITICAL,

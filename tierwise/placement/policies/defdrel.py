@@ -10,6 +10,8 @@ and the demand for resources. Where our world differs from the paper's we chose:
   latency is what this very call's bytes take there and back;
 - the user's priority comes as the request's, which is the rounded mean of the user's and the
   application's;
+- the paper's problem is constrained by the fog's resources; we could not verify that its state says
+  how many are left. Here it does: a side that is chosen blindly overflows;
 - the paper's fog is all that is near the users and scarce: here the edge and fog tiers together;
 - the paper does not say which node of a side: the base score does, so the agent gets the best
   heuristic for what it leaves open;
@@ -44,6 +46,7 @@ INPUTS = (
     "cpus",
     "memory",  # log2 of 128 MiB
     "run",  # log10 of seconds on the reference device
+    "fog_free",  # share of the CPUs on the fog side that are free
 )
 FOG, CLOUD = 0, 1
 BOUND = 10.0
@@ -72,7 +75,7 @@ class DefDrel:
 
 
 def inputs(view: ClusterView, request: Request) -> Float32:
-    """Return what the agent sees of a call, shape (7,), within ±BOUND; columns are INPUTS."""
+    """Return what the agent sees of a call, shape (8,), within ±BOUND; columns are INPUTS."""
     spec = request.spec
     profile = view.profile(spec.function_id)
     distance_s = latency_s = 0.0
@@ -84,6 +87,9 @@ def inputs(view: ClusterView, request: Request) -> Float32:
             distance_s = link.rtt_s
             latency_s = link.transfer_s(request.request_bytes)
             latency_s += link.transfer_s(profile.response_bytes * request.item_count)
+    near = [row for row in view.nodes if row.node.tier is not Tier.CLOUD]
+    cpus = sum(row.node.capacity.cpus for row in near)
+    free = sum(row.reading.free.cpus - row.reading.queued for row in near)
     values = (
         math.log1p(100.0 * distance_s),
         math.log1p(100.0 * latency_s),
@@ -92,6 +98,7 @@ def inputs(view: ClusterView, request: Request) -> Float32:
         spec.cpus,
         math.log2(max(1, spec.memory_mib) / 128.0),
         math.log10(max(1e-4, profile.run_s * request.item_count)),
+        min(1.0, max(0.0, free / cpus)) if cpus > 0.0 else 0.0,
     )
     return np.clip(np.array(values, dtype=np.float64), -BOUND, BOUND).astype(np.float32)
 
@@ -107,7 +114,7 @@ def forward(weights: tuple[Float32, ...], x: Float32) -> Float32:
 
     Args:
         weights: Matrix (in, out) and bias (out,) of each layer, in turn.
-        x: Shape (7,).
+        x: Shape (8,).
     """
     *hidden, last, bias = weights
     for matrix, shift in zip(hidden[::2], hidden[1::2], strict=True):
