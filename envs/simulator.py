@@ -57,7 +57,7 @@ from tierwise.domain.outcome import LatencySplit, Outcome, OutcomeState
 from tierwise.domain.request import Request
 from tierwise.domain.topology import Channel, Node
 from tierwise.domain.view import NodeReading
-from tierwise.placement.policy import Policy
+from tierwise.placement.policy import Learner, Policy
 
 TICK_S = 0.25
 SESSION_DELAY_S = 0.01
@@ -128,6 +128,7 @@ class Simulator:
             heartbeat_interval_s=world.heartbeat_interval_s, links=world.links
         )
         self._plane_policy: Policy | None = None
+        self._learner: Learner | None = None
         self._rng = np.random.default_rng(seed)
         if service_seed is not None:
             service = service_stream(service_seed)
@@ -138,7 +139,9 @@ class Simulator:
     # -- driving --------------------------------------------------------------------------------
 
     def run(self, policy: Policy) -> list[Outcome]:
-        """Run to the end with one policy; return what users got."""
+        """Run to the end with one policy; return what users got. A learner starts afresh."""
+        if isinstance(policy, Learner):
+            policy = self._learner = policy.fresh()
         self._plane_policy = policy
         while (question := self.next_question()) is not None:
             decision = policy.decide(question.ask.view, question.ask.request, self._rng)
@@ -274,6 +277,8 @@ class Simulator:
     def _taught(self, outcome: Outcome) -> None:
         speed = None if outcome.node_id is None else self._nodes[outcome.node_id].node.speed
         self._profiles.learn(outcome, speed, self.now_s)
+        if self._learner is not None:
+            self._learner.learn(outcome)
 
     # -- nodes ----------------------------------------------------------------------------------
 

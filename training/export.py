@@ -82,13 +82,14 @@ def make_card(
         high=high,
         command=command,
         seed=seed,
-        commit=_commit(),
+        commit=commit(),
         data=data,
         evaluation=evaluation,
     )
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Return what git calls this checkout, "unknown" outside of one."""
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     )

@@ -1,7 +1,7 @@
 """What one policy made of one simulated world, in figures."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Self
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from tierwise.domain.outcome import Outcome
 from tierwise.domain.request import Request
 from tierwise.domain.topology import Tier
 from tierwise.domain.view import ClusterView
-from tierwise.placement.policy import Policy
+from tierwise.placement.policy import Learner, Policy
 
 Figures = dict[str, float]
 
@@ -33,7 +33,7 @@ def measure(policy: Policy, world: World, seed: int) -> Figures:
         `decision_us` (median wall time of a decision on this machine).
     """
     simulator = Simulator(world, seed)
-    clocked, waste = Clocked(policy), Waste(simulator)
+    clocked, waste = clock(policy), Waste(simulator)
     simulator.on_step = waste.stepped
     outcomes = simulator.run(clocked)
     tier_of = {node.node_id: node.tier for node in world.nodes}
@@ -79,6 +79,11 @@ def fairness(outcomes: Sequence[Outcome]) -> float:
     return float(held.sum() ** 2 / max(1e-9, len(held) * (held**2).sum()))
 
 
+def clock(policy: Policy) -> "Clocked":
+    """Return the policy with its decisions timed; a learner still learns."""
+    return ClockedLearner(policy) if isinstance(policy, Learner) else Clocked(policy)
+
+
 class Clocked:
     """A policy whose decisions are timed."""
 
@@ -94,9 +99,20 @@ class Clocked:
         self.elapsed_s.append(precise_s() - started_s)
         return decision
 
-    def __getattr__(self, name: str) -> Any:
-        """Whatever else the policy can do, it still can."""
-        return getattr(self._policy, name)
+
+class ClockedLearner(Clocked):
+    """The same for a policy that learns from outcomes."""
+
+    _policy: Learner
+
+    def fresh(self) -> Self:
+        """Start afresh, with the same clock."""
+        self._policy = self._policy.fresh()
+        return self
+
+    def learn(self, outcome: Outcome) -> None:
+        """Pass an outcome on."""
+        self._policy.learn(outcome)
 
 
 class Waste:

@@ -1,10 +1,14 @@
 """Tune a policy's parameters on validation worlds: random search, the same budget for everybody.
 
+The winner of a search has also been lucky. So it meets the defaults once more on other worlds, as
+many; `confirmed` is what it gains there, and the defaults stay if that is nothing.
+
 python -m training.tune --policy slowest-fit --trials 40 --seeds 24
 python -m training.tune --all --json tuned.json
 """
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,18 +22,22 @@ from envs.simulator import Simulator
 from envs.world import PRESETS, make_world
 from tierwise.files import write_atomically
 from tierwise.placement.policies.cluster_like import KubernetesLike, NomadLike
+from tierwise.placement.policies.defdrel import DefDrel
 from tierwise.placement.policies.ect import SOFT_TEMPERATURE, EarliestCompletion
 from tierwise.placement.policies.hashing import BoundedHashing
+from tierwise.placement.policies.linucb import LinUCB
 from tierwise.placement.policies.locality import Locality
 from tierwise.placement.policies.power_of_two import PowerOfTwo
 from tierwise.placement.policies.probabilistic import Probabilistic
 from tierwise.placement.policies.pull_based import PullBased
+from tierwise.placement.policies.rollout import Rollout
 from tierwise.placement.policies.slowest_fit import SlowestFit
 from tierwise.placement.policy import Policy
 from tierwise.placement.score import ScoreWeights
 from training.figures import mean_cost_s
 
 VALIDATION = 500_000  # seeds of validation worlds
+CONFIRMATION = 550_000  # seeds of the worlds that the winner is confirmed on
 SEED = 3  # of the search
 
 
@@ -43,8 +51,8 @@ class Tunable:
 
 
 def _tunable(make: Any, **values: Sequence[Any]) -> Tunable:
-    defaults = asdict(make())
-    return Tunable(make, values, {name: defaults[name] for name in values})
+    example = make()
+    return Tunable(make, values, {name: getattr(example, name) for name in values})
 
 
 def _ect(**weights: float) -> Policy:
@@ -90,6 +98,21 @@ TUNABLES: dict[str, Tunable] = {
         wait=(0.0, 0.5, 1.0, 1.5, 2.0),
         temperature_s=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1),
     ),
+    "linucb": _tunable(
+        LinUCB,
+        alpha=(0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5),
+        prior=(0.0, 30.0, 100.0, 300.0, 1_000.0, 3_000.0, 10_000.0),
+    ),
+    "defdrel": _tunable(DefDrel, margin=(-0.5, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.5)),
+    "rollout": _tunable(
+        Rollout,
+        samples=(4, 8, 16),
+        horizon=(8, 12, 16, 24),
+        width=(2, 3, 4, 6),
+        caution=(0.0, 0.5, 1.0, 2.0),
+        hidden=(0.0, 0.3, 1.0),
+        trust=(0.1, 0.25, 0.5, 1.0),
+    ),
     "kubernetes-like": _tunable(
         KubernetesLike,
         least_allocated=(0.0, 0.5, 1.0, 2.0, 5.0),
@@ -102,13 +125,18 @@ TUNABLES: dict[str, Tunable] = {
 }
 
 
-def cost_of(policy: Policy, presets: Sequence[str], seeds: range, request_count: int) -> float:
-    """Return the mean over worlds of log cost, so that no single world decides."""
+def cost_of(
+    make: Callable[[], Policy], presets: Sequence[str], seeds: range, request_count: int
+) -> float:
+    """Return the mean over worlds of log cost, so that no single world decides.
+
+    Every world gets a policy of its own: nothing that one has learnt is known in the next.
+    """
     logs = []
     for preset in presets:
         for seed in seeds:
             world = make_world(preset, seed, request_count=request_count)
-            logs.append(np.log(mean_cost_s(Simulator(world, seed).run(policy))))
+            logs.append(np.log(mean_cost_s(Simulator(world, seed).run(make()))))
     return float(np.mean(logs))
 
 
@@ -129,9 +157,10 @@ def tune(
     rng = np.random.default_rng(SEED)
     best: dict[str, Any] = dict(tunable.defaults)
 
-    def cost(parameters: Mapping[str, Any]) -> float:
+    def cost(parameters: Mapping[str, Any], some: range = seeds) -> float:
         on_trial()
-        return cost_of(tunable.make(**parameters), presets, seeds, request_count)
+        make = functools.partial(tunable.make, **parameters)
+        return cost_of(make, presets, some, request_count)
 
     first = best_cost = cost(best)
     tried = {tuple(best.values())}
@@ -147,11 +176,17 @@ def tune(
         tried.add(tuple(candidate.values()))
         if (found := cost(candidate)) < best_cost:
             best, best_cost = candidate, found
+    confirmed = 0.0
+    if best != tunable.defaults:
+        others = range(CONFIRMATION, CONFIRMATION + len(seeds))
+        confirmed = float(np.exp(cost(best, others) - cost(tunable.defaults, others)) - 1.0)
     return {
         "policy": name,
-        "parameters": best,
+        "parameters": best if confirmed < 0.0 else dict(tunable.defaults),
         "defaults": dict(tunable.defaults),
+        "found": best,
         "versus_defaults": float(np.exp(best_cost - first) - 1.0),
+        "confirmed": confirmed,
         "log_cost": best_cost,
     }
 
@@ -174,7 +209,7 @@ def main() -> int:
 
     chosen = list(TUNABLES) if flags.all else [flags.policy]
     results = []
-    with tqdm(total=len(chosen) * flags.trials, unit="trial", file=sys.stderr) as bar:
+    with tqdm(total=len(chosen) * (flags.trials + 2), unit="trial", file=sys.stderr) as bar:
         for name in chosen:
             bar.set_postfix_str(name)
             found = tune(
@@ -186,9 +221,11 @@ def main() -> int:
                 on_trial=bar.update,
             )
             results.append(found)
-            values = ", ".join(f"{key}={value}" for key, value in found["parameters"].items())
+            values = ", ".join(f"{key}={value}" for key, value in found["found"].items())
+            verdict = "adopted" if found["confirmed"] < 0.0 else "the defaults stay"
             tqdm.write(
-                f"{name}: {values}  cost {found['versus_defaults']:+.1%} against its defaults",
+                f"{name}: {values}  cost {found['versus_defaults']:+.1%} against its defaults, "
+                f"{found['confirmed']:+.1%} on other worlds: {verdict}",
                 file=sys.stdout,
             )
     if flags.json is not None:

@@ -10,7 +10,7 @@ from envs.world import make_world
 from tierwise.domain.ids import NodeId
 from tierwise.placement.policies.ect import EarliestCompletion
 from tierwise.placement.policy import create
-from training.figures import Clocked, Waste, fairness, mean_cost_s, measure
+from training.figures import Clocked, Waste, clock, fairness, mean_cost_s, measure
 from training.report import to_markdown
 from training.suite import run_bounds
 
@@ -32,6 +32,15 @@ def test_a_clock_times_every_decision() -> None:
     )
     simulator.run(policy)
     assert len(policy.elapsed_s) == simulator.decision_count
+
+
+def test_a_learner_still_learns_under_the_clock() -> None:
+    world = make_world("small", 4, request_count=60)
+    timed, plain = clock(create("linucb")), create("linucb")
+    assert [o.node_id for o in Simulator(world, 4).run(timed)] == [
+        o.node_id for o in Simulator(world, 4).run(plain)
+    ]
+    assert len(timed.elapsed_s) > 10
 
 
 def test_idle_memory_is_wasted_from_the_end_of_a_run_until_the_next_begins() -> None:

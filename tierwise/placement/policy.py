@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Protocol
+from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 
 from tierwise.domain.decision import Decision
 from tierwise.domain.ids import PolicyId
+from tierwise.domain.outcome import Outcome
 from tierwise.domain.request import Request
 from tierwise.domain.view import ClusterView
 from tierwise.errors import NotFound
@@ -27,6 +28,24 @@ class Policy(Protocol):
 
     def decide(self, view: ClusterView, request: Request, rng: np.random.Generator) -> Decision:
         """Return an order of feasible nodes, or the reasons why there is none."""
+        ...
+
+
+@runtime_checkable
+class Learner(Policy, Protocol):
+    """A policy that also learns from how its requests ended.
+
+    What it has learnt is part of what it decides by, so the law above holds for it only between
+    two outcomes. A run starts from `fresh()`: no run knows of another. The simulator tells a
+    learner every outcome, as if all nodes shared what they learn; live agents tell none yet.
+    """
+
+    def fresh(self) -> Self:
+        """Return the same policy as it was before its first outcome."""
+        ...
+
+    def learn(self, outcome: Outcome) -> None:
+        """Take note of how a request ended, its own or another's."""
         ...
 
 

@@ -32,6 +32,7 @@ class Probabilistic:
         temperature_s: Of the softmax that turns prices into shares, in seconds.
     """
 
+    # Tuned: python -m training.tune --all --trials 12 --seeds 16 --requests 300
     headroom: float = 0.7
     wait: float = 1.0
     temperature_s: float = 0.02
@@ -60,16 +61,36 @@ class Probabilistic:
             run_s = np.array([p.run_s for p in profiles])
             demand = run_s * np.array([p.rate_per_s for p in profiles])  # CPU s per s at speed 1
             way_s = ranking.estimates.column("transfer_s") + ranking.estimates.column("return_s")
-            base = run_s[:, None] / speed + way_s
-            for round_number in range(1, ROUNDS + 1):
-                load = demand @ _softmin(base + prices, self.temperature_s)
-                step = 0.5 * float(run_s.mean()) / round_number**0.5
-                prices = np.maximum(0.0, prices + step * (load / room - 1.0))
-        shares: Float = _softmin((cost_s + prices)[None, :], self.temperature_s)[0]
+            base_s = run_s[:, None] / speed + way_s
+            prices = node_prices(base_s, demand, room, self.temperature_s, float(run_s.mean()))
+        shares: Float = softmin((cost_s + prices)[None, :], self.temperature_s)[0]
         return shares
 
 
-def _softmin(cost_s: Float, temperature_s: float) -> Float:
+def node_prices(
+    base_s: Float, demand: Float, room: Float, temperature_s: float, scale_s: float
+) -> Float:
+    """Return what a call pays for each node in seconds, shape (k,), so that demand fits its room.
+
+    These are about the multipliers of the program: minimise Σ demand·share·base, where a node's
+    Σ demand·share is at most its room and every function's shares sum to 1.
+
+    Args:
+        base_s: Cost of function f on node n, shape (m, k).
+        demand: CPU seconds per second of each function, shape (m,).
+        room: CPU seconds per second that each node may give, shape (k,).
+        temperature_s: See `Probabilistic`.
+        scale_s: What prices are like; sets the steps.
+    """
+    prices = np.zeros(len(room))
+    for round_number in range(1, ROUNDS + 1):
+        load = demand @ softmin(base_s + prices, temperature_s)
+        step_s = 0.5 * scale_s / round_number**0.5
+        prices = np.maximum(0.0, prices + step_s * (load / room - 1.0))
+    return prices
+
+
+def softmin(cost_s: Float, temperature_s: float) -> Float:
     """Return shares that fall with cost; rows sum to 1."""
     cost_s = np.nan_to_num(cost_s, nan=HOPELESS_S, posinf=HOPELESS_S, neginf=0.0)
     best_s: Float = np.minimum.reduce(cost_s, axis=1, keepdims=True)
