@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from tierwise.cli import main
 from tierwise.errors import ERROR_BY_CODE, TierwiseError, error_from_code
+from tierwise.placement.score import DEFAULT_WEIGHTS
 
 VERBS = (
     *("up", "agent", "scheduler", "deploy", "invoke", "submit", "get", "describe", "logs"),
@@ -59,7 +60,10 @@ CANDIDATE = {
     "residual": -0.5,
     "propensity": 1.0,
 }
-# transfer 0.02, wait 0, cold start 0.2·0.05, run 0.04, return 0.01, 2000·1e-6, late 1·0.02
+W = DEFAULT_WEIGHTS
+# transfer, wait, cold start, run, return, money; late by 0.02 s and a miss, both × urgency 1.5
+PARTS = [0.02, 0.0, W.cold_start * 0.05, 0.04, 0.01, W.per_usd_s * 1e-6]
+PARTS += [W.per_late_s * 1.5 * 0.02, W.per_miss_s * 1.5]
 ELSEWHERE = {
     "node_id": "fog-1",
     "transfer_s": 0.02,
@@ -69,7 +73,7 @@ ELSEWHERE = {
     "return_s": 0.01,
     "displaced_s": 0.0,
     "money_usd": 1e-6,
-    "score": 0.082 + 1.5 * 0.02,
+    "score": sum(PARTS),
     "residual": 0.0,
     "propensity": 0.0,
 }
@@ -383,10 +387,11 @@ def test_explain_shows_the_base_score_as_a_sum(asked: Asked) -> None:
     titles = lines[start].split()
     cells = next(line for line in lines[start:] if line.startswith("fog-1")).split()
     assert titles[3:] == [
-        *("TRANSFER", "WAIT", "COLD", "START", "RUN", "RETURN", "MONEY", "LATE", "REST", "SUM"),
+        *("TRANSFER", "WAIT", "COLD", "START", "RUN", "RETURN", "MONEY", "LATE", "MISS"),
+        *("REST", "SUM"),
     ]
     figures = [float(cell) for cell in cells[1:]]
-    assert figures == [0.02, 0.0, 0.01, 0.04, 0.01, 0.002, 0.03, 0.0, 0.112]
+    assert figures == pytest.approx([*PARTS, 0.0, sum(PARTS)], abs=1e-4)
     assert "rest: decided again" in "\n".join(lines)  # the other candidate's sum is made up
 
 
