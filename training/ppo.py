@@ -10,6 +10,7 @@ import argparse
 import json
 import shlex
 import sys
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,16 +32,17 @@ from tierwise.placement.features import FEATURES
 from tierwise.placement.policies.learned import Network, save
 from training.export import to_network
 from training.judge import Origin, Range, Validation, as_policy, finish, new_folder, ship, verdict
-from training.network import ResidualPolicy
+from training.network import Residual, ResidualPolicy
 
 STEPS_PER_ENV = 128
 BATCH = 2048
 EPOCHS = 4
-LEARNING_RATE = 2e-3
-GAMMA = 0.95  # a reward stands at its own decision: only what queues behind it comes later
+LEARNING_RATE = 7e-4
+GAMMA = 0.9  # a reward stands at its own decision: only what queues behind it comes later
 GAE_LAMBDA = 0.9
 ENTROPY = 5e-4
 VALIDATE_EVERY = 8  # rollouts
+AVERAGED = 0.1  # weight of the newest weights in the average that is judged and exported
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +98,7 @@ class Watch(BaseCallback):
         self._progress = progress
         self._bar = bar
         self._rollout_count = 0
+        self._average: Residual | None = None
 
     def _on_step(self) -> bool:
         return True
@@ -109,6 +112,7 @@ class Watch(BaseCallback):
         self._progress.high = np.maximum(self._progress.high, features.max(axis=0))
         self._bar.update(self.num_timesteps - self._bar.n)
         self._rollout_count += 1
+        self._follow()
         if self._rollout_count % VALIDATE_EVERY == 1:
             self.validate()
 
@@ -128,12 +132,29 @@ class Watch(BaseCallback):
             values = model.policy.predict_values(torch.as_tensor(model._last_obs))
         buffer.compute_returns_and_advantage(last_values=values, dones=model._last_episode_starts)
 
+    def _follow(self) -> None:
+        """Move the average of the weights towards the present ones (Polyak and Juditsky, 1992).
+
+        Steps of the optimizer are mostly noise here: the average has less of it.
+        """
+        policy = self.model.policy
+        assert isinstance(policy, ResidualPolicy)
+        if self._average is None:
+            self._average = deepcopy(policy.residual)
+            if (kept := self._folder / "average.pt").exists():  # this is a resumed run
+                self._average.load_state_dict(torch.load(kept, weights_only=True))
+        with torch.no_grad():
+            pairs = zip(self._average.parameters(), policy.residual.parameters(), strict=True)
+            for average, present in pairs:
+                average.lerp_(present, AVERAGED)
+
     def validate(self) -> None:
-        """Judge the present weights; keep them if they are the best so far."""
-        policy_in_torch = self.model.policy
-        assert isinstance(policy_in_torch, ResidualPolicy)
-        network = to_network(policy_in_torch.residual)
-        policy = as_policy(network, self._progress.range)
+        """Judge the average of the weights; keep it if it is the best so far."""
+        if self._average is None:
+            self._follow()
+        assert self._average is not None
+        network = to_network(self._average)
+        policy = as_policy(network, self._progress.range, temperature=0.0)
         ratio = self._validation.ratio(policy)
         self.logger.record("validation/cost_ratio", ratio)
         self._bar.set_postfix_str(f"cost {ratio - 1.0:+.1%} vs ect on validation")
@@ -145,6 +166,8 @@ class Watch(BaseCallback):
     def checkpoint(self) -> None:
         """Write what a resumed run needs."""
         self.model.save(self._folder / "model.zip")
+        if self._average is not None:
+            torch.save(self._average.state_dict(), self._folder / "average.pt")
         state = {
             "best_ratio": self._progress.best_ratio,
             "low": self._progress.low.tolist(),
