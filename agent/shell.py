@@ -6,7 +6,7 @@ Payload bytes live here, keyed by request id; the machine never sees them.
 import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, assert_never
 
@@ -45,7 +45,7 @@ from tierwise.domain.event import (
 )
 from tierwise.domain.function import FunctionSpec
 from tierwise.domain.ids import InstanceId, NodeId, PolicyId, RequestId
-from tierwise.domain.outcome import Outcome
+from tierwise.domain.outcome import Outcome, OutcomeState
 from tierwise.domain.request import Request
 from tierwise.domain.view import NodeReading
 from tierwise.errors import TierwiseError
@@ -181,6 +181,8 @@ class Shell:
         self._rng = np.random.default_rng(seed)
         self._calls: dict[RequestId, Call] = {}
         self._answers = _Answers()
+        # Runs that are over and held back, per instance: what delivers them, and how to do it now.
+        self._held: dict[InstanceId, tuple[asyncio.TimerHandle, Callable[[], None]]] = {}
         self._ended = Call((), [], "")  # the call of the latest Reply; its Report follows
         runtime.on_died = self._idle_instance_died
         self._is_stepping = False
@@ -251,7 +253,7 @@ class Shell:
             case StopInstance():
                 self._group.create_task(self._runtime.stop(command.instance_id))
             case KillRun():
-                self._runtime.cancel(command.instance_id)
+                self._kill(command.instance_id)
             case CancelAt():
                 self._peers.cancel(command.node_id, command.request_id)
             case ReplyAgain():
@@ -325,16 +327,40 @@ class Shell:
 
         def finished(report: RunReport) -> None:
             wait_s = report.run_s * (self._slowdown - 1.0)
-            if wait_s > 0.001:
-                asyncio.get_running_loop().call_later(
-                    wait_s, self._run_finished, command, call, report
-                )
+            is_killed = any(item.kind is ItemKind.CANCELLED for item in report.items)
+            if wait_s > 0.001 and not is_killed:
+                self._hold(command, call, report, wait_s)
             else:
                 self._run_finished(command, call, report)
 
         self._runtime.run(
             command.instance_id, call.arguments, timeout_s=command.timeout_s, on_done=finished
         )
+
+    def _hold(self, command: RunOn, call: Call, report: RunReport, wait_s: float) -> None:
+        """Deliver a report later (*emulation* of a slow node): until then the run goes on."""
+        instance_id = command.instance_id
+
+        def deliver() -> None:
+            del self._held[instance_id]
+            self._run_finished(command, call, report)
+
+        def cut_short() -> None:
+            killed = ItemResult(ItemKind.CANCELLED, message="cancelled")
+            items = tuple([killed] * len(report.items))
+            self._run_finished(command, call, replace(report, items=items))
+
+        timer = asyncio.get_running_loop().call_later(wait_s, deliver)
+        self._held[instance_id] = timer, cut_short
+
+    def _kill(self, instance_id: InstanceId) -> None:
+        held = self._held.pop(instance_id, None)
+        if held is None:
+            self._runtime.cancel(instance_id)
+            return
+        timer, cut_short = held
+        timer.cancel()
+        cut_short()
 
     def _run_finished(self, command: RunOn, call: Call, report: RunReport) -> None:
         if not report.instance_alive:
@@ -402,6 +428,9 @@ class Shell:
             items = [
                 types_pb2.Item(error_code=outcome.error_code or "internal", message=outcome.message)
             ] * outcome.item_count
+        elif outcome.state is OutcomeState.EXPIRED:  # its own words, not those of the killed worker
+            late = types_pb2.Item(error_code=outcome.error_code, message=outcome.message)
+            items = [late if item.error_code else item for item in items]
         result = types_pb2.InvocationResult(
             request_id=outcome.request_id,
             items=items,
