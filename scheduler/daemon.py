@@ -138,7 +138,8 @@ async def _serve(
         dispatcher,
         sessions,
         functions,
-        on_ended=telemetry.take_work,
+        write_call=telemetry.write_work,
+        on_ended=telemetry.learn_work,
         heartbeat_interval_s=config.heartbeat_interval_s,
         group=group,
     )

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import structlog
-from sqlalchemy import Row
+from sqlalchemy import Connection, Row
 
 from scheduler.backlog import Phase
 from scheduler.catalogue import FunctionCatalogue
@@ -39,7 +39,8 @@ PRUNE_S = 10.0
 ENDED_KEPT_S = 7 * 86400.0
 ENDED_KEPT_MAX = 200_000
 
-OnEnded = Callable[[types_pb2.Outcome, str, str], None]
+WriteCall = Callable[[Connection, types_pb2.Outcome, str, str], None]
+OnEnded = Callable[[types_pb2.Outcome], None]
 
 
 class WorkWindow:
@@ -52,6 +53,7 @@ class WorkWindow:
         sessions: Sessions,
         functions: FunctionCatalogue,
         *,
+        write_call: WriteCall,
         on_ended: OnEnded,
         heartbeat_interval_s: float,
         group: asyncio.TaskGroup,
@@ -63,7 +65,9 @@ class WorkWindow:
             dispatcher: Decides where it goes.
             sessions: The way to the nodes.
             functions: What may be run.
-            on_ended: Is told of each end: outcome, what was printed, who submitted it.
+            write_call: Records each end beside its result: outcome, what was printed, who
+                submitted it.
+            on_ended: Is told of each end that is on disk.
             heartbeat_interval_s: Nodes that are not back 10 of them after a restart are lost.
             group: Owns the tasks that wait for the store.
         """
@@ -72,6 +76,7 @@ class WorkWindow:
         self._dispatcher = dispatcher
         self._sessions = sessions
         self._functions = functions
+        self._write_call = write_call
         self._on_ended = on_ended
         self._group = group
         self._results: dict[tuple[str, int], tuple[NodeId, types_pb2.InvocationResult]] = {}
@@ -171,7 +176,10 @@ class WorkWindow:
         request, node_id = command.request, command.node_id
         request_id, lease = request.request_id, request.lease
         try:
-            blob = await self._store.write(lambda c: table.lease(c, request_id, lease, node_id))
+            attempt = command.attempt_count + 1
+            blob = await self._store.write(
+                lambda c: table.lease(c, request_id, lease, node_id, attempt)
+            )
         except TierwiseError as error:
             log.error("lease.not_stored", request_id=request_id, cause=str(error))
             refused = _outcome_of(request, OutcomeState.REFUSED, "unavailable", str(error))
@@ -225,17 +233,23 @@ class WorkWindow:
     async def _record(
         self, result: types_pb2.InvocationResult, state: int, *, from_node: NodeId | None = None
     ) -> None:
+        now_unix_s = wall_s()
+
+        def write(connection: Connection) -> str | None:
+            submitter = table.end(
+                connection, state, result, ended_unix_s=now_unix_s, from_node=from_node
+            )
+            if submitter is not None:
+                self._write_call(connection, result.outcome, result.log, submitter)
+            return submitter
+
         def stored(submitter: str | None) -> None:
             if submitter is not None:
                 self.open_count -= 1
                 self.on_changed(result.request_id)
-                self._on_ended(result.outcome, result.log, submitter)
+                self._on_ended(result.outcome)
 
-        now_unix_s = wall_s()
-        await self._store.write(
-            lambda c: table.end(c, state, result, ended_unix_s=now_unix_s, from_node=from_node),
-            on_stored=stored,
-        )
+        await self._store.write(write, on_stored=stored)
 
     def delay(self, command: Delay) -> None:
         """Store that an attempt failed."""
@@ -298,8 +312,10 @@ class WorkWindow:
         except TierwiseError as error:
             self.record(_outcome(row, OutcomeState.FAILED, error.code, error.message), is_dead=True)
             return
+        # The attempt that a node has is counted already, and has not failed.
+        failure_count = row.attempt_count - (row.state == table.LEASED)
         self._dispatcher.feed(
-            Submitted(request=request, attempt_count=row.attempt_count, lease=row.lease)
+            Submitted(request=request, attempt_count=max(0, failure_count), lease=row.lease)
         )
 
     # -- inside ---------------------------------------------------------------------------------

@@ -157,16 +157,19 @@ async def test_a_worker_that_dies_is_retried_then_dead_lettered_then_redriven(
         for lease in (1, 2):
             work = await agent.dispatched()
             assert work.lease == lease
+            assert (await user.result(work_id, 0.0)).work.attempt_count == lease
             await agent.finish(work, state=FAILED, error_code="function_died", message="signal 9")
         dead = await user.result(work_id)
         assert dead.work.state == work_pb2.WORK_STATE_DEAD
+        assert dead.work.attempt_count == 2
         assert "signal 9" in dead.work.message
         await user.work.Redrive(work_pb2.RedriveRequest(request_id=work_id), timeout=5)
         work = await agent.dispatched()
         assert work.lease == 3
         assert list(work.arguments) == [work_id.encode()]
         await agent.finish(work)
-        assert (await user.result(work_id)).work.state == work_pb2.WORK_STATE_SUCCEEDED
+        done = (await user.result(work_id)).work
+        assert (done.state, done.attempt_count) == (work_pb2.WORK_STATE_SUCCEEDED, 1)
         with Refused(FailedPrecondition, "not dead-lettered"):
             await user.work.Redrive(work_pb2.RedriveRequest(request_id=work_id), timeout=5)
 
@@ -514,6 +517,39 @@ async def test_durable_work_is_billed_like_any_call(scheduler: SchedulerProcess)
                 await asyncio.sleep(0.05)
     assert calls[0].outcome.request_id == work_id
     assert calls[0].caller == "tierwise://admin/admin"
+
+
+async def test_what_has_succeeded_is_on_the_bill_once_whoever_is_killed(
+    own_scheduler: SchedulerProcess,
+) -> None:
+    scheduler = own_scheduler.start()
+    work_ids = [unique() for _ in range(20)]
+    agent = await agent_of(scheduler, "node-a", cpus=16.0)
+    async with connected(scheduler.main, scheduler.admin) as user, agent:
+        await user.deploy()
+        await user.submit(*work_ids)
+        for _ in work_ids:
+            work = await agent.dispatched()
+            await agent.finish(work)
+        for work_id in work_ids:
+            await user.result(work_id)
+        scheduler.end(signal.SIGKILL)  # at once
+    scheduler.start()
+    async with connected(scheduler.main, scheduler.admin) as user, agent:
+        again = outcome_pb(work_ids[0], agent.name, function_id=work.function, lease=1)
+        await agent.report(again)  # a node that tells of durable work is not asked
+        sentinel = outcome_pb(unique("call-"), agent.name, function_id=work.function)
+        await agent.report(sentinel)
+        async with asyncio.timeout(10):
+            while True:
+                listed = await user.calls.ListCalls(call_pb2.ListCallsRequest(limit=99), timeout=5)
+                ids = [call.outcome.request_id for call in listed.calls]
+                if sentinel.request_id in ids:
+                    break
+                await asyncio.sleep(0.05)
+        assert sorted(ids) == sorted([*work_ids, sentinel.request_id])
+        usage = await user.calls.GetUsage(call_pb2.GetUsageRequest(), timeout=5)
+        assert [row.call_count for row in usage.usage] == [len(work_ids) + 1]
 
 
 # -- nodes and rights ----------------------------------------------------------------------------

@@ -173,7 +173,7 @@ class HeartbeatReceived:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submitted:
-    """Durable work, already safe in the store, wants a node. `attempt_count` were made before."""
+    """Durable work, already safe in the store, wants a node. `attempt_count` attempts failed."""
 
     request: Request
     attempt_count: int = 0
