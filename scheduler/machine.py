@@ -52,6 +52,7 @@ RETRY_FIRST_S = 0.2
 RETRY_MAX_S = 30.0
 LOSSES_MAX = 8  # times that work may lose its node before it is given up
 UNPLACED_S_MAX = 3600.0  # how long no node may take it before it is given up
+MIN_TIMEOUT_S = 1e-3  # on the wire 0 means the function's own
 WINDOW_MAX = 10_000  # jobs that the shell keeps here; the rest waits in the store
 IN_FLIGHT_PER_CPU = 4  # leases that keep a node busy without flooding it
 IN_FLIGHT_EXTRA = 4
@@ -125,7 +126,7 @@ class ControlPlane:
             case HeartbeatReceived():
                 self._heartbeat(event, now_s, out)
             case Submitted():
-                self._submitted(event)
+                self._submitted(event, now_s)
             case Decided():
                 self._decided(event, now_s, out)
             case WorkFinished():
@@ -210,6 +211,12 @@ class ControlPlane:
                 self._lose_all(node_id, now_s, out)
             elif missed >= SUSPECT_AFTER and state is NodeState.READY:
                 self._set_state(node_id, NodeState.SUSPECT, out)
+        for job in self._backlog.overdue(now_s):
+            if job.phase is Phase.LEASED and job.node_id is not None:
+                # Its node has the same limit, and says what it ran.
+                out.append(CancelAt(node_id=job.node_id, request_id=job.request.request_id))
+            else:
+                self._end_expired(job, None, out)
         self._backlog.wake_due(now_s)
 
     def _drain(self, event: NodeDrainAsked, out: list[ControlCommand]) -> None:
@@ -253,11 +260,16 @@ class ControlPlane:
 
     # -- placing work ---------------------------------------------------------------------------
 
-    def _submitted(self, event: Submitted) -> None:
+    def _submitted(self, event: Submitted, now_s: float) -> None:
         request_id = event.request.request_id
         if request_id in self._backlog.jobs:
             return
-        job = self._backlog.add(event.request, lease=event.lease, failure_count=event.attempt_count)
+        job = self._backlog.add(
+            event.request,
+            lease=event.lease,
+            failure_count=event.attempt_count,
+            ends_at_s=None if event.ends_in_s is None else now_s + event.ends_in_s,
+        )
         for node_id, claimed in self._claims.items():
             lease = claimed.pop(request_id, 0)
             if lease and lease == event.lease:
@@ -302,15 +314,18 @@ class ControlPlane:
             return
         match event.decision:
             case Placed() as placed:
-                self._dispatch(job, placed.node_ids[0], out)
+                self._dispatch(job, placed.node_ids[0], now_s, out)
             case NotPlaced() as not_placed:
                 self._not_placed(job, not_placed, now_s, out)
             case _:
                 assert_never(event.decision)
 
-    def _dispatch(self, job: Job, node_id: NodeId, out: list[ControlCommand]) -> None:
+    def _dispatch(self, job: Job, node_id: NodeId, now_s: float, out: list[ControlCommand]) -> None:
         job.lease += 1
-        job.request = replace(job.request, lease=job.lease)
+        timeout_s = job.request.timeout_s
+        if job.ends_at_s is not None:
+            timeout_s = max(MIN_TIMEOUT_S, job.ends_at_s - now_s)
+        job.request = replace(job.request, lease=job.lease, timeout_s=timeout_s)
         self._backlog.lease(job, node_id)
         row = self.table.get(node_id)
         if row is not None:
@@ -362,8 +377,11 @@ class ControlPlane:
             outcome.state in (OutcomeState.REFUSED, OutcomeState.EXPIRED, OutcomeState.UNPLACEABLE)
             or outcome.error_code in RETRIED_CODES
         )
+        is_over = job.ends_at_s is not None and job.ends_at_s <= now_s
         if job.is_cancelled and outcome.state is not OutcomeState.OK:
-            self._end_cancelled(job, out)
+            self._end_cancelled(job, outcome, out)
+        elif is_over and (is_retried or outcome.state is OutcomeState.CANCELLED):
+            self._end_expired(job, outcome, out)
         elif not is_retried:
             # Also from a node that was given up: its lease is the newest, nobody else has it.
             self._backlog.remove(job)
@@ -399,7 +417,9 @@ class ControlPlane:
         job.unplaced_since_s = None
         message = f"node {job.node_id} was lost while it held this work"
         if job.is_cancelled:
-            self._end_cancelled(job, out)
+            self._end_cancelled(job, None, out)
+        elif job.ends_at_s is not None and job.ends_at_s <= now_s:
+            self._end_expired(job, None, out)
         elif job.loss_count > LOSSES_MAX:
             self._give_up(job, "unavailable", message, out)
         else:
@@ -453,13 +473,35 @@ class ControlPlane:
         if job.phase is Phase.LEASED and job.node_id is not None:
             out.append(CancelAt(node_id=job.node_id, request_id=request_id))
         else:
-            self._end_cancelled(job, out)
+            self._end_cancelled(job, None, out)
 
-    def _end_cancelled(self, job: Job, out: list[ControlCommand]) -> None:
+    def _end_cancelled(self, job: Job, outcome: Outcome | None, out: list[ControlCommand]) -> None:
+        self._end_early(job, outcome, OutcomeState.CANCELLED, "cancelled", "cancelled", out)
+
+    def _end_expired(self, job: Job, outcome: Outcome | None, out: list[ControlCommand]) -> None:
+        where = "before a node had run it"
+        if outcome is not None and outcome.latency.run_s > 0.0:
+            where = f"after it had run {outcome.latency.run_s:.3g} s on {job.node_id}"
+        message = f"its time was over {where}; allow a longer timeout"
+        self._end_early(job, outcome, OutcomeState.EXPIRED, "deadline_exceeded", message, out)
+
+    def _end_early(
+        self,
+        job: Job,
+        outcome: Outcome | None,
+        state: OutcomeState,
+        code: str,
+        message: str,
+        out: list[ControlCommand],
+    ) -> None:
+        """Nobody wants the result any more; what its node ran of it until then is billed."""
         self._backlog.remove(job)
         if self._asked == job.request.request_id:
             self._asked = None
-        out.append(Record(outcome=_outcome(job, OutcomeState.CANCELLED, "cancelled", "cancelled")))
+        if outcome is None:
+            outcome = replace(_outcome(job, state, code, message), node_id=None)
+        changed = replace(outcome, state=state, error_code=code, message=message, reason=None)
+        out.append(Record(outcome=changed))
 
 
 def _first_reading(node: Node) -> NodeReading:

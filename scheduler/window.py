@@ -98,14 +98,14 @@ class WorkWindow:
         self._last_position += 1
         return self._last_position
 
-    def accepted(self, request: Request, position: int) -> None:
+    def accepted(self, submitted: Submitted, position: int) -> None:
         """Take on new work that is in the store."""
         self.open_count += 1
         if self._is_behind or self._dispatcher.plane.room == 0:
             self._is_behind = self._was_skipped = True  # it is loaded when its turn comes
         else:
             self._cursor = max(self._cursor, position)
-            self._dispatcher.feed(Submitted(request=request))
+            self._dispatcher.feed(submitted)
 
     def revived(self, row: Row[Any]) -> None:
         """Take on redriven work."""
@@ -203,6 +203,9 @@ class WorkWindow:
         """Store how the work ended, if its lease is still the newest."""
         key = (outcome.request_id, outcome.lease)
         sender, result = self._results.pop(key, (None, _result(outcome)))
+        if result.outcome.error_code != outcome.error_code:  # it was stopped: that is its error
+            del result.items[:]
+            result.items.extend(_result(outcome).items)
         result.outcome.CopyFrom(convert.outcome_to_pb(self._dispatcher.explained(outcome)))
         self._recording.add(key)
         self._spawn(self._record_until_stored(result, _state(outcome, is_dead=is_dead), sender))
@@ -308,15 +311,11 @@ class WorkWindow:
     def _submit(self, row: Row[Any]) -> None:
         """Give stored work to the machine; what cannot run any more ends with the reason."""
         try:
-            request = durable_request(row, self._functions)
+            submitted = submission(row, self._functions)
         except TierwiseError as error:
             self.record(_outcome(row, OutcomeState.FAILED, error.code, error.message), is_dead=True)
             return
-        # The attempt that a node has is counted already, and has not failed.
-        failure_count = row.attempt_count - (row.state == table.LEASED)
-        self._dispatcher.feed(
-            Submitted(request=request, attempt_count=max(0, failure_count), lease=row.lease)
-        )
+        self._dispatcher.feed(submitted)
 
     # -- inside ---------------------------------------------------------------------------------
 
@@ -340,23 +339,36 @@ class WorkWindow:
         self._group.create_task(guarded())
 
 
-def durable_request(row: Any, functions: FunctionCatalogue) -> Request:
-    """Return the request of a row of `work`.
+def submission(row: Any, functions: FunctionCatalogue) -> Submitted:
+    """Return what the machine is told of a row of `work`.
 
-    Each run is bounded by the function's own timeout; how long durable work may wait for one is
-    not bounded, so the caller's `timeout_s` does not count.
+    Each run is bounded by the function's own timeout. How long durable work may wait for one is
+    bounded only if its submitter gave a timeout, which counts from the submission.
 
     Raises:
         InvalidArgument: A field is wrong.
         NotFound: The function is gone.
     """
     header = types_pb2.Invocation.FromString(row.header)
-    header.timeout_s = convert.TIMEOUT_S_MAX
     header.arguments.append(b"")  # the real ones stay in the store
     request = convert.request_from_invocation(
         header, functions.find(row.function_id), origin=ORIGIN
     )
-    return replace(request, item_count=row.item_count, request_bytes=row.request_bytes)
+    ends_in_s = None
+    if header.timeout_s:
+        ends_in_s = max(0.0, row.submitted_unix_s + header.timeout_s - wall_s())
+    return Submitted(
+        request=replace(
+            request,
+            item_count=row.item_count,
+            request_bytes=row.request_bytes,
+            timeout_s=convert.TIMEOUT_S_MAX,
+        ),
+        # The attempt that a node has is counted already, and has not failed.
+        attempt_count=max(0, row.attempt_count - (row.state == table.LEASED)),
+        lease=row.lease,
+        ends_in_s=ends_in_s,
+    )
 
 
 def _state(outcome: Outcome, *, is_dead: bool) -> int:

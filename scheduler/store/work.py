@@ -154,8 +154,8 @@ def end(
     return str(row.submitted_by)
 
 
-def revive(connection: Connection, request_id: str, position: int) -> None:
-    """Queue dead-lettered work again, as if it were new.
+def revive(connection: Connection, request_id: str, position: int, now_unix_s: float) -> None:
+    """Queue dead-lettered work again, as if it were submitted now.
 
     Raises:
         NotFound: There is no such work.
@@ -166,7 +166,12 @@ def revive(connection: Connection, request_id: str, position: int) -> None:
         .where(work.c.request_id == request_id)
         .where(work.c.state == DEAD)
         .values(
-            state=QUEUED, position=position, attempt_count=0, message="redriven", ended_unix_s=0.0
+            state=QUEUED,
+            position=position,
+            attempt_count=0,
+            message="redriven",
+            submitted_unix_s=now_unix_s,
+            ended_unix_s=0.0,
         )
     )
     if not done.rowcount:

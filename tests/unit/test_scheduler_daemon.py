@@ -259,6 +259,32 @@ async def test_waiting_work_can_be_cancelled(scheduler: SchedulerProcess) -> Non
             await user.work.Cancel(work_pb2.CancelRequest(request_id="nothing"), timeout=5)
 
 
+async def test_a_timeout_of_durable_work_counts_from_its_submission_over_restarts(
+    own_scheduler: SchedulerProcess,
+) -> None:
+    scheduler = own_scheduler.start()
+    hurried, patient = unique(), unique()
+    async with connected(scheduler.main, scheduler.admin) as user:
+        await user.deploy()
+        await user.submit(hurried, timeout_s=5.0, node_id="node-a")
+        await user.submit(patient, node_id="node-b")
+        scheduler.end(signal.SIGKILL)
+    scheduler.start()
+    async with (
+        await agent_of(scheduler, "node-a", cpus=1.0) as agent,
+        connected(scheduler.main, scheduler.admin) as user,
+    ):
+        work = await agent.dispatched()
+        assert 0.0 < work.timeout_s < 5.0
+        await agent.told("cancel", lambda cancel: cancel.request_id == hurried)
+        await agent.finish(work, state=types_pb2.OUTCOME_STATE_CANCELLED, error_code="cancelled")
+        done = await user.result(hurried)
+        assert done.work.state == work_pb2.WORK_STATE_FAILED
+        assert done.result.items[0].error_code == "deadline_exceeded"
+        assert "its time was over" in done.result.items[0].message
+        assert await user.state(patient) == work_pb2.WORK_STATE_QUEUED
+
+
 async def test_running_work_is_cancelled_where_it_runs(scheduler: SchedulerProcess) -> None:
     work_id = unique()
     async with (

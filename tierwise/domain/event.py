@@ -178,6 +178,7 @@ class Submitted:
     request: Request
     attempt_count: int = 0
     lease: int = 0  # highest fencing token given out so far
+    ends_in_s: float | None = None  # when its submitter gives up; None means never
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
