@@ -5,7 +5,7 @@ from dataclasses import replace
 from agent.ticket import Ticket
 from tierwise.cost.energy import call_j
 from tierwise.cost.money import PriceTable
-from tierwise.domain.decision import Reason, summary
+from tierwise.domain.decision import Reason, is_hopeless, summary
 from tierwise.domain.event import RunFinished
 from tierwise.domain.ids import NodeId
 from tierwise.domain.outcome import LatencySplit, Outcome, OutcomeState
@@ -171,21 +171,40 @@ def refused(ticket: Ticket, reason: Reason, now_s: float, here: NodeId) -> Outco
     )
 
 
-def untaken(ticket: Ticket, now_s: float) -> Outcome:
-    """Return the outcome of a request that no candidate took."""
-    reasons = {reason for _, reason in ticket.tried}
-    if ticket.failure_count > ticket.request.spec.retries_max:
+def untaken(ticket: Ticket, now_s: float, *, is_pin_known: bool) -> Outcome:
+    """Return the outcome of a request that no candidate took.
+
+    Args:
+        ticket: The request.
+        now_s: The present.
+        is_pin_known: Whether the node that it is pinned to, if to any, is known here.
+    """
+    reasons = [*ticket.tried, *_masked(ticket)]
+    function = ticket.request.function_id
+    state = OutcomeState.UNPLACEABLE
+    message = f"no node took {function}: {summary(reasons)}"
+    if not is_pin_known:
+        code = "not_found"
+        message = (
+            f"there is no node {ticket.request.node_id!r}; `tierwise get nodes` lists those "
+            "there are"
+        )
+    elif ticket.failure_count > ticket.request.spec.retries_max:
         code, state = "unavailable", OutcomeState.FAILED
+    elif any(reason is Reason.QUEUE_FULL for _, reason in reasons):
+        code = "overloaded"
+    elif is_hopeless(reasons):
+        code = "infeasible"
+        message = f"no node can ever run {function} as it is asked for: {summary(reasons)}"
     else:
-        state = OutcomeState.UNPLACEABLE
-        code = "overloaded" if Reason.QUEUE_FULL in reasons else "unplaceable"
-    return _outcome(
-        ticket,
-        state,
-        now_s,
-        error_code=code,
-        message=f"no node took {ticket.request.function_id}: {summary(ticket.tried)}",
-    )
+        code = "unplaceable"
+    return _outcome(ticket, state, now_s, error_code=code, message=message)
+
+
+def _masked(ticket: Ticket) -> tuple[tuple[NodeId, Reason], ...]:
+    """Return why the last decision found no candidate, if it found none."""
+    why = ticket.explanation
+    return why.masked if why is not None and not why.candidates else ()
 
 
 def _over(ticket: Ticket, now_s: float, where: str) -> str:

@@ -37,7 +37,7 @@ from tierwise.domain.command import (
     StartInstance,
     StopInstance,
 )
-from tierwise.domain.decision import NotPlaced, Placed, Reason
+from tierwise.domain.decision import Explanation, NotPlaced, Placed, Reason
 from tierwise.domain.event import (
     Arrived,
     CancelAsked,
@@ -198,7 +198,12 @@ class NodeMachine:
                 ticket.next_nodes = list(placed.node_ids[:TRIES_MAX])
                 self._try_next(ticket, now_s, out)
             case NotPlaced() as not_placed:
-                ticket.tried.extend(not_placed.reasons)
+                ticket.explanation = Explanation(
+                    policy_id=event.policy_id,
+                    candidates=(),
+                    masked=not_placed.reasons,
+                    heuristic_choice=None,
+                )
                 self._give_up(ticket, now_s, out)
             case _:
                 assert_never(event.decision)
@@ -450,7 +455,10 @@ class NodeMachine:
         if any(reason is Reason.EXPIRED for _, reason in ticket.tried):
             self._expire(ticket, now_s, out)
         else:
-            self._finish(ticket, endings.untaken(ticket, now_s), now_s, out)
+            pin = ticket.request.node_id
+            is_pin_known = pin is None or self._beliefs.row(pin) is not None
+            outcome = endings.untaken(ticket, now_s, is_pin_known=is_pin_known)
+            self._finish(ticket, outcome, now_s, out)
 
     def _finish(
         self, ticket: Ticket, outcome: Outcome, now_s: float, out: list[NodeCommand]

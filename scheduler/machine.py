@@ -24,7 +24,7 @@ from tierwise.domain.command import (
     Record,
     TellDrain,
 )
-from tierwise.domain.decision import NotPlaced, Placed, Reason, summary
+from tierwise.domain.decision import NotPlaced, Placed, Reason, is_hopeless, summary
 from tierwise.domain.event import (
     CancelAsked,
     CatalogueReceived,
@@ -354,15 +354,28 @@ class ControlPlane:
             self._backlog.park(job, full)
             return
         job.refused_by.clear()
-        self._not_now(job, f"no node can take it: {summary(decision.reasons)}", now_s, out)
+        code = "infeasible" if is_hopeless(decision.reasons) else "unplaceable"
+        message = f"no node can take it: {summary(decision.reasons)}"
+        self._not_now(job, message, now_s, out, code=code)
 
-    def _not_now(self, job: Job, message: str, now_s: float, out: list[ControlCommand]) -> None:
-        """No node takes it at present, which is nobody's failure: try later, for an hour."""
+    def _not_now(
+        self,
+        job: Job,
+        message: str,
+        now_s: float,
+        out: list[ControlCommand],
+        *,
+        code: str = "unplaceable",
+    ) -> None:
+        """No node takes it at present, which is nobody's failure: try later, for an hour.
+
+        Also if no node there is could ever take it: another may join.
+        """
         if job.unplaced_since_s is None:
             job.unplaced_since_s = now_s
         job.unplaced_count += 1
         if now_s - job.unplaced_since_s > UNPLACED_S_MAX:
-            self._give_up(job, "unplaceable", message, out)
+            self._give_up(job, code, message, out)
         else:
             self._delay(job, job.unplaced_count, message, now_s, out, is_unplaced=True)
 

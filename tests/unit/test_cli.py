@@ -53,6 +53,12 @@ CANDIDATE = {
     "residual": -0.5,
     "propensity": 1.0,
 }
+WHY = {
+    "candidates": [CANDIDATE],
+    "masked": [{"node_id": "cloud-1", "reason": "over budget"}],
+    "heuristic_choice": "edge-1",
+    "fallback": "",
+}
 OUTCOME = {
     "request_id": "abc123",
     "function_id": "default/f@1",
@@ -73,12 +79,7 @@ OUTCOME = {
     "message": "",
     "tried": [{"node_id": "fog-1", "reason": "queue full"}],
     "policy_id": "learned@1",
-    "explanation": {
-        "candidates": [CANDIDATE],
-        "masked": [{"node_id": "cloud-1", "reason": "over budget"}],
-        "heuristic_choice": "edge-1",
-        "fallback": "",
-    },
+    "explanation": WHY,
 }
 
 
@@ -87,12 +88,13 @@ class Asked:
 
     def __init__(self) -> None:
         self.orders: list[tuple[Any, ...]] = []
+        self.outcome: dict[str, Any] = OUTCOME
 
     def nodes(self) -> list[dict[str, Any]]:
         return [NODE]
 
     def call(self, request_id: str) -> dict[str, Any]:
-        return {"outcome": OUTCOME, "log": "hello\n"}
+        return {"outcome": self.outcome, "log": "hello\n"}
 
     def calls(self, function: str = "", node: str = "", limit: int = 50) -> list[dict[str, Any]]:
         return []
@@ -302,6 +304,26 @@ def test_explain_shows_candidates_masks_refusals_and_where_the_time_went(asked: 
     ):
         assert part in text, part
     assert json.loads(run("explain", "abc", "-o", "json").stdout)["request_id"] == "abc123"
+
+
+def test_explain_tells_of_a_call_that_no_node_took(asked: Asked) -> None:
+    failed = {
+        **OUTCOME,
+        "state": "unplaceable",
+        "node_id": "",
+        "latency": {"queue_s": 0.001},
+        "error_code": "infeasible",
+        "message": "no node can ever run it",
+        "tried": [],
+        "explanation": {**WHY, "candidates": [], "heuristic_choice": ""},
+    }
+    asked.outcome = failed
+    text = run("explain", "abc").output
+    for part in ("ran on    no node", "deadline 100.0 ms missed", "no node was a candidate"):
+        assert part in text, part
+    assert "masked    cloud-1: over budget" in text
+    asked.outcome = {**failed, "explanation": None, "policy_id": ""}
+    assert "before a policy was asked" in run("explain", "abc").output
 
 
 def test_logs_print_what_a_call_printed(asked: Asked) -> None:

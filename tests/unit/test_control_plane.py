@@ -339,7 +339,7 @@ def test_work_that_nobody_can_take_for_an_hour_is_dead_lettered_with_the_reason(
     ask_of(plane.step(Ticked(), now_s))
     [dead] = plane.step(not_placed("w", (A, Reason.NO_GPU)), now_s)
     assert isinstance(dead, DeadLetter)
-    assert (dead.outcome.error_code, dead.outcome.state) == ("unplaceable", OutcomeState.FAILED)
+    assert (dead.outcome.error_code, dead.outcome.state) == ("infeasible", OutcomeState.FAILED)
     assert "no gpu" in dead.outcome.message
 
 

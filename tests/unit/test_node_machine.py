@@ -274,17 +274,41 @@ def test_when_every_candidate_failed_the_caller_learns_each_reason() -> None:
     assert "cloud-1: node unreachable" in outcome.message
 
 
+def unplaced(machine: NodeMachine, *reasons: Reason, **changes: object) -> Outcome:
+    """Return how a request ends for which the policy finds no node."""
+    machine.step(Arrived(request=request("r", **changes)), 1.0)
+    masked = tuple((NodeId(f"n-{index}"), reason) for index, reason in enumerate(reasons))
+    decision = NotPlaced(reasons=masked)
+    event = Decided(request_id=RequestId("r"), decision=decision, policy_id=PolicyId("test@1"))
+    outcome = outcome_of(machine.step(event, 1.0))
+    assert outcome.explanation is not None
+    assert outcome.explanation.masked == masked
+    assert outcome.tried == ()  # nobody was asked
+    return outcome
+
+
 def test_a_request_that_no_node_may_run_ends_at_once_with_reasons() -> None:
-    machine = NodeMachine(node())
-    machine.step(Arrived(request=request("r")), 1.0)
-    not_placed = Decided(
-        request_id=RequestId("r"),
-        decision=NotPlaced(reasons=((EDGE, Reason.NO_GPU),)),
-        policy_id=PolicyId("test@1"),
-    )
-    outcome = outcome_of(machine.step(not_placed, 1.0))
+    outcome = unplaced(NodeMachine(node()), Reason.NO_GPU, Reason.NODE_LOST)
+    assert outcome.state is OutcomeState.UNPLACEABLE
     assert outcome.error_code == "unplaceable"
-    assert "edge-1: no gpu" in outcome.message
+    assert "n-0: no gpu, n-1: node lost" in outcome.message
+
+
+def test_a_request_that_no_waiting_helps_is_not_to_be_sent_again() -> None:
+    permanent = [reason for reason in Reason if reason.is_permanent]
+    outcome = unplaced(NodeMachine(node()), *permanent)
+    assert outcome.error_code == "infeasible"
+    assert "no node can ever run default/f@1 as it is asked for: n-0: wrong tier" in outcome.message
+    assert unplaced(NodeMachine(node())).error_code == "unplaceable"  # nodes may yet join
+
+
+def test_a_pin_to_a_node_that_nobody_knows_is_not_found() -> None:
+    pinned = NodeId("nowhere")
+    outcome = unplaced(NodeMachine(node()), Reason.PINNED_ELSEWHERE, node_id=pinned)
+    assert outcome.error_code == "not_found"
+    assert outcome.message.startswith("there is no node 'nowhere'")
+    there = unplaced(with_cloud(NodeMachine(node())), Reason.WRONG_TIER, node_id=CLOUD)
+    assert there.error_code == "infeasible"
 
 
 def test_memory_for_a_new_function_comes_from_the_cheapest_idle_instance() -> None:

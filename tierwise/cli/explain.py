@@ -30,7 +30,7 @@ def explain(
         _print_summary(outcome)
         why = outcome.get("explanation")
         if why is None:
-            print("No explanation was kept: agents send the first 200 of each heartbeat.")
+            print(_no_explanation(outcome))
         else:
             _print_candidates(outcome, why)
             _print_split(outcome, why)
@@ -38,7 +38,8 @@ def explain(
 
 def _print_summary(outcome: Record) -> None:
     total_s = sum(outcome["latency"].values())
-    verdict = "missed" if total_s > outcome["deadline_s"] else "met"
+    is_met = outcome["state"] == "ok" and total_s <= outcome["deadline_s"]
+    verdict = "met" if is_met else "missed"
     why = outcome.get("explanation")
     fallback = f"  fallback: {why['fallback']}" if why and why["fallback"] else ""
     print(f"call      {outcome['request_id']}  {outcome['function_id']}")
@@ -51,6 +52,12 @@ def _print_summary(outcome: Record) -> None:
         print(f"ended as  {outcome['error_code']}: {outcome['message']}")
     for attempt in outcome["tried"]:
         print(f"refused   {attempt['node_id']}: {attempt['reason']}")
+
+
+def _no_explanation(outcome: Record) -> str:
+    if not outcome["policy_id"]:
+        return "Nothing to explain: it ended before a policy was asked."
+    return "No explanation was kept: agents send the first 200 of each heartbeat."
 
 
 def _print_candidates(outcome: Record, why: Record) -> None:
@@ -73,7 +80,10 @@ def _print_candidates(outcome: Record, why: Record) -> None:
         for row in sorted(why["candidates"], key=lambda row: float(row["score"]))
     ]
     print()
-    print_table([*titles, "score", "residual", "p", ""], rows)
+    if rows:
+        print_table([*titles, "score", "residual", "p", ""], rows)
+    else:
+        print("no node was a candidate")
     for masked in why["masked"]:
         print(f"masked    {masked['node_id']}: {masked['reason']}")
 
