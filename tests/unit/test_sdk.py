@@ -74,6 +74,8 @@ def test_a_declaration_becomes_a_spec() -> None:
         {"name": "No Spaces"},
         {"cpus": -1.0},
         {"max_instances": 0},
+        {"requirements": "numpy"},
+        {"requirements": ["--index-url=http://elsewhere"]},
     ],
 )
 def test_a_wrong_declaration_is_refused_where_it_is_written(options: dict[str, Any]) -> None:
