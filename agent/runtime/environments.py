@@ -11,6 +11,7 @@ from tierwise.errors import StartFailed
 
 BUILD_TIMEOUT_S = 600.0
 REASON_LENGTH_MAX = 1500
+NOISE = ("WARNING:", "DEPRECATION:", "[notice]")
 SHIM_REQUIREMENTS = ("cloudpickle", "msgspec")
 PRELOAD = ("numpy",)
 

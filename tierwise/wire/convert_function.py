@@ -49,9 +49,8 @@ def spec_to_pb(spec: FunctionSpec) -> types_pb2.FunctionSpec:
         InvalidArgument: A field of a hand-made spec is of the wrong type or out of all bounds.
     """
     if isinstance(spec.requirements, str):  # its letters would be taken for packages
-        raise InvalidArgument(
-            f"requirements={spec.requirements!r}: write a list, requirements=[{spec.requirements!r}]"
-        )
+        lone = repr(spec.requirements)
+        raise InvalidArgument(f"requirements={lone}: write a list, requirements=[{lone}]")
     try:
         return types_pb2.FunctionSpec(
             namespace=spec.namespace,
