@@ -23,6 +23,7 @@ from agent.shell import Shell
 from agent.uplink import Uplink
 from tierwise.clock import wall_s
 from tierwise.config import AgentConfig, load
+from tierwise.domain.event import DrainAsked
 from tierwise.domain.ids import NodeId, is_name
 from tierwise.domain.resources import Resources
 from tierwise.domain.topology import Node, parse_tier
@@ -107,9 +108,11 @@ async def serve(config: AgentConfig) -> None:
             group.create_task(shell.tick_forever()),
         ]
         await stop.wait()
+        shell.feed(DrainAsked(is_on=True))
+        await server.stop(grace=0.5)
+        await uplink.leave()
         for task in background:
             task.cancel()
-        await server.stop(grace=0.5)
         await runtime.close()
         await peers.close()
         await uplink.close()

@@ -32,6 +32,7 @@ from tierwise.domain.event import (
     Decided,
     HeartbeatReceived,
     NodeDrainAsked,
+    NodeRemembered,
     NodeRemoved,
     PeerSeen,
     SessionClosed,
@@ -134,7 +135,9 @@ class ControlPlane:
             case SessionOpened():
                 self._session_opened(event, now_s, out)
             case SessionClosed():
-                self._session_closed(event.node_id, out)
+                self._session_closed(event, now_s, out)
+            case NodeRemembered():
+                self._remembered(event, now_s)
             case CancelAsked():
                 self._cancel(event.request_id, out)
             case CatalogueReceived():
@@ -186,11 +189,35 @@ class ControlPlane:
         if job.lease == lease and job.phase is not Phase.LEASED and job.node_id in (None, node_id):
             self._backlog.lease(job, node_id)
 
-    def _session_closed(self, node_id: NodeId, out: list[ControlCommand]) -> None:
+    def _session_closed(
+        self, event: SessionClosed, now_s: float, out: list[ControlCommand]
+    ) -> None:
+        node_id = event.node_id
         self._connected.discard(node_id)
         self._claims.pop(node_id, None)
-        self._set_state(node_id, NodeState.SUSPECT, out)
-        self._backlog.unpark(node_id)
+        if event.has_left:
+            self._set_state(node_id, NodeState.LOST, out)
+            self._lose_all(node_id, now_s, out)
+        else:
+            self._set_state(node_id, NodeState.SUSPECT, out)
+            self._backlog.unpark(node_id)
+
+    def _remembered(self, event: NodeRemembered, now_s: float) -> None:
+        """List a node that is not back yet; it has as long as any to send a heartbeat."""
+        node = event.node
+        if node.node_id in self.table:
+            return
+        heard_at_s = now_s - event.age_s
+        is_lost = event.age_s >= LOST_AFTER * self._interval_s
+        self.table.put(
+            NodeView(
+                node=node,
+                reading=_first_reading(node),
+                state=NodeState.LOST if is_lost else NodeState.SUSPECT,
+                received_at_s=heard_at_s,
+            )
+        )
+        self._heard_at_s[node.node_id] = heard_at_s
 
     def _heartbeat(self, event: HeartbeatReceived, now_s: float, out: list[ControlCommand]) -> None:
         node_id = event.node_id

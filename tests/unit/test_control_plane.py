@@ -24,6 +24,8 @@ from tierwise.domain.event import (
     Decided,
     HeartbeatReceived,
     NodeDrainAsked,
+    NodeRemembered,
+    NodeRemoved,
     SessionClosed,
     SessionOpened,
     Submitted,
@@ -582,3 +584,33 @@ def test_running_work_that_is_cancelled_is_billed() -> None:
     [record] = plane.step(ran, 1.1)
     assert isinstance(record, Record)
     assert (record.outcome.state, record.outcome.money_usd) == (OutcomeState.CANCELLED, 1e-6)
+
+
+# -- nodes that are away -------------------------------------------------------------------------
+
+
+def test_a_node_that_says_goodbye_is_lost_at_once_and_its_work_goes_elsewhere() -> None:
+    plane = leased()
+    commands = plane.step(SessionClosed(node_id=A, has_left=True), 1.0)
+    assert commands[0] == NodeChanged(node_id=A, state=NodeState.LOST)
+    assert [type(c) for c in commands[1:]] == [Delay]
+    commands = plane.step(Ticked(), 2.0)
+    assert [type(c) for c in commands] == [AskPolicy]
+    again = NodeChanged(node_id=A, state=NodeState.LOST)
+    assert again not in plane.step(Ticked(), LOST_AFTER)
+
+
+def test_a_node_that_joined_before_a_restart_is_listed_until_it_returns_or_is_removed() -> None:
+    plane = ControlPlane()
+    assert plane.step(NodeRemembered(node=node(A), age_s=1.0), 100.0) == []
+    assert plane.step(NodeRemembered(node=node(B), age_s=500.0), 100.0) == []
+    plane.step(work("w"), 100.0)
+    states = {peer.node.node_id: (peer.state, peer.age_s) for peer in plane.peers(100.0)}
+    assert states == {A: (NodeState.SUSPECT, 1.0), B: (NodeState.LOST, 500.0)}
+    [changed] = plane.step(Ticked(), 99.0 + LOST_AFTER)
+    assert changed == NodeChanged(node_id=A, state=NodeState.LOST)
+    commands = plane.step(SessionOpened(node=node(A)), 200.0)
+    assert [type(c) for c in commands] == [NodeChanged, AskPolicy]
+    plane.step(NodeRemembered(node=node(A), age_s=500.0), 200.0)  # it is there, and known better
+    plane.step(NodeRemoved(node_id=B), 200.0)
+    assert [peer.state for peer in plane.peers(200.0)] == [NodeState.READY]

@@ -667,6 +667,44 @@ async def test_a_drained_node_is_told_so_again_after_both_restart(
         assert [n.state for n in nodes] == [types_pb2.NODE_STATE_DRAINING]
 
 
+async def test_nodes_are_listed_over_a_restart_until_they_are_removed(
+    own_scheduler: SchedulerProcess,
+) -> None:
+    scheduler = own_scheduler.start()
+
+    async def states(admin: Client) -> dict[str, int]:
+        response = await admin.cluster.ListNodes(cluster_pb2.ListNodesRequest(), timeout=5)
+        return {info.node.node_id: info.state for info in response.nodes}
+
+    async def become(wanted: dict[str, int]) -> None:
+        async with asyncio.timeout(20), connected(scheduler.main, scheduler.admin) as admin:
+            while await states(admin) != wanted:
+                await asyncio.sleep(0.05)
+
+    ready, lost = types_pb2.NODE_STATE_READY, types_pb2.NODE_STATE_LOST
+    gone, back = await agent_of(scheduler, "gone"), await agent_of(scheduler, "back")
+    async with gone, back:
+        await become({"gone": ready, "back": ready})
+        await gone.send(node_pb2.SessionRequest(goodbye=node_pb2.Goodbye()))
+        await asyncio.wait_for(gone.ended.wait(), 10)
+        assert gone.end_error is None
+        await become({"gone": lost, "back": ready})
+        scheduler.end(signal.SIGKILL)
+    scheduler.start()
+    async with back:
+        await become({"gone": lost, "back": ready})
+        async with connected(scheduler.main, scheduler.admin) as admin:
+            with Refused(NotFound, "nobody"):
+                remove = cluster_pb2.RemoveNodeRequest(node_id="nobody")
+                await admin.cluster.RemoveNode(remove, timeout=5)
+            for _ in range(2):
+                remove = cluster_pb2.RemoveNodeRequest(node_id="gone")
+                await admin.cluster.RemoveNode(remove, timeout=5)
+    scheduler.end()
+    scheduler.start()
+    await become({"back": lost})
+
+
 async def test_a_newer_session_of_a_node_ends_the_older(scheduler: SchedulerProcess) -> None:
     work_id = unique()
     first = await agent_of(scheduler, unique("n"))

@@ -158,9 +158,18 @@ class SessionOpened:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionClosed:
-    """The agent's stream ended; the agent may still be running."""
+    """The agent's stream ended; the agent may still be running, unless it said that it stops."""
 
     node_id: NodeId
+    has_left: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeRemembered:
+    """A node that joined before the scheduler restarted; it was heard of `age_s` ago."""
+
+    node: Node
+    age_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,6 +216,7 @@ class NodeDrainAsked:
 ControlEvent = (
     SessionOpened
     | SessionClosed
+    | NodeRemembered
     | HeartbeatReceived
     | Submitted
     | Decided
