@@ -13,7 +13,9 @@ import pytest
 from typer.testing import CliRunner
 
 from tierwise.cli import main
-from tierwise.errors import ERROR_BY_CODE, TierwiseError, error_from_code
+from tierwise.errors import ERROR_BY_CODE, NotFound, TierwiseError, error_from_code
+from tierwise.sdk.local import default_nodes, parse_nodes
+from tierwise.sdk.operator import Operator
 
 VERBS = (
     *("up", "agent", "scheduler", "deploy", "invoke", "submit", "get", "describe", "logs"),
@@ -89,6 +91,7 @@ class Asked:
     def __init__(self) -> None:
         self.orders: list[tuple[Any, ...]] = []
         self.outcome: dict[str, Any] = OUTCOME
+        self.used: list[dict[str, Any]] = []
 
     def nodes(self) -> list[dict[str, Any]]:
         return [NODE]
@@ -98,6 +101,12 @@ class Asked:
 
     def calls(self, function: str = "", node: str = "", limit: int = 50) -> list[dict[str, Any]]:
         return []
+
+    def usage(self, namespace: str = "") -> list[dict[str, Any]]:
+        return [row for row in self.used if namespace in ("", row["namespace"])]
+
+    def namespace_usage(self, namespace: str = "") -> list[dict[str, Any]]:
+        return Operator.namespace_usage(self, namespace)  # type: ignore[arg-type]
 
     def tokens(self) -> list[dict[str, Any]]:
         return []
@@ -250,6 +259,7 @@ def test_a_bug_is_named_without_a_traceback(monkeypatch: pytest.MonkeyPatch, cap
         (["token", "create", "--role", "king"], "--role 'king'"),
         (["token", "create", "--ttl", "soon"], "'soon' is no duration"),
         (["up", "--nodes", "3x"], "1c,1f,2e"),
+        (["usage", "--by", "moon"], "--by 'moon'"),
         (["completion", "tcsh"], "choose one of bash"),
     ],
 )
@@ -330,6 +340,26 @@ def test_logs_print_what_a_call_printed(asked: Asked) -> None:
     assert run("logs", "abc").stdout == "--- abc123 on edge-1 ---\nhello\n"
 
 
+def test_usage_is_summed_per_namespace(asked: Asked) -> None:
+    def row(namespace: str, function: str, calls: int) -> dict[str, Any]:
+        counts = dict.fromkeys(("item_count", "missed_count", "failed_count", "cold_count"), calls)
+        amounts = {"call_count": calls, "gb_s": calls / 2, "cpu_s": 1.0, "money_usd": calls * 1e-6}
+        return {"namespace": namespace, "function": function, **counts, **amounts}
+
+    asked.used = [row("a", "f", 1), row("a", "g", 2), row("b", "f", 4)]
+    totals = json.loads(run("usage", "--by", "namespace", "-o", "json").stdout)
+    assert [(t["namespace"], t["function_count"], t["call_count"]) for t in totals] == [
+        ("a", 2, 3),
+        ("b", 1, 4),
+    ]
+    assert totals[0]["gb_s"] == 1.5
+    assert totals[0]["money_usd"] == pytest.approx(3e-6)
+    lines = run("usage", "--by", "namespace").stdout.splitlines()
+    assert [line.split()[:3] for line in lines[1:]] == [["a", "2", "3"], ["b", "1", "4"]]
+    assert run("usage", "--namespace", "b", "-o", "name").stdout == "b/f\n"
+    assert "nothing used yet in c" in run("usage", "--namespace", "c").stderr
+
+
 # -- orders -------------------------------------------------------------------------------------
 
 
@@ -408,3 +438,23 @@ def test_the_doctor_answers_for_every_check(
         for check in checks.values()
         if check["check"] != "context"
     )
+
+
+def test_a_policy_that_is_not_there_leaves_no_state(tmp_path: Path) -> None:
+    result = run("up", "--policy", "bogus", "--state", str(tmp_path / "state"))
+    assert isinstance(result.exception, NotFound)
+    assert "'bogus'" in str(result.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_default_cluster_grows_with_the_machine_within_bounds() -> None:
+    sizes = {cpus: default_nodes(cpus) for cpus in (1, 2, 4, 8, 16, 128)}
+    assert sizes == {
+        1: "1c,1f,2e",
+        2: "1c,1f,2e",
+        4: "1c,1f,4e",
+        8: "1c,2f,8e",
+        16: "1c,2f,8e",
+        128: "1c,2f,8e",
+    }
+    assert all(len(parse_nodes(nodes)) <= 11 for nodes in sizes.values())
