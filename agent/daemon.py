@@ -169,7 +169,9 @@ def _identity_folder(config: AgentConfig) -> Path:
 def main() -> int:
     """Parse the command line and run; return the exit code."""
     follow_parent()
-    parser = argparse.ArgumentParser(prog="tierwise agent", description=serve.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="tierwise agent", description=(serve.__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--config", type=Path, required=True, help="agent.toml")
     parser.add_argument("--token", default="", help="one-time join token (or TIERWISE_TOKEN)")
     for key in ("name", "tier", "scheduler", "join", "listen", "state-dir"):

@@ -73,6 +73,18 @@ CODE_BY_KIND: dict[ItemKind, str] = {
     ItemKind.NOT_RUN: "unavailable",
 }
 
+# Ends of which only the message tells.
+NAMELESS = frozenset(
+    {
+        ItemKind.OUT_OF_MEMORY,
+        ItemKind.BAD_RESULT,
+        ItemKind.RESULT_TOO_LARGE,
+        ItemKind.TIMED_OUT,
+        ItemKind.WORKER_EXITED,
+        ItemKind.WORKER_DIED,
+    }
+)
+
 OnReply = Callable[[types_pb2.InvocationResult], None]
 
 
@@ -365,7 +377,9 @@ class Shell:
     def _run_finished(self, command: RunOn, call: Call, report: RunReport) -> None:
         if not report.instance_alive:
             self._group.create_task(self._runtime.stop(command.instance_id))
-        call.items = [_item(result) for result in report.items]
+        instance = self.machine.pool.get(command.instance_id)
+        function = instance.spec.function_id if instance is not None else "the function"
+        call.items = [_item(result, function) for result in report.items]
         call.log = report.log
         failed = [item for item in report.items if item.kind is not ItemKind.OK]
         # A batch fails as a whole only if its worker went, or if it is a single call.
@@ -381,7 +395,7 @@ class Shell:
                 peak_memory_mib=report.peak_memory_mib,
                 response_bytes=sum(len(item.value) for item in report.items),
                 error_code=CODE_BY_KIND[first.kind] if first and is_whole else "",
-                message=first.message if first else "",
+                message=_told(first, function) if first else "",
             )
         )
 
@@ -465,15 +479,19 @@ class Shell:
         self.reports.append((outcome, self._ended.log, self._ended.caller))
 
 
-def _item(result: ItemResult) -> types_pb2.Item:
+def _told(result: ItemResult, function: str) -> str:
+    """Return the message of an item that failed; where no traceback names the function, it does."""
+    if result.kind is ItemKind.NOT_RUN:
+        return f"not run: {result.message or 'its worker ended in an earlier item'}"
+    return f"{function}: {result.message}" if result.kind in NAMELESS else result.message
+
+
+def _item(result: ItemResult, function: str) -> types_pb2.Item:
     if result.kind is ItemKind.OK:
         return types_pb2.Item(value=result.value)
-    message = result.message
-    if result.kind is ItemKind.NOT_RUN:
-        message = f"not run: {message or 'its worker ended in an earlier item'}"
     return types_pb2.Item(
         error_code=CODE_BY_KIND[result.kind],
-        message=message,
+        message=_told(result, function),
         remote_type=result.error_type,
         remote_traceback=result.remote_traceback,
     )

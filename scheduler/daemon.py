@@ -273,7 +273,9 @@ def _write_admin_context(folder: Path, authority: Authority, address: str) -> No
 def main() -> int:
     """Parse the command line and run; return the exit code."""
     follow_parent()
-    parser = argparse.ArgumentParser(prog="tierwise scheduler", description=serve.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="tierwise scheduler", description=(serve.__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--config", type=Path, help="scheduler.toml")
     for key in ("state-dir", "listen", "join-listen", "advertise", "database", "policy"):
         parser.add_argument(f"--{key}", help=f"overrides {key.replace('-', '_')} of the file")

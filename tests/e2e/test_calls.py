@@ -92,11 +92,15 @@ def test_an_exception_arrives_with_its_remote_traceback() -> None:
     ("how", "error", "words"),
     [
         ("hang", tierwise.FunctionTimedOut, "longer than"),
-        ("exit", tierwise.FunctionDied, "code 3"),
+        ("exit", tierwise.FunctionDied, "default/behave@.* exited with code 3 .* must not end"),
         ("sys.exit", tierwise.FunctionDied, "SystemExit"),
         ("segfault", tierwise.FunctionDied, "SIGSEGV"),
-        ("allocate", tierwise.FunctionOutOfMemory, "memory"),
-        ("unencodable", tierwise.FunctionError, "cannot travel"),
+        ("allocate", tierwise.FunctionOutOfMemory, "limit is 300 MiB: raise memory="),
+        (
+            "unencodable",
+            tierwise.FunctionError,
+            "the result is of type object, which",
+        ),
         ("large", tierwise.FunctionError, "bytes"),
     ],
 )

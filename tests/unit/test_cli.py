@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tierwise.cli import main
+from tierwise.cli.output import table_lines
 from tierwise.errors import ERROR_BY_CODE, NotFound, TierwiseError, error_from_code
 from tierwise.sdk.local import default_nodes, parse_nodes
 from tierwise.sdk.operator import Operator
@@ -375,6 +376,12 @@ def test_a_token_goes_alone_to_standard_output(asked: Asked) -> None:
     assert asked.orders == [("token", "user", "ada", 600.0)]
 
 
+def test_a_node_that_is_not_there_is_named_before_anybody_is_asked(asked: Asked) -> None:
+    result = CliRunner().invoke(main.app, ["remove", "edge-9"], input="y\n")
+    assert isinstance(result.exception, NotFound)
+    assert "remove edge-9 and" not in result.output
+
+
 def test_removing_a_node_asks_first(asked: Asked) -> None:
     result = CliRunner().invoke(main.app, ["remove", "edge-1"], input="n\n")
     assert result.exit_code == 1
@@ -458,3 +465,60 @@ def test_the_default_cluster_grows_with_the_machine_within_bounds() -> None:
         128: "1c,2f,8e",
     }
     assert all(len(parse_nodes(nodes)) <= 11 for nodes in sizes.values())
+
+
+@pytest.mark.parametrize("module", ["agent.daemon", "scheduler.daemon"])
+def test_the_daemons_explain_themselves_to_users(module: str) -> None:
+    command = [sys.executable, "-m", module, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "until SIGTERM or SIGINT." in done.stdout
+    assert "Raises" not in done.stdout
+
+
+def test_a_login_writes_the_context_that_was_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tierwise.wire import identity
+    from tierwise.wire.identity import Credentials, Identity, Role
+
+    async def joined(*_: object) -> tuple[Credentials, str, Identity]:
+        return (
+            Credentials(key=b"k", certificate=b"c", authority=b"a"),
+            "s:1",
+            Identity(Role.USER, "ada"),
+        )
+
+    monkeypatch.setattr(identity, "join", joined)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("TIERWISE_CONTEXT", raising=False)
+    by_flag, by_folder = tmp_path / "flag", tmp_path / "folder"
+    login = ["login", "j:1", "--name", "ada", "--token", "t"]
+    assert run("--context", str(by_flag), *login).exit_code == 0
+    assert run("--context", str(by_flag), *login, "--folder", str(by_folder)).exit_code == 0
+    monkeypatch.delenv("TIERWISE_CONTEXT")
+    assert run(*login).exit_code == 0
+    home = tmp_path / "home/.tierwise/client"
+    assert all((folder / "client.toml").exists() for folder in (by_flag, by_folder, home))
+
+
+def test_columns_do_not_move_with_what_stands_in_them() -> None:
+    for call in ("1a2b", "f00d", "77"):
+        header, line = table_lines(["call", "count", "note"], [[call, 7, "x"]])
+        assert line.startswith(call)
+        assert line.index("7", len(call)) == header.index("COUNT") + 4
+    lines = table_lines(["call", "age", "note"], [["a", "3s", "2 nodes"], ["b", "12s", ""]])
+    assert lines == ["CALL  AGE  NOTE", "a      3s  2 nodes", "b     12s"]
+    wide = table_lines(["name", "n"], [["äö日本", 1.5], ["a\x1b[2J\nb", 10]])
+    assert wide[1:] == ["äö日本   1.5", "a [2J b   10"]
+
+
+def test_top_does_not_cut_what_goes_into_a_pipe(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tierwise.cli.top.pause", interrupt)
+    header, line = run("top").stdout.splitlines()
+    assert header.split()[-1] == "MIB"
+    assert line.split()[-1] == "55"
