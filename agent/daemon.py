@@ -11,6 +11,7 @@ from pathlib import Path
 import structlog
 import uvloop
 
+from agent import memory
 from agent.catalogue import CodeFolder, FunctionIndex
 from agent.ingress import Ingress
 from agent.machine import NodeMachine
@@ -169,6 +170,7 @@ def _identity_folder(config: AgentConfig) -> Path:
 def main() -> int:
     """Parse the command line and run; return the exit code."""
     follow_parent()
+    memory.set_up()
     parser = argparse.ArgumentParser(
         prog="tierwise agent", description=(serve.__doc__ or "").partition("\n")[0]
     )

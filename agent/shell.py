@@ -14,6 +14,7 @@ import numpy as np
 import structlog
 
 from agent.machine import NodeMachine
+from agent.memory import GiveBack
 from agent.runtime.environments import Environments
 from agent.runtime.runtime import InstanceStartError, ItemKind, ItemResult, RunReport, Runtime
 from tierwise.clock import monotonic_s
@@ -57,6 +58,7 @@ log = structlog.get_logger()
 
 TICK_S = 0.05
 ANSWERS_BYTES_MAX = 32 << 20
+ANSWERS_KEPT_S = 120.0  # longer than any caller sends again
 REPORTS_MAX = 10_000
 
 # What became of one item, as an error code of tierwise.errors; OK is absent.
@@ -129,19 +131,34 @@ class _Answers:
     """Finished results, kept against duplicates; the oldest go first."""
 
     results: OrderedDict[str, types_pb2.InvocationResult] = field(default_factory=OrderedDict)
+    put_at_s: dict[str, float] = field(default_factory=dict)
     size_bytes: int = 0
 
-    def put(self, result: types_pb2.InvocationResult) -> None:
-        old = self.results.pop(result.request_id, None)
-        if old is not None:
-            self.size_bytes -= _size_bytes(old)
+    def put(self, result: types_pb2.InvocationResult, now_s: float) -> None:
+        if result.request_id in self.results:
+            self._drop(result.request_id)
         size_bytes = _size_bytes(result)
         if size_bytes > ANSWERS_BYTES_MAX // 8:
             return
         self.results[result.request_id] = result
+        self.put_at_s[result.request_id] = now_s
         self.size_bytes += size_bytes
         while self.size_bytes > ANSWERS_BYTES_MAX:
-            self.size_bytes -= _size_bytes(self.results.popitem(last=False)[1])
+            self._drop(next(iter(self.results)))
+
+    def expire(self, now_s: float) -> int:
+        """Forget what is too old; return how many bytes that were."""
+        size_bytes = self.size_bytes
+        while self.results:
+            oldest = next(iter(self.results))
+            if self.put_at_s[oldest] > now_s - ANSWERS_KEPT_S:
+                break
+            self._drop(oldest)
+        return size_bytes - self.size_bytes
+
+    def _drop(self, request_id: str) -> None:
+        del self.put_at_s[request_id]
+        self.size_bytes -= _size_bytes(self.results.pop(request_id))
 
 
 def _size_bytes(result: types_pb2.InvocationResult) -> int:
@@ -193,6 +210,7 @@ class Shell:
         self._rng = np.random.default_rng(seed)
         self._calls: dict[RequestId, Call] = {}
         self._answers = _Answers()
+        self._memory = GiveBack()
         # Runs that are over and held back, per instance: what delivers them, and how to do it now.
         self._held: dict[InstanceId, tuple[asyncio.TimerHandle, Callable[[], None]]] = {}
         self._ended = Call((), [], "")  # the call of the latest Reply; its Report follows
@@ -247,6 +265,9 @@ class Shell:
         while True:
             await asyncio.sleep(TICK_S)
             self.feed(Ticked())
+            now_s = monotonic_s()
+            self._memory.freed(self._answers.expire(now_s))
+            self._memory.tick(now_s)
 
     def _execute(self, command: NodeCommand) -> None:
         match command:
@@ -453,9 +474,11 @@ class Shell:
             reading=None if reading is None else convert.reading_to_pb(reading),
         )
         if outcome.reason is None:  # a refusal is no answer: the request may come back
-            self._answers.put(result)
+            self._answers.put(result, monotonic_s())
         for on_reply in call.on_reply:
             on_reply(result)
+        self._memory.freed(sum(map(len, call.arguments)) + _size_bytes(result))
+        call.arguments = call.items = ()  # may be large; what its report needs stays
 
     def _reply_again(self, request_id: RequestId) -> None:
         call = self._calls.pop(request_id)

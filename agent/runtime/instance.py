@@ -280,13 +280,14 @@ class Worker(asyncio.Protocol):
         on_done, self._on_done = self._on_done, None
         if on_done is None:
             return
+        results, self._results = self._results, []  # they may be large, and the next may be far
         self._read_log()
         printed = self._log.decode(errors="replace")
         if self._dropped_bytes:
             printed = f"[{self._dropped_bytes} bytes before this were dropped]\n{printed}"
         on_done(
             RunReport(
-                items=tuple(NOT_RUN if item is None else item for item in self._results),
+                items=tuple(NOT_RUN if item is None else item for item in results),
                 run_s=run_s,
                 peak_memory_mib=peak_mib,
                 log=printed,
