@@ -418,9 +418,12 @@ def test_a_file_that_cannot_be_deployed_says_why(
         _apps(str(file))
 
 
-def test_a_named_app_is_found_even_if_the_file_is_named_like_a_module(tmp_path: Path) -> None:
+def test_a_named_app_is_found_even_if_the_file_is_named_like_a_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tierwise.cli.work import _apps
 
+    monkeypatch.setattr(sys, "path", [*sys.path])  # processes of later tests need the real json
     file = tmp_path / "json.py"
     file.write_text("import tierwise\nfirst = tierwise.App('one')\nsecond = tierwise.App('two')\n")
     assert [app.name for app in _apps(f"{file}:second")] == ["two"]
