@@ -27,6 +27,7 @@ test: $(VENV)/dev.stamp ## the tests alone
 bench: $(VENV)/dev.stamp ## speed and size, as ratios against rivals in the same run
 	@$(BIN)/python -m benchmarks.bench_calls
 	@$(BIN)/python -m benchmarks.bench_agent
+	@$(BIN)/python -m benchmarks.bench_memory
 	@$(BIN)/python -m benchmarks.bench_decision
 	@$(BIN)/python -m benchmarks.bench_guard
 	@$(BIN)/python -m benchmarks.bench_simulator

@@ -11,6 +11,7 @@ from pathlib import Path
 import structlog
 import uvloop
 
+from agent import memory
 from agent.catalogue import CodeFolder, FunctionIndex
 from agent.decider import Decider
 from agent.ingress import Ingress
@@ -24,6 +25,7 @@ from agent.shell import Shell
 from agent.uplink import Uplink
 from tierwise.clock import monotonic_s, wall_s
 from tierwise.config import AgentConfig, load
+from tierwise.domain.event import DrainAsked
 from tierwise.domain.ids import NodeId, is_name
 from tierwise.domain.resources import Resources
 from tierwise.domain.topology import Node, parse_tier
@@ -110,9 +112,11 @@ async def serve(config: AgentConfig) -> None:
             group.create_task(shell.tick_forever()),
         ]
         await stop.wait()
+        shell.feed(DrainAsked(is_on=True))
+        await server.stop(grace=0.5)
+        await uplink.leave()
         for task in background:
             task.cancel()
-        await server.stop(grace=0.5)
         await runtime.close()
         await peers.close()
         await uplink.close()
@@ -169,7 +173,10 @@ def _identity_folder(config: AgentConfig) -> Path:
 def main() -> int:
     """Parse the command line and run; return the exit code."""
     follow_parent()
-    parser = argparse.ArgumentParser(prog="tierwise agent", description=serve.__doc__)
+    memory.set_up()
+    parser = argparse.ArgumentParser(
+        prog="tierwise agent", description=(serve.__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--config", type=Path, required=True, help="agent.toml")
     parser.add_argument("--token", default="", help="one-time join token (or TIERWISE_TOKEN)")
     for key in ("name", "tier", "scheduler", "join", "listen", "state-dir"):

@@ -5,7 +5,7 @@ from dataclasses import replace
 from agent.ticket import Ticket
 from tierwise.cost.energy import call_j
 from tierwise.cost.money import PriceTable
-from tierwise.domain.decision import Reason, summary
+from tierwise.domain.decision import Reason, is_hopeless, summary
 from tierwise.domain.event import RunFinished
 from tierwise.domain.ids import NodeId
 from tierwise.domain.outcome import LatencySplit, Outcome, OutcomeState
@@ -19,8 +19,13 @@ def ran(
     run_s = now_s - ticket.run_at_s
     spec = ticket.request.spec
     state = OutcomeState.FAILED if event.error_code else OutcomeState.OK
+    error_code, message = event.error_code, event.message
+    is_timed_out = event.error_code == "function_timed_out" and ticket.has_callers_limit
     if ticket.is_cancelled:
-        state = OutcomeState.CANCELLED
+        state, error_code = OutcomeState.CANCELLED, "cancelled"
+    elif event.error_code and (ticket.is_late or is_timed_out):
+        state, error_code = OutcomeState.EXPIRED, "deadline_exceeded"
+        message = _over(ticket, now_s, f"of which it ran {run_s:.3g} s on {node.node_id}")
     return _outcome(
         ticket,
         state,
@@ -45,8 +50,8 @@ def ran(
             item_count=ticket.request.item_count,
         ),
         energy_j=call_j(node.tier, cpus=spec.cpus, run_s=run_s, moved_bytes=0),
-        error_code="cancelled" if ticket.is_cancelled else event.error_code,
-        message=event.message,
+        error_code=error_code,
+        message=message,
     )
 
 
@@ -98,16 +103,59 @@ def cancelled(ticket: Ticket, now_s: float) -> Outcome:
 
 def expired(ticket: Ticket, now_s: float, here: NodeId) -> Outcome:
     """Return the outcome of a request whose caller has given up before it ran."""
-    waited_s = now_s - ticket.arrived_at_s
     return _outcome(
         ticket,
         OutcomeState.EXPIRED,
         now_s,
         error_code="deadline_exceeded",
-        message=(
-            f"its time of {ticket.request.timeout_s:.3g} s was over after {waited_s:.3g} s, "
-            f"before it ran on {ticket.node_id or here}; allow a longer timeout"
+        message=_over(ticket, now_s, f"before it ran on {ticket.node_id or here}"),
+    )
+
+
+def stopped(ticket: Ticket, answer: Outcome, now_s: float) -> Outcome:
+    """Return the outcome of a forwarded request that its host has stopped, or let expire.
+
+    Args:
+        ticket: The request.
+        answer: What `answered` makes of the host's outcome: the split and the bill of what it ran.
+        now_s: The present.
+    """
+    has_run = answer.latency.run_s > 0.0
+    if ticket.is_cancelled:
+        state, code, message = OutcomeState.CANCELLED, "cancelled", "cancelled"
+    else:
+        state, code = OutcomeState.EXPIRED, "deadline_exceeded"
+        where = f"before it ran on {ticket.node_id}"
+        if has_run:
+            where = f"of which it ran {answer.latency.run_s:.3g} s on {ticket.node_id}"
+        message = _over(ticket, now_s, where)
+    return replace(
+        answer,
+        state=state,
+        node_id=ticket.node_id if has_run else None,
+        error_code=code,
+        message=message,
+        reason=None,
+    )
+
+
+def unanswered(ticket: Ticket, now_s: float) -> Outcome:
+    """Return the outcome of a recalled request whose host has not said whether it ran.
+
+    Nobody knows what to bill, so nothing is billed; the time since it was sent is the network's.
+    """
+    where = f"while it was on {ticket.node_id}, which did not say whether it ran"
+    is_cancelled = ticket.is_cancelled
+    return _outcome(
+        ticket,
+        OutcomeState.CANCELLED if is_cancelled else OutcomeState.EXPIRED,
+        now_s,
+        node_id=ticket.node_id,
+        latency=LatencySplit(
+            queue_s=ticket.sent_at_s - ticket.arrived_at_s, transfer_s=now_s - ticket.sent_at_s
         ),
+        error_code="cancelled" if is_cancelled else "deadline_exceeded",
+        message=f"cancelled {where}" if is_cancelled else _over(ticket, now_s, where),
     )
 
 
@@ -123,20 +171,48 @@ def refused(ticket: Ticket, reason: Reason, now_s: float, here: NodeId) -> Outco
     )
 
 
-def untaken(ticket: Ticket, now_s: float) -> Outcome:
-    """Return the outcome of a request that no candidate took."""
-    reasons = {reason for _, reason in ticket.tried}
-    if ticket.failure_count > ticket.request.spec.retries_max:
+def untaken(ticket: Ticket, now_s: float, *, is_pin_known: bool) -> Outcome:
+    """Return the outcome of a request that no candidate took.
+
+    Args:
+        ticket: The request.
+        now_s: The present.
+        is_pin_known: Whether the node that it is pinned to, if to any, is known here.
+    """
+    reasons = [*ticket.tried, *_masked(ticket)]
+    function = ticket.request.function_id
+    state = OutcomeState.UNPLACEABLE
+    message = f"no node took {function}: {summary(reasons)}"
+    if not is_pin_known:
+        code = "not_found"
+        message = (
+            f"there is no node {ticket.request.node_id!r}; `tierwise get nodes` lists those "
+            "there are"
+        )
+    elif ticket.failure_count > ticket.request.spec.retries_max:
         code, state = "unavailable", OutcomeState.FAILED
+    elif any(reason is Reason.QUEUE_FULL for _, reason in reasons):
+        code = "overloaded"
+    elif is_hopeless(reasons):
+        code = "infeasible"
+        message = f"no node can ever run {function} as it is asked for: {summary(reasons)}"
     else:
-        state = OutcomeState.UNPLACEABLE
-        code = "overloaded" if Reason.QUEUE_FULL in reasons else "unplaceable"
-    return _outcome(
-        ticket,
-        state,
-        now_s,
-        error_code=code,
-        message=f"no node took {ticket.request.function_id}: {summary(ticket.tried)}",
+        code = "unplaceable"
+    return _outcome(ticket, state, now_s, error_code=code, message=message)
+
+
+def _masked(ticket: Ticket) -> tuple[tuple[NodeId, Reason], ...]:
+    """Return why the last decision found no candidate, if it found none."""
+    why = ticket.explanation
+    return why.masked if why is not None and not why.candidates else ()
+
+
+def _over(ticket: Ticket, now_s: float, where: str) -> str:
+    """Return the message of a request whose caller has given up."""
+    waited_s = now_s - ticket.arrived_at_s
+    return (
+        f"its time of {ticket.request.timeout_s:.3g} s was over after {waited_s:.3g} s, {where}; "
+        "allow a longer timeout"
     )
 
 

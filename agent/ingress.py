@@ -19,6 +19,7 @@ STREAM_IN_FLIGHT_MAX = 8192
 ITEMS_MAX = 4096
 BATCH_RESULTS_MAX = 256
 BATCH_BYTES_MAX = 4 << 20
+_Request = invocation_pb2.InvokeStreamRequest
 
 
 class Ingress(invocation_pb2_grpc.InvocationServiceServicer):
@@ -83,23 +84,28 @@ class Ingress(invocation_pb2_grpc.InvocationServiceServicer):
             open_ids.discard(result.request_id)
             replies.put(result)
 
+        def take(message: invocation_pb2.InvokeStreamRequest) -> None:
+            for invocation in message.invocations:
+                if len(open_ids) >= STREAM_IN_FLIGHT_MAX:
+                    error = Overloaded(
+                        f"this stream has {STREAM_IN_FLIGHT_MAX} calls in flight; "
+                        "wait for some of them",
+                        retry_after_s=0.1,
+                    )
+                    replies.put(_refusal(invocation, error))
+                    continue
+                open_ids.add(invocation.request_id)
+                self._take(invocation, caller, replied)
+            for request_id in message.cancels:
+                self._shell.cancel(request_id)
+
         async with asyncio.TaskGroup() as group:
             writer = group.create_task(replies.write_forever(context))
             try:
-                async for message in request_iterator:
-                    for invocation in message.invocations:
-                        if len(open_ids) >= STREAM_IN_FLIGHT_MAX:
-                            error = Overloaded(
-                                f"this stream has {STREAM_IN_FLIGHT_MAX} calls in flight; "
-                                "wait for some of them",
-                                retry_after_s=0.1,
-                            )
-                            replies.put(_refusal(invocation, error))
-                            continue
-                        open_ids.add(invocation.request_id)
-                        self._take(invocation, caller, replied)
-                    for request_id in message.cancels:
-                        self._shell.cancel(request_id)
+                # Not `async for`, which would hold a large message until the next one comes.
+                while isinstance(message := await context.read(), _Request):
+                    take(message)
+                    del message
                 await replies.flushed(lambda: not open_ids)  # the caller has said all
             finally:
                 writer.cancel()
@@ -189,6 +195,7 @@ class _Replies:
                 count = _fitting(self._results)
                 batch, self._results = self._results[:count], self._results[count:]
                 await context.write(invocation_pb2.InvokeStreamResponse(results=batch))
+                del batch  # it may be large, and the next may be far
             self._wake = loop.create_future()
             self._idle.set()
             await self._wake

@@ -6,6 +6,9 @@ from a peer or from the scheduler is a *host*: it re-checks what it can do now, 
 
     user ─Arrived─► AskPolicy ─Decided─┬─► queue ─► StartInstance? ─► RunOn ─RunFinished─► Reply
                                        └─► Forward ─PeerReplied / PeerFailed─► Reply or next
+
+When the caller gives up on a request that runs elsewhere, its host is told to stop and asked what
+it ran, for a call that is cut short has its split and its bill too.
 """
 
 from collections import OrderedDict
@@ -34,7 +37,7 @@ from tierwise.domain.command import (
     StartInstance,
     StopInstance,
 )
-from tierwise.domain.decision import NotPlaced, Placed, Reason
+from tierwise.domain.decision import Explanation, NotPlaced, Placed, Reason
 from tierwise.domain.event import (
     Arrived,
     CancelAsked,
@@ -60,6 +63,7 @@ from tierwise.domain.view import ClusterView, NodeReading
 STALE_MAX = 3  # decisions on stale views that are taken back, per request
 STALE_MARGIN_S = 0.01  # a node may be busier by this much, and this share of the deadline
 STALE_SHARE = 0.1
+RECALL_S = 1.0  # how long a host may take to say what it ran of a call that was stopped
 ANSWERED_MAX = 4096  # finished requests that are remembered against duplicates
 
 
@@ -194,7 +198,12 @@ class NodeMachine:
                 ticket.next_nodes = list(placed.node_ids[:TRIES_MAX])
                 self._try_next(ticket, now_s, out)
             case NotPlaced() as not_placed:
-                ticket.tried.extend(not_placed.reasons)
+                ticket.explanation = Explanation(
+                    policy_id=event.policy_id,
+                    candidates=(),
+                    masked=not_placed.reasons,
+                    heuristic_choice=None,
+                )
                 self._give_up(ticket, now_s, out)
             case _:
                 assert_never(event.decision)
@@ -355,7 +364,8 @@ class NodeMachine:
         if event.reading is not None:
             self._beliefs.heard(event.node_id, event.reading, now_s)
         there = event.outcome
-        if there.state is OutcomeState.REFUSED:
+        is_recalled = ticket.phase is Phase.RECALLED
+        if there.state is OutcomeState.REFUSED and not is_recalled:
             ticket.tried.append((event.node_id, there.reason or Reason.QUEUE_FULL))
             ticket.phase = Phase.ASKED
             if there.reason is Reason.STALE_VIEW and ticket.stale_count < STALE_MAX:
@@ -367,6 +377,9 @@ class NodeMachine:
         tier = row.node.tier if row is not None else self.node.tier
         latency = self._beliefs.forwarded_latency(ticket, there, now_s)
         outcome = endings.answered(ticket, there, latency, tier, self._prices)
+        has_won = there.state is OutcomeState.OK and not ticket.is_cancelled
+        if there.state is OutcomeState.EXPIRED or (is_recalled and not has_won):
+            outcome = endings.stopped(ticket, outcome, now_s)
         self._finish(ticket, outcome, now_s, out)
 
     def _ask_again(self, ticket: Ticket, now_s: float, out: list[NodeCommand]) -> None:
@@ -387,6 +400,9 @@ class NodeMachine:
         if ticket is None:
             return
         self._beliefs.settle(ticket)
+        if ticket.phase is Phase.RECALLED:
+            self._finish(ticket, endings.unanswered(ticket, now_s), now_s, out)
+            return
         ticket.tried.append((event.node_id, Reason.NODE_UNREACHABLE))
         ticket.failure_count += 1
         ticket.phase = Phase.ASKED
@@ -396,9 +412,17 @@ class NodeMachine:
 
     def _forwarded(self, request_id: RequestId, node_id: NodeId) -> Ticket | None:
         ticket = self._tickets.get(request_id)
-        if ticket is None or ticket.phase is not Phase.FORWARDED or ticket.node_id != node_id:
+        if ticket is None or ticket.node_id != node_id:
             return None
-        return ticket
+        return ticket if ticket.phase in (Phase.FORWARDED, Phase.RECALLED) else None
+
+    def _recall(self, ticket: Ticket, now_s: float, out: list[NodeCommand]) -> None:
+        """Have the host stop a forwarded request; its answer, or a while, ends the request."""
+        assert ticket.node_id is not None
+        self._beliefs.settle(ticket)
+        ticket.phase = Phase.RECALLED
+        ticket.recall_ends_at_s = now_s + RECALL_S
+        out.append(CancelAt(node_id=ticket.node_id, request_id=ticket.request.request_id))
 
     # -- ends -----------------------------------------------------------------------------------
 
@@ -410,10 +434,11 @@ class NodeMachine:
         if ticket.phase is Phase.RUNNING and ticket.instance is not None:
             out.append(KillRun(instance_id=ticket.instance.instance_id, request_id=request_id))
             return
-        if ticket.phase is Phase.FORWARDED and ticket.node_id is not None:
-            self._beliefs.settle(ticket)
-            out.append(CancelAt(node_id=ticket.node_id, request_id=request_id))
-        elif ticket.phase is Phase.QUEUED:
+        if ticket.phase is Phase.FORWARDED:
+            self._recall(ticket, now_s, out)
+        if ticket.phase is Phase.RECALLED:
+            return
+        if ticket.phase is Phase.QUEUED:
             self._line.leave(ticket)
         self._finish(ticket, endings.cancelled(ticket, now_s), now_s, out)
 
@@ -430,7 +455,10 @@ class NodeMachine:
         if any(reason is Reason.EXPIRED for _, reason in ticket.tried):
             self._expire(ticket, now_s, out)
         else:
-            self._finish(ticket, endings.untaken(ticket, now_s), now_s, out)
+            pin = ticket.request.node_id
+            is_pin_known = pin is None or self._beliefs.row(pin) is not None
+            outcome = endings.untaken(ticket, now_s, is_pin_known=is_pin_known)
+            self._finish(ticket, outcome, now_s, out)
 
     def _finish(
         self, ticket: Ticket, outcome: Outcome, now_s: float, out: list[NodeCommand]
@@ -454,15 +482,24 @@ class NodeMachine:
         for instance in self.pool.stale(now_s):
             self._stop(instance, out)
         self._beliefs.forgive(now_s)
-        for ticket in [t for t in self._tickets.values() if t.ends_at_s <= now_s]:
-            if ticket.phase is Phase.FORWARDED and ticket.node_id is not None:
-                self._beliefs.settle(ticket)
-                out.append(CancelAt(node_id=ticket.node_id, request_id=ticket.request.request_id))
-                self._expire(ticket, now_s, out)
-            elif ticket.phase is Phase.QUEUED:
-                self._line.leave(ticket)
-                self._expire(ticket, now_s, out)
+        for ticket in [t for t in self._tickets.values() if t.over_at_s <= now_s]:
+            self._time_over(ticket, now_s, out)
         self._pump(now_s, out)
+
+    def _time_over(self, ticket: Ticket, now_s: float, out: list[NodeCommand]) -> None:
+        """The caller has given up, or the host that should stop has not answered in time."""
+        if ticket.phase is Phase.FORWARDED:
+            ticket.is_late = True
+            self._recall(ticket, now_s, out)
+        elif ticket.phase is Phase.RECALLED:
+            self._finish(ticket, endings.unanswered(ticket, now_s), now_s, out)
+        elif ticket.phase is Phase.QUEUED:
+            self._line.leave(ticket)
+            self._expire(ticket, now_s, out)
+        elif ticket.instance is not None and not ticket.is_late:
+            ticket.is_late = True
+            instance_id = ticket.instance.instance_id
+            out.append(KillRun(instance_id=instance_id, request_id=ticket.request.request_id))
 
     def _stop(self, instance: Instance, out: list[NodeCommand]) -> None:
         self.pool.remove(instance.instance_id)

@@ -6,7 +6,7 @@ Payload bytes live here, keyed by request id; the machine never sees them.
 import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, assert_never
 
@@ -14,6 +14,7 @@ import structlog
 
 from agent.decider import Decider
 from agent.machine import NodeMachine
+from agent.memory import GiveBack
 from agent.runtime.environments import Environments
 from agent.runtime.runtime import InstanceStartError, ItemKind, ItemResult, RunReport, Runtime
 from tierwise.clock import monotonic_s
@@ -45,7 +46,7 @@ from tierwise.domain.event import (
 )
 from tierwise.domain.function import FunctionSpec
 from tierwise.domain.ids import InstanceId, NodeId, RequestId
-from tierwise.domain.outcome import Outcome
+from tierwise.domain.outcome import Outcome, OutcomeState
 from tierwise.domain.request import Request
 from tierwise.domain.view import NodeReading
 from tierwise.errors import TierwiseError
@@ -56,6 +57,7 @@ log = structlog.get_logger()
 
 TICK_S = 0.05
 ANSWERS_BYTES_MAX = 32 << 20
+ANSWERS_KEPT_S = 120.0  # longer than any caller sends again
 REPORTS_MAX = 10_000
 
 # What became of one item, as an error code of tierwise.errors; OK is absent.
@@ -71,6 +73,18 @@ CODE_BY_KIND: dict[ItemKind, str] = {
     ItemKind.CANCELLED: "cancelled",
     ItemKind.NOT_RUN: "unavailable",
 }
+
+# Ends of which only the message tells.
+NAMELESS = frozenset(
+    {
+        ItemKind.OUT_OF_MEMORY,
+        ItemKind.BAD_RESULT,
+        ItemKind.RESULT_TOO_LARGE,
+        ItemKind.TIMED_OUT,
+        ItemKind.WORKER_EXITED,
+        ItemKind.WORKER_DIED,
+    }
+)
 
 OnReply = Callable[[types_pb2.InvocationResult], None]
 
@@ -116,19 +130,34 @@ class _Answers:
     """Finished results, kept against duplicates; the oldest go first."""
 
     results: OrderedDict[str, types_pb2.InvocationResult] = field(default_factory=OrderedDict)
+    put_at_s: dict[str, float] = field(default_factory=dict)
     size_bytes: int = 0
 
-    def put(self, result: types_pb2.InvocationResult) -> None:
-        old = self.results.pop(result.request_id, None)
-        if old is not None:
-            self.size_bytes -= _size_bytes(old)
+    def put(self, result: types_pb2.InvocationResult, now_s: float) -> None:
+        if result.request_id in self.results:
+            self._drop(result.request_id)
         size_bytes = _size_bytes(result)
         if size_bytes > ANSWERS_BYTES_MAX // 8:
             return
         self.results[result.request_id] = result
+        self.put_at_s[result.request_id] = now_s
         self.size_bytes += size_bytes
         while self.size_bytes > ANSWERS_BYTES_MAX:
-            self.size_bytes -= _size_bytes(self.results.popitem(last=False)[1])
+            self._drop(next(iter(self.results)))
+
+    def expire(self, now_s: float) -> int:
+        """Forget what is too old; return how many bytes that were."""
+        size_bytes = self.size_bytes
+        while self.results:
+            oldest = next(iter(self.results))
+            if self.put_at_s[oldest] > now_s - ANSWERS_KEPT_S:
+                break
+            self._drop(oldest)
+        return size_bytes - self.size_bytes
+
+    def _drop(self, request_id: str) -> None:
+        del self.put_at_s[request_id]
+        self.size_bytes -= _size_bytes(self.results.pop(request_id))
 
 
 def _size_bytes(result: types_pb2.InvocationResult) -> int:
@@ -174,6 +203,9 @@ class Shell:
         self._slowdown = slowdown
         self._calls: dict[RequestId, Call] = {}
         self._answers = _Answers()
+        self._memory = GiveBack()
+        # Runs that are over and held back, per instance: what delivers them, and how to do it now.
+        self._held: dict[InstanceId, tuple[asyncio.TimerHandle, Callable[[], None]]] = {}
         self._ended = Call((), [], "")  # the call of the latest Reply; its Report follows
         runtime.on_died = self._idle_instance_died
         self._is_stepping = False
@@ -226,6 +258,9 @@ class Shell:
         while True:
             await asyncio.sleep(TICK_S)
             self.feed(Ticked())
+            now_s = monotonic_s()
+            self._memory.freed(self._answers.expire(now_s))
+            self._memory.tick(now_s)
 
     def _execute(self, command: NodeCommand) -> None:
         match command:
@@ -244,7 +279,7 @@ class Shell:
             case StopInstance():
                 self._group.create_task(self._runtime.stop(command.instance_id))
             case KillRun():
-                self._runtime.cancel(command.instance_id)
+                self._kill(command.instance_id)
             case CancelAt():
                 self._peers.cancel(command.node_id, command.request_id)
             case ReplyAgain():
@@ -311,10 +346,9 @@ class Shell:
 
         def finished(report: RunReport) -> None:
             wait_s = report.run_s * (self._slowdown - 1.0)
-            if wait_s > 0.001:
-                asyncio.get_running_loop().call_later(
-                    wait_s, self._run_finished, command, call, report
-                )
+            is_killed = any(item.kind is ItemKind.CANCELLED for item in report.items)
+            if wait_s > 0.001 and not is_killed:
+                self._hold(command, call, report, wait_s)
             else:
                 self._run_finished(command, call, report)
 
@@ -322,10 +356,37 @@ class Shell:
             command.instance_id, call.arguments, timeout_s=command.timeout_s, on_done=finished
         )
 
+    def _hold(self, command: RunOn, call: Call, report: RunReport, wait_s: float) -> None:
+        """Deliver a report later (*emulation* of a slow node): until then the run goes on."""
+        instance_id = command.instance_id
+
+        def deliver() -> None:
+            del self._held[instance_id]
+            self._run_finished(command, call, report)
+
+        def cut_short() -> None:
+            killed = ItemResult(ItemKind.CANCELLED, message="cancelled")
+            items = tuple([killed] * len(report.items))
+            self._run_finished(command, call, replace(report, items=items))
+
+        timer = asyncio.get_running_loop().call_later(wait_s, deliver)
+        self._held[instance_id] = timer, cut_short
+
+    def _kill(self, instance_id: InstanceId) -> None:
+        held = self._held.pop(instance_id, None)
+        if held is None:
+            self._runtime.cancel(instance_id)
+            return
+        timer, cut_short = held
+        timer.cancel()
+        cut_short()
+
     def _run_finished(self, command: RunOn, call: Call, report: RunReport) -> None:
         if not report.instance_alive:
             self._group.create_task(self._runtime.stop(command.instance_id))
-        call.items = [_item(result) for result in report.items]
+        instance = self.machine.pool.get(command.instance_id)
+        function = instance.spec.function_id if instance is not None else "the function"
+        call.items = [_item(result, function) for result in report.items]
         call.log = report.log
         failed = [item for item in report.items if item.kind is not ItemKind.OK]
         # A batch fails as a whole only if its worker went, or if it is a single call.
@@ -341,7 +402,7 @@ class Shell:
                 peak_memory_mib=report.peak_memory_mib,
                 response_bytes=sum(len(item.value) for item in report.items),
                 error_code=CODE_BY_KIND[first.kind] if first and is_whole else "",
-                message=first.message if first else "",
+                message=_told(first, function) if first else "",
             )
         )
 
@@ -388,6 +449,9 @@ class Shell:
             items = [
                 types_pb2.Item(error_code=outcome.error_code or "internal", message=outcome.message)
             ] * outcome.item_count
+        elif outcome.state is OutcomeState.EXPIRED:  # its own words, not those of the killed worker
+            late = types_pb2.Item(error_code=outcome.error_code, message=outcome.message)
+            items = [late if item.error_code else item for item in items]
         result = types_pb2.InvocationResult(
             request_id=outcome.request_id,
             items=items,
@@ -396,9 +460,11 @@ class Shell:
             reading=None if reading is None else convert.reading_to_pb(reading),
         )
         if outcome.reason is None:  # a refusal is no answer: the request may come back
-            self._answers.put(result)
+            self._answers.put(result, monotonic_s())
         for on_reply in call.on_reply:
             on_reply(result)
+        self._memory.freed(sum(map(len, call.arguments)) + _size_bytes(result))
+        call.arguments = call.items = ()  # may be large; what its report needs stays
 
     def _reply_again(self, request_id: RequestId) -> None:
         call = self._calls.pop(request_id)
@@ -424,15 +490,19 @@ class Shell:
         self.reports.append((outcome, self._ended.log, self._ended.caller, now_s))
 
 
-def _item(result: ItemResult) -> types_pb2.Item:
+def _told(result: ItemResult, function: str) -> str:
+    """Return the message of an item that failed; where no traceback names the function, it does."""
+    if result.kind is ItemKind.NOT_RUN:
+        return f"not run: {result.message or 'its worker ended in an earlier item'}"
+    return f"{function}: {result.message}" if result.kind in NAMELESS else result.message
+
+
+def _item(result: ItemResult, function: str) -> types_pb2.Item:
     if result.kind is ItemKind.OK:
         return types_pb2.Item(value=result.value)
-    message = result.message
-    if result.kind is ItemKind.NOT_RUN:
-        message = f"not run: {message or 'its worker ended in an earlier item'}"
     return types_pb2.Item(
         error_code=CODE_BY_KIND[result.kind],
-        message=message,
+        message=_told(result, function),
         remote_type=result.error_type,
         remote_traceback=result.remote_traceback,
     )

@@ -16,7 +16,8 @@ class Phase(Enum):
     FORWARDED = 2
     QUEUED = 3
     RUNNING = 4
-    ENDED = 5
+    RECALLED = 5  # told to stop where it was forwarded to, and asked what it ran
+    ENDED = 6
 
 
 @dataclass(slots=True)
@@ -39,6 +40,8 @@ class Ticket:
     cold_start_s: float = 0.0
     is_cold: bool = False
     is_cancelled: bool = False
+    is_late: bool = False  # its time was over while it ran here, or elsewhere
+    recall_ends_at_s: float = 0.0
     instance: Instance | None = None
     explanation: Explanation | None = None
     policy_id: PolicyId = NO_POLICY
@@ -52,6 +55,16 @@ class Ticket:
     def ends_at_s(self) -> float:
         """Return when the caller gives up."""
         return self.arrived_at_s + self.request.timeout_s
+
+    @property
+    def over_at_s(self) -> float:
+        """Return when this node stops waiting for it."""
+        return self.recall_ends_at_s if self.phase is Phase.RECALLED else self.ends_at_s
+
+    @property
+    def has_callers_limit(self) -> bool:
+        """Return whether its run ends when the caller gives up, before the function's own time."""
+        return self.ends_at_s - self.run_at_s < self.request.spec.timeout_s
 
     def start_on(self, instance: Instance, now_s: float) -> None:
         """Note that the request runs from `now_s` on; the first run of an instance is cold."""

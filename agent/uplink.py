@@ -36,6 +36,7 @@ log = structlog.get_logger()
 
 RPC_TIMEOUT_S = 10.0
 PULL_TIMEOUT_S = 2.0
+GOODBYE_TIMEOUT_S = 1.0
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 5.0
 REPORTS_PER_BEAT_MAX = 1000
@@ -88,6 +89,8 @@ class Uplink:
         self._assigning = asyncio.Lock()  # the newest assignment must win
         self._outbox = _Outbox()
         self._interval_s = 1.0
+        self._is_leaving = False
+        self._left = asyncio.Event()
         self._channel = secure_channel(scheduler, credentials, scheduler_dns_name())
         self._function_stub = function_pb2_grpc.FunctionServiceStub(self._channel)
         self._policy_stub = policy_pb2_grpc.PolicyServiceStub(self._channel)
@@ -107,11 +110,26 @@ class Uplink:
             if self.is_connected:
                 backoff_s = BACKOFF_FIRST_S
             self.is_connected = False
+            if self._is_leaving:
+                self._left.set()
+                return
             log.warning("session.ended", cause=cause, retry_in_s=backoff_s)
             await asyncio.sleep(backoff_s)
             backoff_s = min(BACKOFF_MAX_S, backoff_s * 2)
             if monotonic_s() - started_s > 60.0:
                 backoff_s = BACKOFF_FIRST_S
+
+    async def leave(self) -> None:
+        """Send what is left to report and say goodbye, so that work goes elsewhere at once."""
+        self._is_leaving = True
+        if not self.is_connected:
+            return
+        self._outbox.wake.set()
+        try:
+            async with asyncio.timeout(GOODBYE_TIMEOUT_S):
+                await self._left.wait()  # the scheduler has heard it
+        except TimeoutError:
+            log.warning("session.no_goodbye", scheduler=self._scheduler)
 
     async def close(self) -> None:
         """Close the connection to the scheduler."""
@@ -180,18 +198,21 @@ class Uplink:
         )
 
     async def _write(self, call: Any) -> None:
-        """Send results at once and a heartbeat every interval."""
+        """Send results at once and a heartbeat every interval; when the agent stops, goodbye."""
         next_beat_s = monotonic_s()
         while True:
             unsent, self._outbox.unsent = self._outbox.unsent, []
             for result in unsent:
                 await call.write(node_pb2.SessionRequest(work_result=result))
+            if self._is_leaving and not self._shell.reports:
+                await call.write(node_pb2.SessionRequest(goodbye=node_pb2.Goodbye()))
+                return
             now_s = monotonic_s()
-            if now_s >= next_beat_s:
+            if now_s >= next_beat_s or self._is_leaving:
                 next_beat_s = now_s + self._interval_s
                 await call.write(node_pb2.SessionRequest(heartbeat=self._heartbeat()))
             self._outbox.wake.clear()
-            if not self._outbox.unsent:
+            if not self._outbox.unsent and not self._is_leaving:
                 try:
                     async with asyncio.timeout(max(0.0, next_beat_s - monotonic_s())):
                         await self._outbox.wake.wait()
@@ -246,7 +267,8 @@ class Uplink:
                 ack = message.work_ack
                 self._outbox.results.pop((ack.request_id, ack.lease), None)
             case "drain":
-                log.info("node.drained", is_on=message.drain.is_on)
+                if message.drain.is_on is not self._shell.machine.is_draining:
+                    log.info("node.drained", is_on=message.drain.is_on)
                 self._shell.feed(DrainAsked(is_on=message.drain.is_on))
             case "policy":
                 self._group.create_task(self._assigned(message.policy, monotonic_s(), wall_s()))

@@ -243,6 +243,10 @@ class Authority:
             self._purge()
             self._store()
 
+    def is_known(self, identity: Identity) -> bool:
+        """Return whether it has, or had, a certificate."""
+        return identity.uri in self._book.issued or identity.uri in self._book.revoked
+
     def is_revoked(self, identity: Identity) -> bool:
         """Return whether a name, or the certificate that it showed, is refused."""
         book = self._book

@@ -37,6 +37,7 @@ class Job:
     request: Request
     lease: int
     sequence: int
+    ends_at_s: float | None = None  # when its submitter gives up
     phase: Phase = Phase.WAITING
     turn: int = 0
     failure_count: int = 0
@@ -62,14 +63,19 @@ class Backlog:
         self._waiting: list[_Entry] = []
         self._parked: dict[NodeId, list[_Entry]] = {}
         self._delayed: list[tuple[float, int, RequestId, int]] = []
+        self._ending: list[tuple[float, int, RequestId]] = []
         self._unplaced: dict[RequestId, None] = {}  # delayed because no node is feasible
         self._leased: dict[NodeId, set[RequestId]] = {}
 
-    def add(self, request: Request, *, lease: int, failure_count: int) -> Job:
+    def add(
+        self, request: Request, *, lease: int, failure_count: int, ends_at_s: float | None = None
+    ) -> Job:
         """Take in a job; it waits."""
         self._job_count += 1
-        job = Job(request, lease, self._job_count, failure_count=failure_count)
+        job = Job(request, lease, self._job_count, ends_at_s, failure_count=failure_count)
         self.jobs[request.request_id] = job
+        if ends_at_s is not None:
+            heappush(self._ending, (ends_at_s, job.sequence, request.request_id))
         self.wait(job)
         return job
 
@@ -156,6 +162,16 @@ class Backlog:
         """Put jobs that no node could take back in line: there is another node."""
         for request_id in list(self._unplaced):
             self.wait(self.jobs[request_id])
+
+    def overdue(self, now_s: float) -> list[Job]:
+        """Return the jobs whose submitter has given up since the last time this was asked."""
+        found = []
+        while self._ending and self._ending[0][0] <= now_s:
+            _, sequence, request_id = heappop(self._ending)
+            job = self.jobs.get(request_id)
+            if job is not None and job.sequence == sequence:
+                found.append(job)
+        return found
 
     def _valid(self, entry: _Entry, phase: Phase) -> Job | None:
         job = self.jobs.get(entry[2])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import structlog
 from sqlalchemy import Connection, delete, select
 
 from scheduler.store.store import Store
@@ -18,6 +19,8 @@ from tierwise.domain.ids import FunctionId, function_id, split_function_id
 from tierwise.errors import FailedPrecondition, InvalidArgument, NotFound, PayloadTooLarge
 from tierwise.v1 import function_pb2, function_pb2_grpc, types_pb2
 from tierwise.wire import convert
+
+log = structlog.get_logger()
 
 CODE_BYTES_MAX = 32 << 20
 FUNCTIONS_MAX = 10_000  # versions; agents are told of all of them
@@ -41,7 +44,11 @@ class FunctionCatalogue(function_pb2_grpc.FunctionServiceServicer):
         self.revision = int(wall_s() * 1000)  # higher at each start
         self.on_changed: Callable[[], None] = lambda: None
         for row in store.read_now(lambda c: c.execute(select(functions)).mappings().all()):
-            spec = convert.spec_from_pb(types_pb2.FunctionSpec.FromString(row["spec"]))
+            try:
+                spec = convert.spec_from_pb(types_pb2.FunctionSpec.FromString(row["spec"]))
+            except InvalidArgument as error:  # an older version has taken it
+                log.error("function.not_loaded", function=row["name"], cause=str(error))
+                continue
             self._specs[spec.function_id] = spec
             self._created[spec.function_id] = row["created_unix_s"]
 

@@ -23,10 +23,12 @@ from scheduler.inventory import Sessions
 from scheduler.machine import ControlPlane
 from scheduler.policies import FALLBACK, PolicyStore
 from scheduler.queue import WorkQueue
+from scheduler.roster import Roster
 from scheduler.store.store import Store
 from scheduler.telemetry import Telemetry
 from scheduler.window import WorkWindow
 from tierwise.config import ClientConfig, SchedulerConfig, dump, link_table, load
+from tierwise.domain.ids import NodeId
 from tierwise.errors import FailedPrecondition, InvalidArgument, TierwiseError
 from tierwise.files import write_atomically
 from tierwise.placement.policy import create
@@ -125,13 +127,19 @@ async def _serve(
     dispatcher = Dispatcher(plane, policies.active(), create(FALLBACK))
     telemetry = Telemetry(store, plane.table, records_max=config.call_records_max)
     functions = FunctionCatalogue(store, telemetry.profile)
+    roster = Roster(store, dispatcher)
+
+    def opened(node_id: NodeId) -> None:
+        roster.changed()
+        window.node_opened(node_id)
+
     sessions = Sessions(
         dispatcher,
         heartbeat_interval_s=config.heartbeat_interval_s,
         catalogue=functions.to_pb,
         assignment=policies.assignment,
         revoked=authority.revoked,
-        on_opened=lambda node_id: window.node_opened(node_id),
+        on_opened=opened,
         on_calls=telemetry.take,
         on_result=lambda node_id, result: window.finished(node_id, result),
     )
@@ -140,7 +148,8 @@ async def _serve(
         dispatcher,
         sessions,
         functions,
-        on_ended=telemetry.take_work,
+        write_call=telemetry.write_work,
+        on_ended=telemetry.learn_work,
         heartbeat_interval_s=config.heartbeat_interval_s,
         group=group,
     )
@@ -186,6 +195,7 @@ async def _serve(
         group.create_task(sessions.broadcast_views_forever()),
         group.create_task(window.run_forever()),
         group.create_task(telemetry.store_forever()),
+        group.create_task(roster.store_forever()),
     ]
     await _stop_asked()
     for task in background:
@@ -267,7 +277,9 @@ def _write_admin_context(folder: Path, authority: Authority, address: str) -> No
 def main() -> int:
     """Parse the command line and run; return the exit code."""
     follow_parent()
-    parser = argparse.ArgumentParser(prog="tierwise scheduler", description=serve.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="tierwise scheduler", description=(serve.__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--config", type=Path, help="scheduler.toml")
     for key in ("state-dir", "listen", "join-listen", "advertise", "database", "policy"):
         parser.add_argument(f"--{key}", help=f"overrides {key.replace('-', '_')} of the file")

@@ -11,7 +11,7 @@ from scheduler.authority import Authority
 from scheduler.dispatch import Dispatcher
 from scheduler.inventory import Sessions
 from scheduler.store.store import Store
-from scheduler.store.tables import drains
+from scheduler.store.tables import drains, nodes
 from tierwise.clock import monotonic_s
 from tierwise.domain.event import NodeDrainAsked, NodeRemoved, PeerSeen
 from tierwise.domain.ids import NodeId, is_name
@@ -84,12 +84,18 @@ class ClusterGateway(cluster_pb2_grpc.ClusterServiceServicer):
         node_id = NodeId(request.node_id)
         if not is_name(node_id):
             raise InvalidArgument(f"{node_id!r} is no node name")
-        self._authority.revoke(Identity(Role.NODE, node_id))
+        identity = Identity(Role.NODE, node_id)
+        if not self._authority.is_known(identity):
+            self._known(node_id)
+        self._authority.revoke(identity)
         self._dispatcher.feed(NodeRemoved(node_id=node_id))
         self._sessions.node_removed(node_id)
-        await self._store.write(
-            lambda c: c.execute(delete(drains).where(drains.c.node_id == node_id))
-        )
+
+        def forget(connection: Connection) -> None:
+            for table in (drains, nodes):
+                connection.execute(delete(table).where(table.c.node_id == node_id))
+
+        await self._store.write(forget)
         log.info("node.removed", node_id=node_id, by=peer_identity(context).uri)
         return cluster_pb2.RemoveNodeResponse()
 

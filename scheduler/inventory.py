@@ -41,6 +41,7 @@ class NodeSession:
         self.policy_id = hello.policy_id
         self.host = types_pb2.HostReading()
         self.policies: Sequence[types_pb2.PolicyHealth] = ()
+        self.has_left = False
         self.outbox = Outbox()
 
 
@@ -187,8 +188,9 @@ class Sessions(node_pb2_grpc.NodeServiceServicer):
             session.outbox.close()
             if self._sessions.get(node.node_id) is session:  # not replaced, not removed
                 del self._sessions[node.node_id]
-                self._dispatcher.feed(SessionClosed(node_id=node.node_id))
-            log.info("session.closed", node_id=node.node_id)
+                closed = SessionClosed(node_id=node.node_id, has_left=session.has_left)
+                self._dispatcher.feed(closed)
+            log.info("session.closed", node_id=node.node_id, has_left=session.has_left)
 
     async def _serve(
         self,
@@ -235,6 +237,9 @@ class Sessions(node_pb2_grpc.NodeServiceServicer):
                     self._on_calls(session.node_id, list(beat.calls), beat.dropped_call_count)
             case "work_result":
                 self._on_result(session.node_id, message.work_result)
+            case "goodbye":
+                session.has_left = True
+                session.outbox.close()
             case _:
                 raise InvalidArgument("a session carries heartbeats and results after its hello")
 

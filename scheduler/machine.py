@@ -24,7 +24,7 @@ from tierwise.domain.command import (
     Record,
     TellDrain,
 )
-from tierwise.domain.decision import NotPlaced, Placed, Reason, summary
+from tierwise.domain.decision import NotPlaced, Placed, Reason, is_hopeless, summary
 from tierwise.domain.event import (
     CancelAsked,
     CatalogueReceived,
@@ -32,6 +32,7 @@ from tierwise.domain.event import (
     Decided,
     HeartbeatReceived,
     NodeDrainAsked,
+    NodeRemembered,
     NodeRemoved,
     PeerSeen,
     SessionClosed,
@@ -52,6 +53,7 @@ RETRY_FIRST_S = 0.2
 RETRY_MAX_S = 30.0
 LOSSES_MAX = 8  # times that work may lose its node before it is given up
 UNPLACED_S_MAX = 3600.0  # how long no node may take it before it is given up
+MIN_TIMEOUT_S = 1e-3  # on the wire 0 means the function's own
 WINDOW_MAX = 10_000  # jobs that the shell keeps here; the rest waits in the store
 IN_FLIGHT_PER_CPU = 4  # leases that keep a node busy without flooding it
 IN_FLIGHT_EXTRA = 4
@@ -125,7 +127,7 @@ class ControlPlane:
             case HeartbeatReceived():
                 self._heartbeat(event, now_s, out)
             case Submitted():
-                self._submitted(event)
+                self._submitted(event, now_s)
             case Decided():
                 self._decided(event, now_s, out)
             case WorkFinished():
@@ -133,7 +135,9 @@ class ControlPlane:
             case SessionOpened():
                 self._session_opened(event, now_s, out)
             case SessionClosed():
-                self._session_closed(event.node_id, out)
+                self._session_closed(event, now_s, out)
+            case NodeRemembered():
+                self._remembered(event, now_s)
             case CancelAsked():
                 self._cancel(event.request_id, out)
             case CatalogueReceived():
@@ -185,11 +189,35 @@ class ControlPlane:
         if job.lease == lease and job.phase is not Phase.LEASED and job.node_id in (None, node_id):
             self._backlog.lease(job, node_id)
 
-    def _session_closed(self, node_id: NodeId, out: list[ControlCommand]) -> None:
+    def _session_closed(
+        self, event: SessionClosed, now_s: float, out: list[ControlCommand]
+    ) -> None:
+        node_id = event.node_id
         self._connected.discard(node_id)
         self._claims.pop(node_id, None)
-        self._set_state(node_id, NodeState.SUSPECT, out)
-        self._backlog.unpark(node_id)
+        if event.has_left:
+            self._set_state(node_id, NodeState.LOST, out)
+            self._lose_all(node_id, now_s, out)
+        else:
+            self._set_state(node_id, NodeState.SUSPECT, out)
+            self._backlog.unpark(node_id)
+
+    def _remembered(self, event: NodeRemembered, now_s: float) -> None:
+        """List a node that is not back yet; it has as long as any to send a heartbeat."""
+        node = event.node
+        if node.node_id in self.table:
+            return
+        heard_at_s = now_s - event.age_s
+        is_lost = event.age_s >= LOST_AFTER * self._interval_s
+        self.table.put(
+            NodeView(
+                node=node,
+                reading=_first_reading(node),
+                state=NodeState.LOST if is_lost else NodeState.SUSPECT,
+                received_at_s=heard_at_s,
+            )
+        )
+        self._heard_at_s[node.node_id] = heard_at_s
 
     def _heartbeat(self, event: HeartbeatReceived, now_s: float, out: list[ControlCommand]) -> None:
         node_id = event.node_id
@@ -210,6 +238,12 @@ class ControlPlane:
                 self._lose_all(node_id, now_s, out)
             elif missed >= SUSPECT_AFTER and state is NodeState.READY:
                 self._set_state(node_id, NodeState.SUSPECT, out)
+        for job in self._backlog.overdue(now_s):
+            if job.phase is Phase.LEASED and job.node_id is not None:
+                # Its node has the same limit, and says what it ran.
+                out.append(CancelAt(node_id=job.node_id, request_id=job.request.request_id))
+            else:
+                self._end_expired(job, None, out)
         self._backlog.wake_due(now_s)
 
     def _drain(self, event: NodeDrainAsked, out: list[ControlCommand]) -> None:
@@ -253,11 +287,16 @@ class ControlPlane:
 
     # -- placing work ---------------------------------------------------------------------------
 
-    def _submitted(self, event: Submitted) -> None:
+    def _submitted(self, event: Submitted, now_s: float) -> None:
         request_id = event.request.request_id
         if request_id in self._backlog.jobs:
             return
-        job = self._backlog.add(event.request, lease=event.lease, failure_count=event.attempt_count)
+        job = self._backlog.add(
+            event.request,
+            lease=event.lease,
+            failure_count=event.attempt_count,
+            ends_at_s=None if event.ends_in_s is None else now_s + event.ends_in_s,
+        )
         for node_id, claimed in self._claims.items():
             lease = claimed.pop(request_id, 0)
             if lease and lease == event.lease:
@@ -302,15 +341,18 @@ class ControlPlane:
             return
         match event.decision:
             case Placed() as placed:
-                self._dispatch(job, placed.node_ids[0], out)
+                self._dispatch(job, placed.node_ids[0], now_s, out)
             case NotPlaced() as not_placed:
                 self._not_placed(job, not_placed, now_s, out)
             case _:
                 assert_never(event.decision)
 
-    def _dispatch(self, job: Job, node_id: NodeId, out: list[ControlCommand]) -> None:
+    def _dispatch(self, job: Job, node_id: NodeId, now_s: float, out: list[ControlCommand]) -> None:
         job.lease += 1
-        job.request = replace(job.request, lease=job.lease)
+        timeout_s = job.request.timeout_s
+        if job.ends_at_s is not None:
+            timeout_s = max(MIN_TIMEOUT_S, job.ends_at_s - now_s)
+        job.request = replace(job.request, lease=job.lease, timeout_s=timeout_s)
         self._backlog.lease(job, node_id)
         row = self.table.get(node_id)
         if row is not None:
@@ -339,15 +381,28 @@ class ControlPlane:
             self._backlog.park(job, full)
             return
         job.refused_by.clear()
-        self._not_now(job, f"no node can take it: {summary(decision.reasons)}", now_s, out)
+        code = "infeasible" if is_hopeless(decision.reasons) else "unplaceable"
+        message = f"no node can take it: {summary(decision.reasons)}"
+        self._not_now(job, message, now_s, out, code=code)
 
-    def _not_now(self, job: Job, message: str, now_s: float, out: list[ControlCommand]) -> None:
-        """No node takes it at present, which is nobody's failure: try later, for an hour."""
+    def _not_now(
+        self,
+        job: Job,
+        message: str,
+        now_s: float,
+        out: list[ControlCommand],
+        *,
+        code: str = "unplaceable",
+    ) -> None:
+        """No node takes it at present, which is nobody's failure: try later, for an hour.
+
+        Also if no node there is could ever take it: another may join.
+        """
         if job.unplaced_since_s is None:
             job.unplaced_since_s = now_s
         job.unplaced_count += 1
         if now_s - job.unplaced_since_s > UNPLACED_S_MAX:
-            self._give_up(job, "unplaceable", message, out)
+            self._give_up(job, code, message, out)
         else:
             self._delay(job, job.unplaced_count, message, now_s, out, is_unplaced=True)
 
@@ -362,8 +417,11 @@ class ControlPlane:
             outcome.state in (OutcomeState.REFUSED, OutcomeState.EXPIRED, OutcomeState.UNPLACEABLE)
             or outcome.error_code in RETRIED_CODES
         )
+        is_over = job.ends_at_s is not None and job.ends_at_s <= now_s
         if job.is_cancelled and outcome.state is not OutcomeState.OK:
-            self._end_cancelled(job, out)
+            self._end_cancelled(job, outcome, out)
+        elif is_over and (is_retried or outcome.state is OutcomeState.CANCELLED):
+            self._end_expired(job, outcome, out)
         elif not is_retried:
             # Also from a node that was given up: its lease is the newest, nobody else has it.
             self._backlog.remove(job)
@@ -399,7 +457,9 @@ class ControlPlane:
         job.unplaced_since_s = None
         message = f"node {job.node_id} was lost while it held this work"
         if job.is_cancelled:
-            self._end_cancelled(job, out)
+            self._end_cancelled(job, None, out)
+        elif job.ends_at_s is not None and job.ends_at_s <= now_s:
+            self._end_expired(job, None, out)
         elif job.loss_count > LOSSES_MAX:
             self._give_up(job, "unavailable", message, out)
         else:
@@ -453,13 +513,35 @@ class ControlPlane:
         if job.phase is Phase.LEASED and job.node_id is not None:
             out.append(CancelAt(node_id=job.node_id, request_id=request_id))
         else:
-            self._end_cancelled(job, out)
+            self._end_cancelled(job, None, out)
 
-    def _end_cancelled(self, job: Job, out: list[ControlCommand]) -> None:
+    def _end_cancelled(self, job: Job, outcome: Outcome | None, out: list[ControlCommand]) -> None:
+        self._end_early(job, outcome, OutcomeState.CANCELLED, "cancelled", "cancelled", out)
+
+    def _end_expired(self, job: Job, outcome: Outcome | None, out: list[ControlCommand]) -> None:
+        where = "before a node had run it"
+        if outcome is not None and outcome.latency.run_s > 0.0:
+            where = f"after it had run {outcome.latency.run_s:.3g} s on {job.node_id}"
+        message = f"its time was over {where}; allow a longer timeout"
+        self._end_early(job, outcome, OutcomeState.EXPIRED, "deadline_exceeded", message, out)
+
+    def _end_early(
+        self,
+        job: Job,
+        outcome: Outcome | None,
+        state: OutcomeState,
+        code: str,
+        message: str,
+        out: list[ControlCommand],
+    ) -> None:
+        """Nobody wants the result any more; what its node ran of it until then is billed."""
         self._backlog.remove(job)
         if self._asked == job.request.request_id:
             self._asked = None
-        out.append(Record(outcome=_outcome(job, OutcomeState.CANCELLED, "cancelled", "cancelled")))
+        if outcome is None:
+            outcome = replace(_outcome(job, state, code, message), node_id=None)
+        changed = replace(outcome, state=state, error_code=code, message=message, reason=None)
+        out.append(Record(outcome=changed))
 
 
 def _first_reading(node: Node) -> NodeReading:

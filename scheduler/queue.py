@@ -12,10 +12,10 @@ from sqlalchemy import Row
 from scheduler.catalogue import FunctionCatalogue
 from scheduler.store import work as table
 from scheduler.store.store import Store
-from scheduler.window import WorkWindow, durable_request
+from scheduler.window import WorkWindow, submission
 from tierwise.clock import wall_s
+from tierwise.domain.event import Submitted
 from tierwise.domain.ids import RequestId
-from tierwise.domain.request import Request
 from tierwise.errors import InvalidArgument, Overloaded
 from tierwise.v1 import types_pb2, work_pb2, work_pb2_grpc
 from tierwise.wire.identity import peer_identity
@@ -34,7 +34,7 @@ class _Prepared:
 
     columns: dict[str, Any]
     arguments: bytes
-    request: Request
+    submitted: Submitted
 
 
 class _Columns:
@@ -72,7 +72,7 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
         caller = peer_identity(context).uri
         if not 0 < len(request.submissions) <= SUBMISSIONS_MAX:
             raise InvalidArgument(f"submit 1 to {SUBMISSIONS_MAX} pieces of work at a time")
-        prepared = [self._prepare(submission, caller) for submission in request.submissions]
+        prepared = [self._prepare(work, caller) for work in request.submissions]
         rows = [each.columns for each in prepared]
         blobs = [each.arguments for each in prepared]
         await self._check_room(rows)
@@ -82,7 +82,7 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
         def stored(accepted: list[table.Accepted]) -> None:
             for each, (_, is_new) in zip(prepared, accepted, strict=True):
                 if is_new:
-                    self._window.accepted(each.request, each.columns["position"])
+                    self._window.accepted(each.submitted, each.columns["position"])
 
         self._being_stored_count += len(rows)
         try:
@@ -138,9 +138,10 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
         self, request: work_pb2.RedriveRequest, context: Any
     ) -> work_pb2.RedriveResponse:
         request_id, position = request.request_id, self._window.next_position()
+        now_unix_s = wall_s()
 
         def revive(connection: Any) -> Row[Any]:
-            table.revive(connection, request_id, position)
+            table.revive(connection, request_id, position, now_unix_s)
             return table.get(connection, request_id)
 
         row = await self._store.write(revive, on_stored=self._window.revived)
@@ -149,9 +150,9 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
 
     # -- inside ---------------------------------------------------------------------------------
 
-    def _prepare(self, submission: work_pb2.Submission, caller: str) -> _Prepared:
-        asked = submission.invocation
-        key = submission.idempotency_key or asked.request_id
+    def _prepare(self, work: work_pb2.Submission, caller: str) -> _Prepared:
+        asked = work.invocation
+        key = work.idempotency_key or asked.request_id
         if len(key) > KEY_MAX:
             raise InvalidArgument(f"idempotency_key has more than {KEY_MAX} characters")
         if not 0 < len(asked.arguments) <= ITEMS_MAX:
@@ -182,7 +183,7 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
             "submitted_unix_s": wall_s(),
             "ended_unix_s": 0.0,
         }
-        return _Prepared(columns, payload, durable_request(_Columns(columns), self._functions))
+        return _Prepared(columns, payload, submission(_Columns(columns), self._functions))
 
     async def _check_room(self, rows: list[dict[str, Any]]) -> None:
         """Refuse what is over the limit; work that is known already is not new.

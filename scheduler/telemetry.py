@@ -1,10 +1,15 @@
-"""What finished calls teach: records, bills, and how functions behave. Serves CallService."""
+"""What finished calls teach: records, bills, and how functions behave. Serves CallService.
+
+Agents report interactive calls with their heartbeats. Durable work is recorded and billed in the
+transaction that stores its result: whoever dies, what has succeeded is on the bill, once.
+"""
 
 # ruff: noqa: D102, N802 - gRPC methods are named and described by the protos
 
 import asyncio
 import datetime
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,12 +78,23 @@ class Telemetry(call_pb2_grpc.CallServiceServicer):
         for report in reports:
             try:
                 self._keep(report)
-            except (TierwiseError, ValueError) as error:
+            except TierwiseError as error:
                 log.warning("call.refused", node_id=node_id, cause=str(error))
 
-    def take_work(self, outcome: types_pb2.Outcome, printed: str, submitter: str) -> None:
-        """Store and learn from durable work that has ended."""
-        self._keep(node_pb2.CallReport(outcome=outcome, log=printed, caller=submitter))
+    def write_work(
+        self, connection: Connection, outcome: types_pb2.Outcome, printed: str, submitter: str
+    ) -> None:
+        """Record durable work that has ended, in the transaction that stores its result."""
+        report = node_pb2.CallReport(outcome=outcome, log=printed, caller=submitter)
+        try:
+            self._write_calls(connection, [_taken(report)])
+        except InvalidArgument as error:  # its result counts all the same
+            log.warning("call.refused", request_id=outcome.request_id, cause=str(error))
+
+    def learn_work(self, outcome: types_pb2.Outcome) -> None:
+        """Learn from durable work that has ended."""
+        with suppress(InvalidArgument):
+            self._learn(convert.outcome_from_pb(outcome))
 
     async def store_forever(self) -> None:
         """Store what was taken four times a second; now and then profiles, and prune records."""
@@ -104,24 +120,22 @@ class Telemetry(call_pb2_grpc.CallServiceServicer):
         """Take one call in.
 
         Raises:
-            InvalidArgument: A field is wrong.
-            ValueError: The function's id is none.
+            InvalidArgument: A field is wrong, or it is durable work.
         """
-        outcome = convert.outcome_from_pb(report.outcome)
-        namespace, name, version = split_function_id(outcome.function_id)
-        if version is None or not 0 < len(outcome.request_id) <= convert.REQUEST_ID_MAX:
-            raise InvalidArgument(f"{outcome.request_id!r} of {outcome.function_id!r} is no call")
-        ago_s = checks.number(report.ended_ago_s, "ended_ago_s", 0.0, AGO_S_MAX)
+        taken = _taken(report)
+        if taken.outcome.lease:
+            raise InvalidArgument(f"{taken.outcome.request_id} is durable: its result records it")
         if len(self._taken) >= TAKEN_MAX:  # the store fails, or reports come too fast
             log.warning("calls.dropped", call_count=len(self._taken))
             self._taken.clear()
-        self._taken.append(_Taken(namespace, name, outcome, report, wall_s() - ago_s))
-        self._learn(outcome)
+        self._taken.append(taken)
+        self._learn(taken.outcome)
 
     async def _store_taken(self) -> None:
+        if self._unstored:
+            self._table.profiles = self._profiles.snapshot()
         if not self._taken:
             return
-        self._table.profiles = self._profiles.snapshot()
         taken, self._taken = self._taken, []
         try:
             await self._store.write(lambda c: self._write_calls(c, taken))
@@ -251,6 +265,23 @@ class _Taken:
     outcome: Outcome
     report: node_pb2.CallReport
     ended_unix_s: float
+
+
+def _taken(report: node_pb2.CallReport) -> _Taken:
+    """Return a report that has been checked.
+
+    Raises:
+        InvalidArgument: A field is wrong.
+    """
+    outcome = convert.outcome_from_pb(report.outcome)
+    try:
+        namespace, name, version = split_function_id(outcome.function_id)
+    except ValueError as error:
+        raise InvalidArgument(str(error)) from None
+    if version is None or not 0 < len(outcome.request_id) <= convert.REQUEST_ID_MAX:
+        raise InvalidArgument(f"{outcome.request_id!r} of {outcome.function_id!r} is no call")
+    ago_s = checks.number(report.ended_ago_s, "ended_ago_s", 0.0, AGO_S_MAX)
+    return _Taken(namespace, name, outcome, report, wall_s() - ago_s)
 
 
 def _amounts(outcome: Outcome) -> dict[str, float]:

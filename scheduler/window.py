@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import structlog
-from sqlalchemy import Row
+from sqlalchemy import Connection, Row
 
 from scheduler.backlog import Phase
 from scheduler.catalogue import FunctionCatalogue
@@ -39,7 +39,8 @@ PRUNE_S = 10.0
 ENDED_KEPT_S = 7 * 86400.0
 ENDED_KEPT_MAX = 200_000
 
-OnEnded = Callable[[types_pb2.Outcome, str, str], None]
+WriteCall = Callable[[Connection, types_pb2.Outcome, str, str], None]
+OnEnded = Callable[[types_pb2.Outcome], None]
 
 
 class WorkWindow:
@@ -52,6 +53,7 @@ class WorkWindow:
         sessions: Sessions,
         functions: FunctionCatalogue,
         *,
+        write_call: WriteCall,
         on_ended: OnEnded,
         heartbeat_interval_s: float,
         group: asyncio.TaskGroup,
@@ -63,7 +65,9 @@ class WorkWindow:
             dispatcher: Decides where it goes.
             sessions: The way to the nodes.
             functions: What may be run.
-            on_ended: Is told of each end: outcome, what was printed, who submitted it.
+            write_call: Records each end beside its result: outcome, what was printed, who
+                submitted it.
+            on_ended: Is told of each end that is on disk.
             heartbeat_interval_s: Nodes that are not back 10 of them after a restart are lost.
             group: Owns the tasks that wait for the store.
         """
@@ -72,6 +76,7 @@ class WorkWindow:
         self._dispatcher = dispatcher
         self._sessions = sessions
         self._functions = functions
+        self._write_call = write_call
         self._on_ended = on_ended
         self._group = group
         self._results: dict[tuple[str, int], tuple[NodeId, types_pb2.InvocationResult]] = {}
@@ -93,14 +98,14 @@ class WorkWindow:
         self._last_position += 1
         return self._last_position
 
-    def accepted(self, request: Request, position: int) -> None:
+    def accepted(self, submitted: Submitted, position: int) -> None:
         """Take on new work that is in the store."""
         self.open_count += 1
         if self._is_behind or self._dispatcher.plane.room == 0:
             self._is_behind = self._was_skipped = True  # it is loaded when its turn comes
         else:
             self._cursor = max(self._cursor, position)
-            self._dispatcher.feed(Submitted(request=request))
+            self._dispatcher.feed(submitted)
 
     def revived(self, row: Row[Any]) -> None:
         """Take on redriven work."""
@@ -171,7 +176,10 @@ class WorkWindow:
         request, node_id = command.request, command.node_id
         request_id, lease = request.request_id, request.lease
         try:
-            blob = await self._store.write(lambda c: table.lease(c, request_id, lease, node_id))
+            attempt = command.attempt_count + 1
+            blob = await self._store.write(
+                lambda c: table.lease(c, request_id, lease, node_id, attempt)
+            )
         except TierwiseError as error:
             log.error("lease.not_stored", request_id=request_id, cause=str(error))
             refused = _outcome_of(request, OutcomeState.REFUSED, "unavailable", str(error))
@@ -195,6 +203,9 @@ class WorkWindow:
         """Store how the work ended, if its lease is still the newest."""
         key = (outcome.request_id, outcome.lease)
         sender, result = self._results.pop(key, (None, _result(outcome)))
+        if result.outcome.error_code != outcome.error_code:  # it was stopped: that is its error
+            del result.items[:]
+            result.items.extend(_result(outcome).items)
         result.outcome.CopyFrom(convert.outcome_to_pb(self._dispatcher.explained(outcome)))
         self._recording.add(key)
         self._spawn(self._record_until_stored(result, _state(outcome, is_dead=is_dead), sender))
@@ -225,17 +236,23 @@ class WorkWindow:
     async def _record(
         self, result: types_pb2.InvocationResult, state: int, *, from_node: NodeId | None = None
     ) -> None:
+        now_unix_s = wall_s()
+
+        def write(connection: Connection) -> str | None:
+            submitter = table.end(
+                connection, state, result, ended_unix_s=now_unix_s, from_node=from_node
+            )
+            if submitter is not None:
+                self._write_call(connection, result.outcome, result.log, submitter)
+            return submitter
+
         def stored(submitter: str | None) -> None:
             if submitter is not None:
                 self.open_count -= 1
                 self.on_changed(result.request_id)
-                self._on_ended(result.outcome, result.log, submitter)
+                self._on_ended(result.outcome)
 
-        now_unix_s = wall_s()
-        await self._store.write(
-            lambda c: table.end(c, state, result, ended_unix_s=now_unix_s, from_node=from_node),
-            on_stored=stored,
-        )
+        await self._store.write(write, on_stored=stored)
 
     def delay(self, command: Delay) -> None:
         """Store that an attempt failed."""
@@ -294,13 +311,11 @@ class WorkWindow:
     def _submit(self, row: Row[Any]) -> None:
         """Give stored work to the machine; what cannot run any more ends with the reason."""
         try:
-            request = durable_request(row, self._functions)
+            submitted = submission(row, self._functions)
         except TierwiseError as error:
             self.record(_outcome(row, OutcomeState.FAILED, error.code, error.message), is_dead=True)
             return
-        self._dispatcher.feed(
-            Submitted(request=request, attempt_count=row.attempt_count, lease=row.lease)
-        )
+        self._dispatcher.feed(submitted)
 
     # -- inside ---------------------------------------------------------------------------------
 
@@ -324,23 +339,36 @@ class WorkWindow:
         self._group.create_task(guarded())
 
 
-def durable_request(row: Any, functions: FunctionCatalogue) -> Request:
-    """Return the request of a row of `work`.
+def submission(row: Any, functions: FunctionCatalogue) -> Submitted:
+    """Return what the machine is told of a row of `work`.
 
-    Each run is bounded by the function's own timeout; how long durable work may wait for one is
-    not bounded, so the caller's `timeout_s` does not count.
+    Each run is bounded by the function's own timeout. How long durable work may wait for one is
+    bounded only if its submitter gave a timeout, which counts from the submission.
 
     Raises:
         InvalidArgument: A field is wrong.
         NotFound: The function is gone.
     """
     header = types_pb2.Invocation.FromString(row.header)
-    header.timeout_s = convert.TIMEOUT_S_MAX
     header.arguments.append(b"")  # the real ones stay in the store
     request = convert.request_from_invocation(
         header, functions.find(row.function_id), origin=ORIGIN
     )
-    return replace(request, item_count=row.item_count, request_bytes=row.request_bytes)
+    ends_in_s = None
+    if header.timeout_s:
+        ends_in_s = max(0.0, row.submitted_unix_s + header.timeout_s - wall_s())
+    return Submitted(
+        request=replace(
+            request,
+            item_count=row.item_count,
+            request_bytes=row.request_bytes,
+            timeout_s=convert.TIMEOUT_S_MAX,
+        ),
+        # The attempt that a node has is counted already, and has not failed.
+        attempt_count=max(0, row.attempt_count - (row.state == table.LEASED)),
+        lease=row.lease,
+        ends_in_s=ends_in_s,
+    )
 
 
 def _state(outcome: Outcome, *, is_dead: bool) -> int:

@@ -7,11 +7,12 @@
     │   ├── NotFound               no such function, call, node or policy
     │   ├── AlreadyExists          the name is taken with other content
     │   ├── FailedPrecondition     right request, wrong moment; the message says what is missing
+    │   ├── Infeasible             no node of this cluster can ever run it; a reason per node
     │   └── PermissionDenied       the certificate does not carry this right
     ├── Unauthenticated        get a certificate or a fresh token
     ├── RetryLater             send the same request again after `retry_after_s`
     │   ├── Overloaded             every queue that could take it is full
-    │   ├── Unplaceable            no node may run it now; the message lists a reason per node
+    │   ├── Unplaceable            no node may run it now, one could later; a reason per node
     │   └── Unavailable            the other side could not be reached
     ├── DeadlineExceeded       allow more time, or ask for less
     ├── Cancelled              somebody asked for it
@@ -90,6 +91,12 @@ class FailedPrecondition(CallerError):
     code = "failed_precondition"
 
 
+class Infeasible(CallerError):
+    """No node could run the request, however long one waits: it asks for what none has."""
+
+    code = "infeasible"
+
+
 class PermissionDenied(CallerError):
     """The caller's identity does not carry this right."""
 
@@ -115,7 +122,7 @@ class Overloaded(RetryLater):
 
 
 class Unplaceable(RetryLater):
-    """No node may run the request now."""
+    """No node may run the request now, but one could later."""
 
     code = "unplaceable"
 
@@ -188,6 +195,7 @@ STATUS_BY_CODE: dict[str, str] = {
     "not_found": "NOT_FOUND",
     "already_exists": "ALREADY_EXISTS",
     "failed_precondition": "FAILED_PRECONDITION",
+    "infeasible": "FAILED_PRECONDITION",
     "permission_denied": "PERMISSION_DENIED",
     "unauthenticated": "UNAUTHENTICATED",
     "overloaded": "RESOURCE_EXHAUSTED",

@@ -10,6 +10,8 @@ from pathlib import Path
 from tierwise.errors import StartFailed
 
 BUILD_TIMEOUT_S = 600.0
+REASON_LENGTH_MAX = 1500
+NOISE = ("WARNING:", "DEPRECATION:", "[notice]")
 SHIM_REQUIREMENTS = ("cloudpickle", "msgspec")
 PRELOAD = ("numpy",)
 
@@ -37,7 +39,7 @@ class Environments:
         """Return the environment for `requirements`; none of them means the agent's interpreter.
 
         Raises:
-            StartFailed: They could not be installed; the message has the end of pip's output.
+            StartFailed: They could not be installed; the message has pip's reason.
         """
         if not requirements:
             return HOST
@@ -81,8 +83,17 @@ async def _run(*command: str) -> None:
             f"installing the requirements took more than {BUILD_TIMEOUT_S:.0f} s; ask for fewer"
         ) from None
     if process.returncode:
-        tail = output.decode(errors="replace")[-1500:].strip()
         raise StartFailed(
             f"the requirements could not be installed on this node; correct them and deploy "
-            f"again. pip said:\n{tail}"
+            f"again. pip said:\n{reason(output.decode(errors='replace'))}"
         )
+
+
+def reason(output: str) -> str:
+    """Return why pip failed: its errors, or the end of what it said if it named none."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = list(dict.fromkeys(line for line in lines if line.startswith("ERROR:")))
+    others = [
+        line for line in lines if not line.startswith(("WARNING:", "DEPRECATION:", "[notice]"))
+    ]
+    return "\n".join(errors or others or lines)[-REASON_LENGTH_MAX:].strip()

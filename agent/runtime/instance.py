@@ -20,6 +20,7 @@ LOG_BYTES_MAX = 8000  # with the note of what was dropped it stays within 8 KiB
 LOG_READ_MAX = 4 << 20  # how much is read and dropped in one go before the loop gets its turn
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 DEATH_WAIT_S = 1.0
+MORE_MEMORY = "raise memory= or send smaller inputs"
 FRAME_BYTES_MAX = 128 << 20
 _U32 = struct.Struct("<I")
 
@@ -196,7 +197,7 @@ class Worker(asyncio.Protocol):
                 self.kill(
                     ItemKind.OUT_OF_MEMORY,
                     f"the function used {used_mib:.0f} MiB; its limit is {self._memory_mib} MiB: "
-                    "raise memory= or send smaller inputs",
+                    f"{MORE_MEMORY}",
                 )
 
     async def close(self) -> None:
@@ -262,6 +263,8 @@ class Worker(asyncio.Protocol):
             return
         items, done = message
         for index, kind, value, error_type, text, remote_traceback in items:
+            if kind == ItemKind.OUT_OF_MEMORY:
+                text += f"; its limit is {self._memory_mib} MiB: {MORE_MEMORY}"
             self._results[index] = ItemResult(
                 ItemKind(kind), value, error_type, text, remote_traceback
             )
@@ -277,13 +280,14 @@ class Worker(asyncio.Protocol):
         on_done, self._on_done = self._on_done, None
         if on_done is None:
             return
+        results, self._results = self._results, []  # they may be large, and the next may be far
         self._read_log()
         printed = self._log.decode(errors="replace")
         if self._dropped_bytes:
             printed = f"[{self._dropped_bytes} bytes before this were dropped]\n{printed}"
         on_done(
             RunReport(
-                items=tuple(NOT_RUN if item is None else item for item in self._results),
+                items=tuple(NOT_RUN if item is None else item for item in results),
                 run_s=run_s,
                 peak_memory_mib=peak_mib,
                 log=printed,
@@ -298,7 +302,11 @@ class Worker(asyncio.Protocol):
             return
         (running,) = _U32.unpack_from(self._progress, 0)
         if running < len(self._results) and self._results[running] is None:
-            kind, message = self._killed or (ItemKind.WORKER_DIED, _in_words(self._exit_code))
+            kind, message = self._killed or (
+                ItemKind.WORKER_DIED,
+                f"{_in_words(self._exit_code)} before it returned: a function must not end its "
+                "process; `tierwise logs` shows what it printed",
+            )
             self._results[running] = ItemResult(kind, message=message)
         self._finish(self._loop.time() - self._started_s, 0.0, is_alive=False)
 

@@ -134,7 +134,7 @@ def _call(
     try:
         result = function(*args, **kwargs)
     except MemoryError as error:
-        message = f"the function ran out of its memory: {_text(error)}"
+        message = ": ".join(filter(None, ("the function ran out of its memory", _text(error))))
         return index, OUT_OF_MEMORY, b"", "MemoryError", message, _trace(error)
     except (SystemExit, KeyboardInterrupt) as error:
         message = f"the function ended its process: {type(error).__name__}({_text(error)})"
@@ -142,10 +142,9 @@ def _call(
     except BaseException as error:
         return index, RAISED, b"", type(error).__name__, _text(error), _trace(error)
     try:
-        value = payload.encode(result)
+        value = payload.encode(result, "the result")
     except ValueError as error:
-        message = f"the result cannot travel: {_text(error)}"
-        return index, BAD_RESULT, b"", type(error).__name__, message, ""
+        return index, BAD_RESULT, b"", type(error).__name__, _text(error), ""
     except MemoryError:
         message = "the result could not be encoded within the function's memory"
         return index, OUT_OF_MEMORY, b"", "MemoryError", message, ""

@@ -87,6 +87,15 @@ results = Table(
     Column("result", LargeBinary, nullable=False),
 )
 
+# Nodes that have joined and were not removed, connected or not.
+nodes = Table(
+    "nodes",
+    metadata,
+    Column("node_id", String(63), primary_key=True),
+    Column("node", LargeBinary, nullable=False),
+    Column("seen_unix_s", Float, nullable=False),
+)
+
 # Nodes that are drained; it outlives sessions and restarts.
 drains = Table("drains", metadata, Column("node_id", String(63), primary_key=True))
 

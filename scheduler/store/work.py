@@ -89,14 +89,19 @@ def known_count(connection: Connection, rows: Sequence[dict[str, Any]]) -> int:
     return sum(row["idempotency_key"] in by_key or row["request_id"] in by_id for row in rows)
 
 
-def lease(connection: Connection, request_id: str, token: int, node_id: str) -> bytes | None:
-    """Give the work to a node if `token` is the highest yet; return its arguments, or None."""
+def lease(
+    connection: Connection, request_id: str, token: int, node_id: str, attempt: int
+) -> bytes | None:
+    """Give the work to a node if `token` is the highest yet; return its arguments, or None.
+
+    `attempt` counts this one: 1 for the first.
+    """
     done = connection.execute(
         update(work)
         .where(work.c.request_id == request_id)
         .where(work.c.lease < token)
         .where(work.c.state.in_(OPEN))
-        .values(state=LEASED, lease=token, node_id=node_id)
+        .values(state=LEASED, lease=token, node_id=node_id, attempt_count=attempt)
     )
     if not done.rowcount:
         return None
@@ -105,7 +110,10 @@ def lease(connection: Connection, request_id: str, token: int, node_id: str) -> 
 
 
 def requeue(connection: Connection, request_id: str, attempt_count: int, message: str) -> None:
-    """Note an attempt that failed."""
+    """Note that the work waits again after `attempt_count` attempts that failed.
+
+    An attempt that never ran (refused, expired in a queue) or whose node was lost is taken back.
+    """
     connection.execute(
         update(work)
         .where(work.c.request_id == request_id)
@@ -146,8 +154,8 @@ def end(
     return str(row.submitted_by)
 
 
-def revive(connection: Connection, request_id: str, position: int) -> None:
-    """Queue dead-lettered work again, as if it were new.
+def revive(connection: Connection, request_id: str, position: int, now_unix_s: float) -> None:
+    """Queue dead-lettered work again, as if it were submitted now.
 
     Raises:
         NotFound: There is no such work.
@@ -158,7 +166,12 @@ def revive(connection: Connection, request_id: str, position: int) -> None:
         .where(work.c.request_id == request_id)
         .where(work.c.state == DEAD)
         .values(
-            state=QUEUED, position=position, attempt_count=0, message="redriven", ended_unix_s=0.0
+            state=QUEUED,
+            position=position,
+            attempt_count=0,
+            message="redriven",
+            submitted_unix_s=now_unix_s,
+            ended_unix_s=0.0,
         )
     )
     if not done.rowcount:

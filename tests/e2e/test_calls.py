@@ -92,11 +92,15 @@ def test_an_exception_arrives_with_its_remote_traceback() -> None:
     ("how", "error", "words"),
     [
         ("hang", tierwise.FunctionTimedOut, "longer than"),
-        ("exit", tierwise.FunctionDied, "code 3"),
+        ("exit", tierwise.FunctionDied, "default/behave@.* exited with code 3 .* must not end"),
         ("sys.exit", tierwise.FunctionDied, "SystemExit"),
         ("segfault", tierwise.FunctionDied, "SIGSEGV"),
-        ("allocate", tierwise.FunctionOutOfMemory, "memory"),
-        ("unencodable", tierwise.FunctionError, "cannot travel"),
+        ("allocate", tierwise.FunctionOutOfMemory, "limit is 300 MiB: raise memory="),
+        (
+            "unencodable",
+            tierwise.FunctionError,
+            "the result is of type object, which",
+        ),
         ("large", tierwise.FunctionError, "bytes"),
     ],
 )
@@ -147,9 +151,26 @@ def test_an_expired_call_never_runs_and_says_so() -> None:
         behave.options(timeout="1us").remote("echo", 1)
 
 
-def test_a_pin_to_a_node_that_is_not_there_names_every_nodes_reason() -> None:
-    with pytest.raises(tierwise.Unplaceable, match="edge-1: pinned elsewhere"):
+def test_a_pin_to_a_node_that_is_not_there_is_not_found() -> None:
+    with pytest.raises(tierwise.NotFound, match="there is no node 'mars'"):
         behave.options(node="mars").remote("echo", 1)
+
+
+def test_a_call_that_fits_nowhere_is_the_callers_to_change() -> None:
+    with pytest.raises(tierwise.Infeasible, match="cloud-1: over budget"):
+        behave.options(budget_usd=0.0).remote("echo", 1)
+
+
+def test_a_call_that_its_caller_gives_up_is_billed_where_it_ran(ask: Operator) -> None:
+    for name in ("edge-1", "cloud-1"):
+        there = behave.options(node=name)
+        there.remote("echo", 1)
+        with pytest.raises(tierwise.DeadlineExceeded, match=f"it ran .* s on {name}"):
+            there.options(timeout="0.5s").remote("hang")
+        late = [call["outcome"] for call in _calls_until(ask, name, state="expired")]
+        [outcome] = [o for o in late if (o["node_id"], o["state"]) == (name, "expired")]
+        assert outcome["latency"]["run_s"] > 0.0
+        assert outcome["money_usd"] > 0.0
 
 
 def test_a_tier_wish_is_obeyed(ask: Operator) -> None:
@@ -194,11 +215,12 @@ def test_an_equal_deployment_is_the_same_version_and_a_changed_one_is_new(
     assert client.function(f"stepper@{first}").remote(1) == 2
 
 
-def _calls_until(ask: Operator, node: str) -> list[dict]:  # type: ignore[type-arg]
+def _calls_until(ask: Operator, node: str, state: str = "") -> list[dict]:  # type: ignore[type-arg]
     """Return recorded calls, waiting until one that ran on `node` has been reported."""
     for _ in range(100):
         calls = ask.calls(limit=500)
-        if any(c["outcome"]["node_id"] == node for c in calls):
+        ended = [c["outcome"]["state"] for c in calls if c["outcome"]["node_id"] == node]
+        if state in ended or (ended and not state):
             return calls
         time.sleep(0.05)
     raise AssertionError(f"no call on {node} was recorded")

@@ -13,8 +13,11 @@ import pytest
 from typer.testing import CliRunner
 
 from tierwise.cli import main
-from tierwise.errors import ERROR_BY_CODE, TierwiseError, error_from_code
+from tierwise.cli.output import table_lines
+from tierwise.errors import ERROR_BY_CODE, NotFound, TierwiseError, error_from_code
 from tierwise.placement.score import DEFAULT_WEIGHTS
+from tierwise.sdk.local import default_nodes, parse_nodes
+from tierwise.sdk.operator import Operator
 
 VERBS = (
     *("up", "agent", "scheduler", "deploy", "invoke", "submit", "get", "describe", "logs"),
@@ -77,6 +80,13 @@ ELSEWHERE = {
     "residual": 0.0,
     "propensity": 0.0,
 }
+WHY = {
+    "choice": "edge-1",
+    "candidates": [CANDIDATE, ELSEWHERE],
+    "masked": [{"node_id": "cloud-1", "reason": "over budget"}],
+    "heuristic_choice": "edge-1",
+    "fallback": "",
+}
 OUTCOME = {
     "request_id": "abc123",
     "function_id": "default/f@1",
@@ -109,13 +119,7 @@ OUTCOME = {
     },
     "trial_id": 3,
     "block": 12,
-    "explanation": {
-        "choice": "edge-1",
-        "candidates": [CANDIDATE, ELSEWHERE],
-        "masked": [{"node_id": "cloud-1", "reason": "over budget"}],
-        "heuristic_choice": "edge-1",
-        "fallback": "",
-    },
+    "explanation": WHY,
 }
 
 
@@ -148,12 +152,14 @@ class Asked:
 
     def __init__(self) -> None:
         self.orders: list[tuple[Any, ...]] = []
+        self.outcome: dict[str, Any] = OUTCOME
+        self.used: list[dict[str, Any]] = []
 
     def nodes(self) -> list[dict[str, Any]]:
         return [NODE]
 
     def call(self, request_id: str) -> dict[str, Any]:
-        return {"outcome": OUTCOME, "log": "hello\n"}
+        return {"outcome": self.outcome, "log": "hello\n"}
 
     def policies(self) -> list[dict[str, Any]]:
         return [POLICY]
@@ -169,6 +175,12 @@ class Asked:
 
     def calls(self, function: str = "", node: str = "", limit: int = 50) -> list[dict[str, Any]]:
         return []
+
+    def usage(self, namespace: str = "") -> list[dict[str, Any]]:
+        return [row for row in self.used if namespace in ("", row["namespace"])]
+
+    def namespace_usage(self, namespace: str = "") -> list[dict[str, Any]]:
+        return Operator.namespace_usage(self, namespace)  # type: ignore[arg-type]
 
     def tokens(self) -> list[dict[str, Any]]:
         return []
@@ -321,6 +333,7 @@ def test_a_bug_is_named_without_a_traceback(monkeypatch: pytest.MonkeyPatch, cap
         (["token", "create", "--role", "king"], "--role 'king'"),
         (["token", "create", "--ttl", "soon"], "'soon' is no duration"),
         (["up", "--nodes", "3x"], "1c,1f,2e"),
+        (["usage", "--by", "moon"], "--by 'moon'"),
         (["completion", "tcsh"], "choose one of bash"),
     ],
 )
@@ -405,8 +418,48 @@ def test_policies_and_nodes_show_trials_and_fallbacks(asked: Asked) -> None:
     assert "dropped" not in nodes
 
 
+def test_explain_tells_of_a_call_that_no_node_took(asked: Asked) -> None:
+    failed = {
+        **OUTCOME,
+        "state": "unplaceable",
+        "node_id": "",
+        "latency": {"queue_s": 0.001},
+        "error_code": "infeasible",
+        "message": "no node can ever run it",
+        "tried": [],
+        "explanation": {**WHY, "candidates": [], "heuristic_choice": ""},
+    }
+    asked.outcome = failed
+    text = run("explain", "abc").output
+    for part in ("ran on    no node", "deadline 100.0 ms missed", "no node was a candidate"):
+        assert part in text, part
+    assert "masked    cloud-1: over budget" in text
+    asked.outcome = {**failed, "explanation": None, "policy_id": ""}
+    assert "before a policy was asked" in run("explain", "abc").output
+
+
 def test_logs_print_what_a_call_printed(asked: Asked) -> None:
     assert run("logs", "abc").stdout == "--- abc123 on edge-1 ---\nhello\n"
+
+
+def test_usage_is_summed_per_namespace(asked: Asked) -> None:
+    def row(namespace: str, function: str, calls: int) -> dict[str, Any]:
+        counts = dict.fromkeys(("item_count", "missed_count", "failed_count", "cold_count"), calls)
+        amounts = {"call_count": calls, "gb_s": calls / 2, "cpu_s": 1.0, "money_usd": calls * 1e-6}
+        return {"namespace": namespace, "function": function, **counts, **amounts}
+
+    asked.used = [row("a", "f", 1), row("a", "g", 2), row("b", "f", 4)]
+    totals = json.loads(run("usage", "--by", "namespace", "-o", "json").stdout)
+    assert [(t["namespace"], t["function_count"], t["call_count"]) for t in totals] == [
+        ("a", 2, 3),
+        ("b", 1, 4),
+    ]
+    assert totals[0]["gb_s"] == 1.5
+    assert totals[0]["money_usd"] == pytest.approx(3e-6)
+    lines = run("usage", "--by", "namespace").stdout.splitlines()
+    assert [line.split()[:3] for line in lines[1:]] == [["a", "2", "3"], ["b", "1", "4"]]
+    assert run("usage", "--namespace", "b", "-o", "name").stdout == "b/f\n"
+    assert "nothing used yet in c" in run("usage", "--namespace", "c").stderr
 
 
 # -- orders -------------------------------------------------------------------------------------
@@ -489,6 +542,12 @@ def test_a_token_goes_alone_to_standard_output(asked: Asked) -> None:
     assert asked.orders == [("token", "user", "ada", 600.0)]
 
 
+def test_a_node_that_is_not_there_is_named_before_anybody_is_asked(asked: Asked) -> None:
+    result = CliRunner().invoke(main.app, ["remove", "edge-9"], input="y\n")
+    assert isinstance(result.exception, NotFound)
+    assert "remove edge-9 and" not in result.output
+
+
 def test_removing_a_node_asks_first(asked: Asked) -> None:
     result = CliRunner().invoke(main.app, ["remove", "edge-1"], input="n\n")
     assert result.exit_code == 1
@@ -525,9 +584,12 @@ def test_a_file_that_cannot_be_deployed_says_why(
         _apps(str(file))
 
 
-def test_a_named_app_is_found_even_if_the_file_is_named_like_a_module(tmp_path: Path) -> None:
+def test_a_named_app_is_found_even_if_the_file_is_named_like_a_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tierwise.cli.work import _apps
 
+    monkeypatch.setattr(sys, "path", [*sys.path])  # processes of later tests need the real json
     file = tmp_path / "json.py"
     file.write_text("import tierwise\nfirst = tierwise.App('one')\nsecond = tierwise.App('two')\n")
     assert [app.name for app in _apps(f"{file}:second")] == ["two"]
@@ -552,3 +614,80 @@ def test_the_doctor_answers_for_every_check(
         for check in checks.values()
         if check["check"] != "context"
     )
+
+
+def test_a_policy_that_is_not_there_leaves_no_state(tmp_path: Path) -> None:
+    result = run("up", "--policy", "bogus", "--state", str(tmp_path / "state"))
+    assert isinstance(result.exception, NotFound)
+    assert "'bogus'" in str(result.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_default_cluster_grows_with_the_machine_within_bounds() -> None:
+    sizes = {cpus: default_nodes(cpus) for cpus in (1, 2, 4, 8, 16, 128)}
+    assert sizes == {
+        1: "1c,1f,2e",
+        2: "1c,1f,2e",
+        4: "1c,1f,4e",
+        8: "1c,2f,8e",
+        16: "1c,2f,8e",
+        128: "1c,2f,8e",
+    }
+    assert all(len(parse_nodes(nodes)) <= 11 for nodes in sizes.values())
+
+
+@pytest.mark.parametrize("module", ["agent.daemon", "scheduler.daemon"])
+def test_the_daemons_explain_themselves_to_users(module: str) -> None:
+    command = [sys.executable, "-m", module, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "until SIGTERM or SIGINT." in done.stdout
+    assert "Raises" not in done.stdout
+
+
+def test_a_login_writes_the_context_that_was_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tierwise.wire import identity
+    from tierwise.wire.identity import Credentials, Identity, Role
+
+    async def joined(*_: object) -> tuple[Credentials, str, Identity]:
+        return (
+            Credentials(key=b"k", certificate=b"c", authority=b"a"),
+            "s:1",
+            Identity(Role.USER, "ada"),
+        )
+
+    monkeypatch.setattr(identity, "join", joined)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("TIERWISE_CONTEXT", raising=False)
+    by_flag, by_folder = tmp_path / "flag", tmp_path / "folder"
+    login = ["login", "j:1", "--name", "ada", "--token", "t"]
+    assert run("--context", str(by_flag), *login).exit_code == 0
+    assert run("--context", str(by_flag), *login, "--folder", str(by_folder)).exit_code == 0
+    monkeypatch.delenv("TIERWISE_CONTEXT")
+    assert run(*login).exit_code == 0
+    home = tmp_path / "home/.tierwise/client"
+    assert all((folder / "client.toml").exists() for folder in (by_flag, by_folder, home))
+
+
+def test_columns_do_not_move_with_what_stands_in_them() -> None:
+    for call in ("1a2b", "f00d", "77"):
+        header, line = table_lines(["call", "count", "note"], [[call, 7, "x"]])
+        assert line.startswith(call)
+        assert line.index("7", len(call)) == header.index("COUNT") + 4
+    lines = table_lines(["call", "age", "note"], [["a", "3s", "2 nodes"], ["b", "12s", ""]])
+    assert lines == ["CALL  AGE  NOTE", "a      3s  2 nodes", "b     12s"]
+    wide = table_lines(["name", "n"], [["äö日本", 1.5], ["a\x1b[2J\nb", 10]])
+    assert wide[1:] == ["äö日本   1.5", "a [2J b   10"]
+
+
+def test_top_does_not_cut_what_goes_into_a_pipe(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tierwise.cli.top.pause", interrupt)
+    header, line = run("top").stdout.splitlines()
+    assert header.split()[-1] == "MIB"
+    assert line.split()[-1] == "55"

@@ -24,6 +24,8 @@ from tierwise.domain.event import (
     Decided,
     HeartbeatReceived,
     NodeDrainAsked,
+    NodeRemembered,
+    NodeRemoved,
     SessionClosed,
     SessionOpened,
     Submitted,
@@ -32,7 +34,7 @@ from tierwise.domain.event import (
 )
 from tierwise.domain.function import FunctionSpec, Priority
 from tierwise.domain.ids import NodeId, PolicyId, RequestId
-from tierwise.domain.outcome import Outcome, OutcomeState
+from tierwise.domain.outcome import LatencySplit, Outcome, OutcomeState
 from tierwise.domain.request import Request
 from tierwise.domain.resources import Resources
 from tierwise.domain.topology import Node, NodeState, Tier
@@ -339,7 +341,7 @@ def test_work_that_nobody_can_take_for_an_hour_is_dead_lettered_with_the_reason(
     ask_of(plane.step(Ticked(), now_s))
     [dead] = plane.step(not_placed("w", (A, Reason.NO_GPU)), now_s)
     assert isinstance(dead, DeadLetter)
-    assert (dead.outcome.error_code, dead.outcome.state) == ("unplaceable", OutcomeState.FAILED)
+    assert (dead.outcome.error_code, dead.outcome.state) == ("infeasible", OutcomeState.FAILED)
     assert "no gpu" in dead.outcome.message
 
 
@@ -520,3 +522,95 @@ def test_a_node_that_returns_with_an_old_lease_does_not_get_the_work_back() -> N
     plane.step(SessionOpened(node=node(A), leases=((RequestId("w"), 1),)), 11.2)
     assert plane.step(finished("w", 1), 11.3) == []
     assert ask_of(plane.step(Ticked(), 13.0)).request.request_id == "w"
+
+
+# -- work whose submitter gives up ---------------------------------------------------------------
+
+
+def limited(name: str, ends_in_s: float) -> Submitted:
+    return replace(work(name), ends_in_s=ends_in_s)
+
+
+def test_waiting_work_ends_when_its_submitter_gives_up() -> None:
+    plane = ControlPlane()
+    plane.step(limited("w", 5.0), 1.0)
+    assert plane.step(Ticked(), 5.9) == []
+    [record] = plane.step(Ticked(), 6.0)
+    assert isinstance(record, Record)
+    assert record.outcome.state is OutcomeState.EXPIRED
+    assert record.outcome.error_code == "deadline_exceeded"
+    assert "before a node had run it; allow a longer timeout" in record.outcome.message
+    assert plane.job_count == 0
+    assert plane.step(SessionOpened(node=node(A)), 7.0)[1:] == []
+
+
+def test_a_node_is_told_how_much_time_is_left_and_bills_what_it_ran() -> None:
+    plane = ControlPlane()
+    plane.step(SessionOpened(node=node(A)), 0.0)
+    plane.step(limited("w", 5.0), 1.0)
+    [dispatch] = place(plane, "w", A, 2.0)
+    assert isinstance(dispatch, Dispatch)
+    assert dispatch.request.timeout_s == 4.0
+    plane.step(HeartbeatReceived(node_id=A, reading=NodeReading(sequence=1)), 5.5)
+    cancel = CancelAt(node_id=A, request_id=RequestId("w"))
+    assert plane.step(Ticked(), 6.0) == [cancel]
+    assert plane.step(Ticked(), 6.1) == []
+    ran = finished("w", 1, state=OutcomeState.CANCELLED, latency=LatencySplit(run_s=3.5))
+    [record] = plane.step(replace(ran, outcome=replace(ran.outcome, money_usd=1e-6)), 6.1)
+    assert isinstance(record, Record)
+    assert record.outcome.state is OutcomeState.EXPIRED
+    assert "after it had run 3.5 s on a" in record.outcome.message
+    assert record.outcome.money_usd == 1e-6
+
+
+def test_work_whose_time_is_over_is_not_tried_again() -> None:
+    for late in (
+        finished("w", 1, state=OutcomeState.EXPIRED, error_code="deadline_exceeded"),
+        finished("w", 1, state=OutcomeState.FAILED, error_code="function_died"),
+        SessionOpened(node=node(A)),  # it has forgotten the work
+    ):
+        plane = ControlPlane()
+        plane.step(SessionOpened(node=node(A)), 0.0)
+        plane.step(limited("w", 5.0), 1.0)
+        place(plane, "w", A, 2.0)
+        [record] = [c for c in plane.step(late, 6.0) if isinstance(c, Record)]
+        assert record.outcome.state is OutcomeState.EXPIRED
+
+
+def test_running_work_that_is_cancelled_is_billed() -> None:
+    plane = leased()
+    plane.step(CancelAsked(request_id=RequestId("w")), 1.0)
+    ran = finished("w", 1, state=OutcomeState.CANCELLED, money_usd=1e-6, error_code="cancelled")
+    [record] = plane.step(ran, 1.1)
+    assert isinstance(record, Record)
+    assert (record.outcome.state, record.outcome.money_usd) == (OutcomeState.CANCELLED, 1e-6)
+
+
+# -- nodes that are away -------------------------------------------------------------------------
+
+
+def test_a_node_that_says_goodbye_is_lost_at_once_and_its_work_goes_elsewhere() -> None:
+    plane = leased()
+    commands = plane.step(SessionClosed(node_id=A, has_left=True), 1.0)
+    assert commands[0] == NodeChanged(node_id=A, state=NodeState.LOST)
+    assert [type(c) for c in commands[1:]] == [Delay]
+    commands = plane.step(Ticked(), 2.0)
+    assert [type(c) for c in commands] == [AskPolicy]
+    again = NodeChanged(node_id=A, state=NodeState.LOST)
+    assert again not in plane.step(Ticked(), LOST_AFTER)
+
+
+def test_a_node_that_joined_before_a_restart_is_listed_until_it_returns_or_is_removed() -> None:
+    plane = ControlPlane()
+    assert plane.step(NodeRemembered(node=node(A), age_s=1.0), 100.0) == []
+    assert plane.step(NodeRemembered(node=node(B), age_s=500.0), 100.0) == []
+    plane.step(work("w"), 100.0)
+    states = {peer.node.node_id: (peer.state, peer.age_s) for peer in plane.peers(100.0)}
+    assert states == {A: (NodeState.SUSPECT, 1.0), B: (NodeState.LOST, 500.0)}
+    [changed] = plane.step(Ticked(), 99.0 + LOST_AFTER)
+    assert changed == NodeChanged(node_id=A, state=NodeState.LOST)
+    commands = plane.step(SessionOpened(node=node(A)), 200.0)
+    assert [type(c) for c in commands] == [NodeChanged, AskPolicy]
+    plane.step(NodeRemembered(node=node(A), age_s=500.0), 200.0)  # it is there, and known better
+    plane.step(NodeRemoved(node_id=B), 200.0)
+    assert [peer.state for peer in plane.peers(200.0)] == [NodeState.READY]

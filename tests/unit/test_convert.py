@@ -39,7 +39,19 @@ specs = st.builds(
     name=names,
     version=st.integers(1, 2**31 - 1),
     code_digest=st.sampled_from(["", "0af9" * 16]),
-    requirements=st.lists(st.sampled_from(["pillow>=11", "numpy==2.1", "a[b]"])).map(tuple),
+    requirements=st.lists(
+        st.sampled_from(
+            [
+                "pillow>=11",
+                "numpy==2.1",
+                "a[b]",
+                "A.b_c-d [x, y] >= 1.0, !=1.2.*, < 3 ; python_version < '3.13'",
+                "torch==2.13.0+cpu",
+                "x (>=1,<2)",
+                "y~=1!2.0.dev1",
+            ]
+        )
+    ).map(tuple),
     memory_mib=st.integers(1, 10_000_000),
     cpus=st.floats(0.01, 1024),
     gpu_slots=st.integers(0, 1024),
@@ -368,6 +380,12 @@ def refused(call: Callable[[], object], *told: str) -> None:
         ({"code_digest": "../../etc/passwd"}, ("code_digest '../../etc/passwd'", "SHA-256")),
         ({"requirements": ["--index-url=http://elsewhere"]}, ("requirements", "no package")),
         ({"requirements": [" -r /etc/passwd"]}, ("requirements", "no package")),
+        ({"requirements": ["/tmp/x.whl"]}, ("requirements", "no package")),
+        ({"requirements": ["x @ https://elsewhere/x.whl"]}, ("requirements", "no URLs")),
+        ({"requirements": ["git+https://elsewhere/x"]}, ("requirements", "no package")),
+        ({"requirements": ["numpy --pre"]}, ("requirements", "no package")),
+        ({"requirements": ["numpy==1 --index-url=http://x"]}, ("requirements", "no package")),
+        ({"requirements": ["numpy pandas"]}, ("requirements", "no package")),
         ({"requirements": [" "]}, ("requirements", "no package")),
         ({"requirements": ["a\nb"]}, ("requirements", "control characters")),
         ({"requirements": ["a"] * 101}, ("requirements: 101", "at most 100")),
@@ -412,6 +430,7 @@ def test_a_spec_with_one_wrong_field_is_refused_by_its_name(
     [
         ({"memory_mib": 2**40}, ("resize",)),
         ({"requirements": (1,)}, ("resize",)),
+        ({"requirements": "numpy"}, ("requirements=['numpy']",)),
         ({"description": "\udcff"}, ("resize",)),
     ],
 )

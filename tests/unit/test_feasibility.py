@@ -92,3 +92,15 @@ def test_the_budget_compares_with_the_price_on_that_tier() -> None:
     )
     assert candidates == [HERE]
     assert masked == [(FAR, Reason.OVER_BUDGET)]
+
+
+def test_what_no_waiting_removes_is_named_before_what_passes() -> None:
+    gone = replace(THERE, state=NodeState.LOST, reachable=False)
+    for request, reason in (
+        (replace(REQUEST, spec=replace(SPEC, memory_mib=10**6)), Reason.TOO_LITTLE_MEMORY),
+        (replace(REQUEST, budget_usd=0.0), Reason.OVER_BUDGET),
+        (replace(REQUEST, node_id=HERE.node.node_id), Reason.PINNED_ELSEWHERE),
+        (REQUEST, Reason.NODE_LOST),
+    ):
+        _, masked = feasible(view(HERE, gone), request)
+        assert (FAR, reason) in masked

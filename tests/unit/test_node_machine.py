@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from agent.beliefs import UNREACHABLE_FOR_S
-from agent.machine import NodeMachine
+from agent.machine import RECALL_S, NodeMachine
 from tierwise.domain.command import (
     AskPolicy,
     CancelAt,
@@ -104,6 +104,27 @@ def warm(machine: NodeMachine, function: FunctionSpec, now_s: float = 0.0) -> st
     machine.step(started(instance), now_s)
     machine.step(finished(instance, name), now_s)
     return instance
+
+
+def host_outcome(name: str, state: OutcomeState, **changes: object) -> PeerReplied:
+    """Return the cloud's answer to a forwarded request."""
+    there = Outcome(
+        request_id=RequestId(name),
+        function_id=spec().function_id,
+        state=state,
+        origin=EDGE,
+        node_id=None,
+    )
+    outcome = replace(there, **changes)  # type: ignore[arg-type]
+    return PeerReplied(request_id=RequestId(name), node_id=CLOUD, outcome=outcome)
+
+
+def away(machine: NodeMachine, timeout_s: float = 1.0) -> NodeMachine:
+    """Send the request `r`, which came at 1.0, to the cloud at 1.1."""
+    with_cloud(machine)
+    machine.step(Arrived(request=request("r", timeout_s=timeout_s)), 1.0)
+    machine.step(decided("r", CLOUD), 1.1)
+    return machine
 
 
 def outcome_of(commands: list[object]) -> Outcome:
@@ -253,17 +274,41 @@ def test_when_every_candidate_failed_the_caller_learns_each_reason() -> None:
     assert "cloud-1: node unreachable" in outcome.message
 
 
+def unplaced(machine: NodeMachine, *reasons: Reason, **changes: object) -> Outcome:
+    """Return how a request ends for which the policy finds no node."""
+    machine.step(Arrived(request=request("r", **changes)), 1.0)
+    masked = tuple((NodeId(f"n-{index}"), reason) for index, reason in enumerate(reasons))
+    decision = NotPlaced(reasons=masked)
+    event = Decided(request_id=RequestId("r"), decision=decision, policy_id=PolicyId("test@1"))
+    outcome = outcome_of(machine.step(event, 1.0))
+    assert outcome.explanation is not None
+    assert outcome.explanation.masked == masked
+    assert outcome.tried == ()  # nobody was asked
+    return outcome
+
+
 def test_a_request_that_no_node_may_run_ends_at_once_with_reasons() -> None:
-    machine = NodeMachine(node())
-    machine.step(Arrived(request=request("r")), 1.0)
-    not_placed = Decided(
-        request_id=RequestId("r"),
-        decision=NotPlaced(reasons=((EDGE, Reason.NO_GPU),)),
-        policy_id=PolicyId("test@1"),
-    )
-    outcome = outcome_of(machine.step(not_placed, 1.0))
+    outcome = unplaced(NodeMachine(node()), Reason.NO_GPU, Reason.NODE_LOST)
+    assert outcome.state is OutcomeState.UNPLACEABLE
     assert outcome.error_code == "unplaceable"
-    assert "edge-1: no gpu" in outcome.message
+    assert "n-0: no gpu, n-1: node lost" in outcome.message
+
+
+def test_a_request_that_no_waiting_helps_is_not_to_be_sent_again() -> None:
+    permanent = [reason for reason in Reason if reason.is_permanent]
+    outcome = unplaced(NodeMachine(node()), *permanent)
+    assert outcome.error_code == "infeasible"
+    assert "no node can ever run default/f@1 as it is asked for: n-0: wrong tier" in outcome.message
+    assert unplaced(NodeMachine(node())).error_code == "unplaceable"  # nodes may yet join
+
+
+def test_a_pin_to_a_node_that_nobody_knows_is_not_found() -> None:
+    pinned = NodeId("nowhere")
+    outcome = unplaced(NodeMachine(node()), Reason.PINNED_ELSEWHERE, node_id=pinned)
+    assert outcome.error_code == "not_found"
+    assert outcome.message.startswith("there is no node 'nowhere'")
+    there = unplaced(with_cloud(NodeMachine(node())), Reason.WRONG_TIER, node_id=CLOUD)
+    assert there.error_code == "infeasible"
 
 
 def test_memory_for_a_new_function_comes_from_the_cheapest_idle_instance() -> None:
@@ -353,8 +398,9 @@ def test_cancelling_works_in_every_phase() -> None:
     ]
     assert outcome_of(machine.step(cancel[1], 1.1)).state is OutcomeState.CANCELLED
     away = machine.step(cancel[2], 1.1)
-    assert away[0] == CancelAt(node_id=CLOUD, request_id=RequestId("away"))
-    assert outcome_of(away).state is OutcomeState.CANCELLED
+    assert away == [CancelAt(node_id=CLOUD, request_id=RequestId("away"))]
+    there = host_outcome("away", OutcomeState.CANCELLED, error_code="cancelled")
+    assert outcome_of(machine.step(there, 1.15)).state is OutcomeState.CANCELLED
     killed = finished(instance, "running", is_instance_alive=False, error_code="cancelled")
     assert outcome_of(machine.step(killed, 1.2)).state is OutcomeState.CANCELLED
     assert list(machine.tickets()) == []
@@ -431,3 +477,101 @@ def test_a_function_never_has_more_instances_than_it_allows() -> None:
         commands = machine.step(decided(str(index), EDGE), 1.0)
         starts += [c for c in commands if isinstance(c, StartInstance)]
     assert len(starts) == 2
+
+
+# -- calls that are cut short -------------------------------------------------------------------
+
+
+RECALL = CancelAt(node_id=CLOUD, request_id=RequestId("r"))
+RAN_THERE = {
+    "node_id": CLOUD,
+    "latency": LatencySplit(cold_start_s=0.2, run_s=0.6),
+    "memory_mib": 256,
+    "money_usd": 1e-6,
+    "error_code": "cancelled",
+}
+
+
+def test_a_call_that_is_cut_short_elsewhere_is_split_and_billed_as_its_host_says() -> None:
+    machine = away(NodeMachine(node()))
+    assert machine.step(Ticked(), 2.0) == [RECALL]
+    assert machine.step(Ticked(), 2.01) == []  # asked once
+    outcome = outcome_of(machine.step(host_outcome("r", OutcomeState.CANCELLED, **RAN_THERE), 2.05))
+    assert outcome.state is OutcomeState.EXPIRED
+    assert outcome.error_code == "deadline_exceeded"
+    assert (outcome.node_id, outcome.memory_mib) == (CLOUD, 256)
+    assert outcome.money_usd >= 1e-6
+    assert (outcome.latency.run_s, outcome.latency.cold_start_s) == (0.6, 0.2)
+    assert abs(outcome.latency.total_s - 1.05) < 1e-9
+    assert "it ran 0.6 s on cloud-1" in outcome.message
+
+
+def test_a_call_that_its_caller_cancels_is_billed_too() -> None:
+    machine = away(NodeMachine(node()))
+    assert machine.step(CancelAsked(request_id=RequestId("r")), 1.5) == [RECALL]
+    assert machine.step(CancelAsked(request_id=RequestId("r")), 1.5) == []
+    outcome = outcome_of(machine.step(host_outcome("r", OutcomeState.CANCELLED, **RAN_THERE), 1.9))
+    assert (outcome.state, outcome.node_id) == (OutcomeState.CANCELLED, CLOUD)
+    assert outcome.money_usd >= 1e-6
+
+
+def test_a_call_that_waited_elsewhere_says_that_it_never_ran() -> None:
+    for recall in (True, False):  # the host may see first that the time is over
+        machine = away(NodeMachine(node()))
+        if recall:
+            machine.step(Ticked(), 2.0)
+        waited = host_outcome("r", OutcomeState.EXPIRED, latency=LatencySplit(queue_s=0.9))
+        outcome = outcome_of(machine.step(waited, 2.0))
+        assert (outcome.state, outcome.node_id) == (OutcomeState.EXPIRED, None)
+        assert "its time of 1 s was over after 1 s, before it ran on cloud-1" in outcome.message
+        assert outcome.latency.run_s == 0.0
+
+
+def test_a_result_that_was_on_its_way_when_the_time_was_over_is_delivered() -> None:
+    machine = away(NodeMachine(node()))
+    machine.step(Ticked(), 2.0)
+    outcome = outcome_of(machine.step(host_outcome("r", OutcomeState.OK, node_id=CLOUD), 2.02))
+    assert outcome.state is OutcomeState.OK
+
+
+def test_a_host_that_does_not_answer_holds_nobody_up_and_is_not_said_to_have_been_idle() -> None:
+    broken = PeerFailed(request_id=RequestId("r"), node_id=CLOUD)
+    for event in (Ticked(), broken):
+        machine = away(NodeMachine(node()))
+        machine.step(Ticked(), 2.0)
+        assert machine.step(Ticked(), 1.9 + RECALL_S) == []
+        outcome = outcome_of(machine.step(event, 2.0 + RECALL_S))
+        assert outcome.state is OutcomeState.EXPIRED
+        assert "while it was on cloud-1, which did not say whether it ran" in outcome.message
+        assert outcome.money_usd == 0.0
+        assert list(machine.tickets()) == []
+
+
+def test_a_run_here_that_outlives_its_caller_is_killed_billed_and_called_expired() -> None:
+    for by_tick in (True, False):  # the runtime's own timer may be first
+        machine = NodeMachine(node())
+        instance = warm(machine, spec())
+        machine.step(Arrived(request=request("r", timeout_s=1.0)), 1.0)
+        machine.step(decided("r", EDGE), 1.0)
+        code = "function_timed_out"
+        if by_tick:
+            kill = KillRun(instance_id=InstanceId(instance), request_id=RequestId("r"))
+            assert machine.step(Ticked(), 2.0) == [kill]
+            assert machine.step(Ticked(), 2.01) == []
+            code = "cancelled"
+        end = finished(instance, "r", is_instance_alive=False, error_code=code)
+        outcome = outcome_of(machine.step(end, 2.0))
+        assert (outcome.state, outcome.error_code) == (OutcomeState.EXPIRED, "deadline_exceeded")
+        assert (outcome.node_id, outcome.latency.run_s) == (EDGE, 1.0)
+        assert outcome.money_usd > 0.0
+        assert "of which it ran 1 s on edge-1" in outcome.message
+
+
+def test_a_run_that_outlives_the_functions_own_time_is_the_functions_failure() -> None:
+    machine = NodeMachine(node())
+    instance = warm(machine, spec(timeout_s=0.5))
+    machine.step(Arrived(request=request("r", spec(timeout_s=0.5))), 1.0)
+    machine.step(decided("r", EDGE), 1.0)
+    end = finished(instance, "r", is_instance_alive=False, error_code="function_timed_out")
+    outcome = outcome_of(machine.step(end, 1.5))
+    assert (outcome.state, outcome.error_code) == (OutcomeState.FAILED, "function_timed_out")

@@ -77,8 +77,15 @@ def test_without_nodes_nothing_is_placed(name: str) -> None:
 def test_with_every_node_masked_each_has_its_reason(name: str) -> None:
     rows = [row("edge-1"), row("fog-1"), row("cloud-1")]
     decision = decide(name, *(replace(r, state=NodeState.DRAINING) for r in rows))
+    own = {"cloud-only": Tier.CLOUD, "edge-only": Tier.EDGE}.get(name)  # others it never uses
     assert decision == NotPlaced(
-        reasons=tuple((r.node.node_id, Reason.NODE_DRAINING) for r in rows)
+        reasons=tuple(
+            (
+                r.node.node_id,
+                Reason.NODE_DRAINING if own in (None, r.node.tier) else Reason.WRONG_TIER,
+            )
+            for r in rows
+        )
     )
 
 

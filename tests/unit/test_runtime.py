@@ -12,7 +12,7 @@ import cloudpickle
 import psutil
 import pytest
 
-from agent.runtime.environments import HOST
+from agent.runtime.environments import HOST, reason
 from agent.runtime.runtime import InstanceStartError, ItemKind, RunReport, Runtime
 from tierwise.wire import payload
 
@@ -224,3 +224,12 @@ async def test_starting_and_stopping_leaves_no_process_file_or_descriptor(bench:
     await bench.runtime.close()
     assert not children()
     assert not (bench.folder / "runtime").exists()
+
+
+def test_of_what_pip_says_its_errors_are_told() -> None:
+    warning = "WARNING: Retrying (Retry(total=4, connect=None)) after connection broken"
+    error = "ERROR: No matching distribution found for nonesuch"
+    assert reason("\n".join([warning] * 90 + [error, error, ""])) == error
+    assert reason(f"{warning}\nnetwork is unreachable\n{warning}\n") == "network is unreachable"
+    assert reason(warning) == warning
+    assert reason("") == ""

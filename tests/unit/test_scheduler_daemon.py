@@ -158,16 +158,19 @@ async def test_a_worker_that_dies_is_retried_then_dead_lettered_then_redriven(
         for lease in (1, 2):
             work = await agent.dispatched()
             assert work.lease == lease
+            assert (await user.result(work_id, 0.0)).work.attempt_count == lease
             await agent.finish(work, state=FAILED, error_code="function_died", message="signal 9")
         dead = await user.result(work_id)
         assert dead.work.state == work_pb2.WORK_STATE_DEAD
+        assert dead.work.attempt_count == 2
         assert "signal 9" in dead.work.message
         await user.work.Redrive(work_pb2.RedriveRequest(request_id=work_id), timeout=5)
         work = await agent.dispatched()
         assert work.lease == 3
         assert list(work.arguments) == [work_id.encode()]
         await agent.finish(work)
-        assert (await user.result(work_id)).work.state == work_pb2.WORK_STATE_SUCCEEDED
+        done = (await user.result(work_id)).work
+        assert (done.state, done.attempt_count) == (work_pb2.WORK_STATE_SUCCEEDED, 1)
         with Refused(FailedPrecondition, "not dead-lettered"):
             await user.work.Redrive(work_pb2.RedriveRequest(request_id=work_id), timeout=5)
 
@@ -255,6 +258,32 @@ async def test_waiting_work_can_be_cancelled(scheduler: SchedulerProcess) -> Non
         assert done.result.items[0].error_code == "cancelled"
         with Refused(NotFound):
             await user.work.Cancel(work_pb2.CancelRequest(request_id="nothing"), timeout=5)
+
+
+async def test_a_timeout_of_durable_work_counts_from_its_submission_over_restarts(
+    own_scheduler: SchedulerProcess,
+) -> None:
+    scheduler = own_scheduler.start()
+    hurried, patient = unique(), unique()
+    async with connected(scheduler.main, scheduler.admin) as user:
+        await user.deploy()
+        await user.submit(hurried, timeout_s=5.0, node_id="node-a")
+        await user.submit(patient, node_id="node-b")
+        scheduler.end(signal.SIGKILL)
+    scheduler.start()
+    async with (
+        await agent_of(scheduler, "node-a", cpus=1.0) as agent,
+        connected(scheduler.main, scheduler.admin) as user,
+    ):
+        work = await agent.dispatched()
+        assert 0.0 < work.timeout_s < 5.0
+        await agent.told("cancel", lambda cancel: cancel.request_id == hurried)
+        await agent.finish(work, state=types_pb2.OUTCOME_STATE_CANCELLED, error_code="cancelled")
+        done = await user.result(hurried)
+        assert done.work.state == work_pb2.WORK_STATE_FAILED
+        assert done.result.items[0].error_code == "deadline_exceeded"
+        assert "its time was over" in done.result.items[0].message
+        assert await user.state(patient) == work_pb2.WORK_STATE_QUEUED
 
 
 async def test_running_work_is_cancelled_where_it_runs(scheduler: SchedulerProcess) -> None:
@@ -518,6 +547,39 @@ async def test_durable_work_is_billed_like_any_call(scheduler: SchedulerProcess)
     assert calls[0].caller == "tierwise://admin/admin"
 
 
+async def test_what_has_succeeded_is_on_the_bill_once_whoever_is_killed(
+    own_scheduler: SchedulerProcess,
+) -> None:
+    scheduler = own_scheduler.start()
+    work_ids = [unique() for _ in range(20)]
+    agent = await agent_of(scheduler, "node-a", cpus=16.0)
+    async with connected(scheduler.main, scheduler.admin) as user, agent:
+        await user.deploy()
+        await user.submit(*work_ids)
+        for _ in work_ids:
+            work = await agent.dispatched()
+            await agent.finish(work)
+        for work_id in work_ids:
+            await user.result(work_id)
+        scheduler.end(signal.SIGKILL)  # at once
+    scheduler.start()
+    async with connected(scheduler.main, scheduler.admin) as user, agent:
+        again = outcome_pb(work_ids[0], agent.name, function_id=work.function, lease=1)
+        await agent.report(again)  # a node that tells of durable work is not asked
+        sentinel = outcome_pb(unique("call-"), agent.name, function_id=work.function)
+        await agent.report(sentinel)
+        async with asyncio.timeout(10):
+            while True:
+                listed = await user.calls.ListCalls(call_pb2.ListCallsRequest(limit=99), timeout=5)
+                ids = [call.outcome.request_id for call in listed.calls]
+                if sentinel.request_id in ids:
+                    break
+                await asyncio.sleep(0.05)
+        assert sorted(ids) == sorted([*work_ids, sentinel.request_id])
+        usage = await user.calls.GetUsage(call_pb2.GetUsageRequest(), timeout=5)
+        assert [row.call_count for row in usage.usage] == [len(work_ids) + 1]
+
+
 # -- nodes and rights ----------------------------------------------------------------------------
 
 
@@ -605,6 +667,44 @@ async def test_a_drained_node_is_told_so_again_after_both_restart(
         await agent.told("drain", lambda drain: drain.is_on)
         nodes = (await admin.cluster.ListNodes(cluster_pb2.ListNodesRequest(), timeout=5)).nodes
         assert [n.state for n in nodes] == [types_pb2.NODE_STATE_DRAINING]
+
+
+async def test_nodes_are_listed_over_a_restart_until_they_are_removed(
+    own_scheduler: SchedulerProcess,
+) -> None:
+    scheduler = own_scheduler.start()
+
+    async def states(admin: Client) -> dict[str, int]:
+        response = await admin.cluster.ListNodes(cluster_pb2.ListNodesRequest(), timeout=5)
+        return {info.node.node_id: info.state for info in response.nodes}
+
+    async def become(wanted: dict[str, int]) -> None:
+        async with asyncio.timeout(20), connected(scheduler.main, scheduler.admin) as admin:
+            while await states(admin) != wanted:
+                await asyncio.sleep(0.05)
+
+    ready, lost = types_pb2.NODE_STATE_READY, types_pb2.NODE_STATE_LOST
+    gone, back = await agent_of(scheduler, "gone"), await agent_of(scheduler, "back")
+    async with gone, back:
+        await become({"gone": ready, "back": ready})
+        await gone.send(node_pb2.SessionRequest(goodbye=node_pb2.Goodbye()))
+        await asyncio.wait_for(gone.ended.wait(), 10)
+        assert gone.end_error is None
+        await become({"gone": lost, "back": ready})
+        scheduler.end(signal.SIGKILL)
+    scheduler.start()
+    async with back:
+        await become({"gone": lost, "back": ready})
+        async with connected(scheduler.main, scheduler.admin) as admin:
+            with Refused(NotFound, "nobody"):
+                remove = cluster_pb2.RemoveNodeRequest(node_id="nobody")
+                await admin.cluster.RemoveNode(remove, timeout=5)
+            for _ in range(2):
+                remove = cluster_pb2.RemoveNodeRequest(node_id="gone")
+                await admin.cluster.RemoveNode(remove, timeout=5)
+    scheduler.end()
+    scheduler.start()
+    await become({"back": lost})
 
 
 async def test_a_newer_session_of_a_node_ends_the_older(scheduler: SchedulerProcess) -> None:

@@ -18,6 +18,7 @@ from scheduler.machine import ControlPlane
 from scheduler.queue import WorkQueue
 from scheduler.store import work as table
 from scheduler.store.store import Store
+from scheduler.telemetry import Telemetry
 from scheduler.window import WorkWindow
 from tierwise.domain.event import SessionOpened
 from tierwise.domain.function import PRIOR
@@ -45,7 +46,8 @@ class Scheduler:
         self.plane = ControlPlane()
         dispatcher = self.dispatcher = Dispatcher(self.plane, create("ect"), create("ect"))
         self.functions = FunctionCatalogue(self.store, lambda name: PRIOR)
-        self.ended: list[tuple[str, str]] = []
+        self.telemetry = Telemetry(self.store, self.plane.table, records_max=1000)
+        self.ended: list[str] = []
         self.sessions = Sessions(
             dispatcher,
             heartbeat_interval_s=1.0,
@@ -61,7 +63,8 @@ class Scheduler:
             dispatcher,
             self.sessions,
             self.functions,
-            on_ended=lambda outcome, log, who: self.ended.append((outcome.request_id, who)),
+            write_call=self.telemetry.write_work,
+            on_ended=lambda outcome: self.ended.append(outcome.request_id),
             heartbeat_interval_s=1.0,
             group=group,
         )
@@ -169,7 +172,7 @@ async def test_a_result_that_finds_the_disk_full_is_stored_and_acknowledged_late
         assert await scheduler.state("w") == table.LEASED
         assert session.outbox._next() is None
         await scheduler.store.write(lambda c: c.execute(text("PRAGMA max_page_count = 100000")))
-        await scheduler.until(lambda: scheduler.ended == [("w", "tierwise://user/u")])
+        await scheduler.until(lambda: scheduler.ended == ["w"])
         await asyncio.sleep(0)
         message = session.outbox._next()
         assert message is not None

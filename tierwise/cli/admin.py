@@ -11,7 +11,7 @@ import typer
 from tierwise.cli.common import complete_nodes, operator
 from tierwise.cli.output import Format, Output, say, show_value
 from tierwise.config import ClientConfig, dump, parse_duration_s
-from tierwise.errors import InvalidArgument
+from tierwise.errors import InvalidArgument, NotFound
 from tierwise.files import write_atomically
 
 Node = Annotated[str, typer.Argument(help="node", autocompletion=complete_nodes)]
@@ -42,9 +42,14 @@ def remove(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="do not ask")] = False,
 ) -> None:
     """Take a node out of the cluster and revoke its certificate."""
-    if not yes:
-        typer.confirm(f"remove {node} and revoke its certificate?", abort=True, err=True)
     with operator() as ask:
+        if not yes:
+            if node not in [record["node"]["node_id"] for record in ask.nodes()]:
+                raise NotFound(
+                    f"there is no node {node!r}; `tierwise get nodes` lists those there are "
+                    "(--yes revokes the certificate of one that never connected)"
+                )
+            typer.confirm(f"remove {node} and revoke its certificate?", abort=True, err=True)
         ask.remove(node)
     say(f"{node} is removed; it can come back with a new token only")
 
@@ -88,7 +93,10 @@ def login(
     token: Annotated[
         str, typer.Option(help="default: $TIERWISE_TOKEN, or asked for", envvar="TIERWISE_TOKEN")
     ] = "",
-    folder: Annotated[Path | None, typer.Option(help="where the context is written")] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="where the context is written; default: --context, ~/.tierwise/client"),
+    ] = None,
 ) -> None:
     """Trade a user token for credentials on this machine."""
     from tierwise.wire.identity import join
@@ -96,7 +104,8 @@ def login(
     name = name or os.environ.get("USER", "") or getpass.getuser()
     token = token or typer.prompt("token", hide_input=True, err=True)
     credentials, scheduler, identity = asyncio.run(join(join_address, token, name))
-    folder = folder or Path.home() / ".tierwise/client"
+    named = os.environ.get("TIERWISE_CONTEXT")  # also of `tierwise --context`
+    folder = folder or (Path(named) if named else Path.home() / ".tierwise/client")
     credentials.save(folder)
     write_atomically(folder / "client.toml", dump(ClientConfig(scheduler=scheduler)))
     say(f"you are {identity.uri}; the context is in {folder}")

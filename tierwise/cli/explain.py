@@ -38,7 +38,7 @@ def explain(
     else:
         _print_summary(outcome)
         if why is None:
-            print("No explanation was kept: agents send the first 200 of each heartbeat.")
+            print(_no_explanation(outcome))
         else:
             _print_candidates(outcome, why)
             _print_scores(outcome, why, weights)
@@ -47,7 +47,8 @@ def explain(
 
 def _print_summary(outcome: Record) -> None:
     total_s = sum(outcome["latency"].values())
-    verdict = "missed" if total_s > outcome["deadline_s"] else "met"
+    is_met = outcome["state"] == "ok" and total_s <= outcome["deadline_s"]
+    verdict = "met" if is_met else "missed"
     why = outcome.get("explanation") or {}
     fallback = f"  fallback: {why['fallback']}" if why.get("fallback") else ""
     print(f"call      {outcome['request_id']}  {outcome['function_id']}")
@@ -77,6 +78,12 @@ def _same(node: str, why: Record) -> str:
     return f"{node}, the same" if node == why.get("choice") else node
 
 
+def _no_explanation(outcome: Record) -> str:
+    if not outcome["policy_id"]:
+        return "Nothing to explain: it ended before a policy was asked."
+    return "No explanation was kept: agents send the first 200 of each heartbeat."
+
+
 def _print_candidates(outcome: Record, why: Record) -> None:
     titles = ["candidate", "transfer", "wait", "cold", "run", "return", "displaced", "cost"]
     rows = [
@@ -97,7 +104,10 @@ def _print_candidates(outcome: Record, why: Record) -> None:
         for row in sorted(why["candidates"], key=lambda row: float(row["score"]))
     ]
     print()
-    print_table([*titles, "score", "residual", "p", ""], rows)
+    if rows:
+        print_table([*titles, "score", "residual", "p", ""], rows)
+    else:
+        print("no node was a candidate")
     for masked in why["masked"]:
         print(f"masked    {masked['node_id']}: {masked['reason']}")
 

@@ -116,11 +116,20 @@ def logs(
 
 def usage(
     namespace: Annotated[str, typer.Option(help="this namespace only")] = "",
+    by: Annotated[str, typer.Option(help="function, or namespace for its totals")] = "function",
     output: Output = Format.TABLE,
 ) -> None:
-    """Show what was used and what it cost, per function."""
+    """Show what was used and what it cost, per function or per namespace."""
+    if by not in ("function", "namespace"):
+        raise InvalidArgument(f"--by {by!r}: function or namespace")
+    empty = f"nothing used yet in {namespace}" if namespace else "nothing used yet"
     with operator() as ask:
-        show(ask.usage(namespace), output, USAGE_COLUMNS, name=_function, empty="nothing used yet")
+        if by == "function":
+            show(ask.usage(namespace), output, USAGE_COLUMNS, name=_function, empty=empty)
+        else:
+            found = ask.namespace_usage(namespace)
+            name = NAMESPACE_COLUMNS[0][1]
+            show(found, output, NAMESPACE_COLUMNS, name=name, empty=empty)
 
 
 def delete(
@@ -280,8 +289,7 @@ TOKEN_COLUMNS = [
     ("used", lambda r: r["is_used"]),
     ("expires in", lambda r: age(max(0.0, r["expires_unix_s"] - wall_s()))),
 ]
-USAGE_COLUMNS = [
-    ("function", _function),
+_AMOUNTS = [
     ("calls", lambda r: r["call_count"]),
     ("items", lambda r: r["item_count"]),
     ("missed", lambda r: r["missed_count"]),
@@ -289,4 +297,10 @@ USAGE_COLUMNS = [
     ("cold", lambda r: r["cold_count"]),
     ("gb-s", lambda r: r["gb_s"]),
     ("cost", lambda r: usd(r["money_usd"])),
+]
+USAGE_COLUMNS = [("function", _function), *_AMOUNTS]
+NAMESPACE_COLUMNS = [
+    ("namespace", lambda r: r["namespace"]),
+    ("functions", lambda r: r["function_count"]),
+    *_AMOUNTS,
 ]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
@@ -10,8 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.text import Text
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_NUMBER = re.compile(
+    r"[+-]?\d[\d.]*(e[+-]?\d+)?( ?(ms|s|m|h|d|µ\$|\$|%))?"  # 12, 0.5, 1e+05, 3.1 ms, 7h, 2 $
+    r"|[\d.]+/[\d.]+"  # 3/4
+)
 Record = dict[str, Any]
 Column = tuple[str, Callable[[Record], Any]]
 
@@ -76,25 +82,39 @@ def show_value(value: Any, output: Format) -> None:
 
 def print_table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Print aligned columns, numbers to the right; no borders, so that cut and awk work."""
-    from rich.console import Console
+    header, *lines = table_lines(titles, rows)
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+        header = f"\x1b[1m{header}\x1b[0m"
+    print("\n".join([header, *lines]))
 
-    console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=400)
-    console.print(build_table(titles, rows))
 
-
-def build_table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> "Table":
-    """Return aligned columns for rich to draw."""
-    from rich.table import Table
+def build_table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> "Text":
+    """Return the same for rich to draw, cut at the edge of the terminal."""
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
-    cells = [[text(value) for value in row] for row in rows]
-    for index, title in enumerate(titles):
-        is_number = all(_is_number(row[index]) for row in cells) and bool(cells)
-        table.add_column(title.upper(), justify="right" if is_number else "left", no_wrap=True)
-    for row in cells:
-        table.add_row(*(Text(cell) for cell in row))  # what users named is no markup
-    return table
+    header, *lines = table_lines(titles, rows)
+    drawn = Text("\n".join([header, *lines]), no_wrap=True, overflow="ellipsis")
+    drawn.stylize("bold", 0, len(header))
+    return drawn
+
+
+def table_lines(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """Return the header and a line per row, without spaces at their ends.
+
+    The first column names the row and stands on the left whatever it looks like.
+    """
+    from rich.cells import cell_len
+
+    cells = [[title.upper() for title in titles]]
+    cells += [[text(value) for value in row] for row in rows]
+    columns = []
+    for index, column in enumerate(zip(*cells, strict=True)):
+        width = max(map(cell_len, column))
+        is_number = index > 0 and len(column) > 1 and all(map(_is_number, column[1:]))
+        blanks = [" " * (width - cell_len(cell)) for cell in column]
+        pairs = zip(column, blanks, strict=True)
+        columns.append([blank + cell if is_number else cell + blank for cell, blank in pairs])
+    return ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
 
 
 def text(value: Any) -> str:
@@ -103,7 +123,7 @@ def text(value: Any) -> str:
         return "yes" if value else ""
     if isinstance(value, float):
         return f"{value:.3g}"
-    return str(value)
+    return _CONTROL.sub(" ", str(value))  # what users named moves no cursor
 
 
 def ms(seconds: float) -> str:
@@ -125,4 +145,4 @@ def age(seconds: float) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    return cell[:1].isdigit() or not cell
+    return not cell or _NUMBER.fullmatch(cell) is not None

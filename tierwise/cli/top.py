@@ -1,5 +1,6 @@
 """`tierwise top`: the nodes, live."""
 
+import sys
 from contextlib import suppress
 from typing import Annotated
 
@@ -33,6 +34,13 @@ def top(
     with operator() as ask:
         if not watch or output is not Format.TABLE:
             show(ask.nodes(), output, COLUMNS, name=lambda r: str(r["node"]["node_id"]))
+            return
+        if not sys.stdout.isatty():  # a pipe or a file gets whole lines, one table after another
+            with suppress(KeyboardInterrupt):
+                while True:
+                    show(ask.nodes(), output, COLUMNS, name=lambda r: str(r["node"]["node_id"]))
+                    sys.stdout.flush()
+                    pause(interval)
             return
         from rich.live import Live
 

@@ -16,12 +16,18 @@ if TYPE_CHECKING:
     from tierwise.sdk.local import LocalCluster
 
 DEFAULT_STATE = Path(".tierwise")
-DEFAULT_NODES = "1c,1f,2e"
 RESTARTS_MAX = 5  # of one process within RESTARTS_S; then it is left alone
 RESTARTS_S = 60.0
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-Nodes = Annotated[str, typer.Option(help="how many of each: c(loud), f(og), e(dge)")]
+Nodes = Annotated[
+    str,
+    typer.Option(
+        help="how many of each, c(loud), f(og), e(dge), for example 1c,1f,2e; default: an edge "
+        "per CPU, 2 to 8, with 1 cloud and 1 fog (2 with 8 edges)",
+        show_default=False,
+    ),
+]
 State = Annotated[Path, typer.Option(help="folder for everything it writes")]
 Policy = Annotated[str, typer.Option(help="built-in policy to begin with")]
 Clean = Annotated[bool, typer.Option("--clean", help="forget the state of earlier runs")]
@@ -34,7 +40,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def up(
-    nodes: Nodes = DEFAULT_NODES,
+    nodes: Nodes = "",
     state: State = DEFAULT_STATE,
     policy: Policy = "learned",
     clean: Clean = False,

@@ -25,6 +25,9 @@ Data = Annotated[
 ]
 Deadline = Annotated[str | None, typer.Option(help="how soon it should be there, say 200ms")]
 Timeout = Annotated[str | None, typer.Option(help="when to give up, for example 30s")]
+WorkTimeout = Annotated[
+    str | None, typer.Option(help="give up if it has not ended by then; default: never")
+]
 Tier = Annotated[list[str] | None, typer.Option(help="edge, fog or cloud; may be repeated")]
 Priority = Annotated[str | None, typer.Option(help="low, normal, high or critical")]
 Budget = Annotated[float | None, typer.Option(help="US$ that the call may cost", min=0.0)]
@@ -94,7 +97,7 @@ def submit(
     data: Data = None,
     node: Node = "",
     deadline: Deadline = None,
-    timeout: Timeout = None,
+    timeout: WorkTimeout = None,
     tier: Tier = None,
     priority: Priority = None,
     budget: Budget = None,

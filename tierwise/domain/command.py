@@ -110,6 +110,7 @@ class Dispatch:
     """Lease the request to a node and send it down that node's session.
 
     The lease is written before the message leaves, and only if the stored one is smaller.
+    `attempt_count` attempts have failed before.
     """
 
     node_id: NodeId

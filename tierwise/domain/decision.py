@@ -34,6 +34,23 @@ class Reason(IntEnum):
         """Return the words that people read."""
         return self.name.lower().replace("_", " ")
 
+    @property
+    def is_permanent(self) -> bool:
+        """Return whether the node as it is could never take the request: waiting is of no use."""
+        return self in _PERMANENT
+
+
+_PERMANENT = frozenset(
+    {
+        Reason.WRONG_TIER,
+        Reason.PINNED_ELSEWHERE,
+        Reason.TOO_LITTLE_MEMORY,
+        Reason.TOO_FEW_CPUS,
+        Reason.NO_GPU,
+        Reason.OVER_BUDGET,
+    }
+)
+
 
 class CandidateScore(NamedTuple):
     """One row of an explanation: the predicted terms of one feasible node, in seconds and USD.
@@ -101,6 +118,11 @@ class NotPlaced:
 
 
 Decision = Placed | NotPlaced
+
+
+def is_hopeless(reasons: Sequence[tuple[NodeId, Reason]]) -> bool:
+    """Return whether no node that there is could ever take the request."""
+    return bool(reasons) and all(reason.is_permanent for _, reason in reasons)
 
 
 def summary(reasons: Sequence[tuple[NodeId, Reason]]) -> str:

@@ -158,9 +158,18 @@ class SessionOpened:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionClosed:
-    """The agent's stream ended; the agent may still be running."""
+    """The agent's stream ended; the agent may still be running, unless it said that it stops."""
 
     node_id: NodeId
+    has_left: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeRemembered:
+    """A node that joined before the scheduler restarted; it was heard of `age_s` ago."""
+
+    node: Node
+    age_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,11 +182,12 @@ class HeartbeatReceived:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submitted:
-    """Durable work, already safe in the store, wants a node. `attempt_count` were made before."""
+    """Durable work, already safe in the store, wants a node. `attempt_count` attempts failed."""
 
     request: Request
     attempt_count: int = 0
     lease: int = 0  # highest fencing token given out so far
+    ends_in_s: float | None = None  # when its submitter gives up; None means never
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,6 +216,7 @@ class NodeDrainAsked:
 ControlEvent = (
     SessionOpened
     | SessionClosed
+    | NodeRemembered
     | HeartbeatReceived
     | Submitted
     | Decided

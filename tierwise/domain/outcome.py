@@ -13,7 +13,7 @@ class OutcomeState(IntEnum):
 
     OK = 1  # every item ran; single items may still have raised
     FAILED = 2  # the function, its start or its process failed
-    EXPIRED = 3  # its time was over before it ran
+    EXPIRED = 3  # its time was over before it had run to its end
     CANCELLED = 4
     REFUSED = 5  # this node would not take it: the caller tries the next candidate
     UNPLACEABLE = 6  # no node would

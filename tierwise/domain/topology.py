@@ -37,7 +37,7 @@ class NodeState(IntEnum):
 
     READY = 1
     SUSPECT = 2  # heartbeats are late
-    LOST = 3  # heartbeats have stopped
+    LOST = 3  # heartbeats have stopped, or it has said goodbye
     DRAINING = 4  # finishes what it has, takes nothing new
 
 

@@ -15,7 +15,8 @@ def feasible(
     """Split the view's nodes into candidates and (node, reason) pairs, both in view order.
 
     Only hard limits mask: whether a node could ever hold the function, may by its tier, pin or
-    budget, and is alive. Being busy does not mask: waiting is a cost.
+    budget, and is alive. Being busy does not mask: waiting is a cost. Reasons that no waiting
+    removes come first, for they decide whether the caller should try again.
     """
     candidates: list[NodeView] = []
     masked: list[tuple[NodeId, Reason]] = []
@@ -34,15 +35,8 @@ def _reason(
     node = row.node
     spec = request.spec
     is_here = view.origin is not None and view.origin.node_id == node.node_id
-    if row.state is not NodeState.READY:
-        if row.state is NodeState.DRAINING:
-            return Reason.NODE_DRAINING
-        if row.state is NodeState.LOST and not is_here:
-            return Reason.NODE_LOST
     if request.node_id is not None and request.node_id != node.node_id:
         return Reason.PINNED_ELSEWHERE
-    if node.node_id in request.excluded:
-        return Reason.EXCLUDED
     if node.tier not in spec.tiers or (
         request.tiers is not None and node.tier not in request.tiers
     ):
@@ -54,11 +48,6 @@ def _reason(
         return Reason.TOO_FEW_CPUS
     if spec.gpu_slots > capacity.gpu_slots:
         return Reason.NO_GPU
-    if not is_here:
-        if not row.reachable:
-            return Reason.NODE_UNREACHABLE
-        if request.hops + 1 > HOPS_MAX:
-            return Reason.TOO_MANY_HOPS
     if request.budget_usd is not None:
         usd = prices.call_usd(
             node.tier,
@@ -70,4 +59,16 @@ def _reason(
         )
         if usd > request.budget_usd:
             return Reason.OVER_BUDGET
+    if row.state is not NodeState.READY:
+        if row.state is NodeState.DRAINING:
+            return Reason.NODE_DRAINING
+        if row.state is NodeState.LOST and not is_here:
+            return Reason.NODE_LOST
+    if node.node_id in request.excluded:
+        return Reason.EXCLUDED
+    if not is_here:
+        if not row.reachable:
+            return Reason.NODE_UNREACHABLE
+        if request.hops + 1 > HOPS_MAX:
+            return Reason.TOO_MANY_HOPS
     return None

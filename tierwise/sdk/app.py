@@ -141,7 +141,8 @@ class App:
             timeout: A call that runs longer is killed.
             priority: low, normal, high or critical.
             tier: Where it may run: edge, fog, cloud or several; default: anywhere.
-            requirements: pip requirements; none of them means the packages of the agent's host.
+            requirements: Packages that pip installs, ["pillow>=11"]; none means those of the
+                agent's host.
             max_instances: At most this many at a time on one node.
             keep_alive: How long an idle instance is kept warm.
             budget_usd: Nodes where one call would cost more are not used.
@@ -158,7 +159,7 @@ class App:
                 name=name or function.__name__.lower().replace("_", "-").strip("-"),
                 version=1,
                 code_digest="",
-                requirements=tuple(requirements),
+                requirements=_listed(requirements),
                 memory_mib=parse_memory_mib(memory),
                 cpus=cpus,
                 gpu_slots=gpu,
@@ -182,6 +183,19 @@ class App:
     async def _deploy(self) -> list[FunctionSpec]:
         """Deploy every function of the app; return their exact versions."""
         return [await function.deploy.aio() for function in self.functions.values()]
+
+
+def _listed(requirements: Iterable[str]) -> tuple[str, ...]:
+    """Return the requirements; one that stands alone has to be in a list.
+
+    Raises:
+        InvalidArgument: It is a text, whose letters would be taken for packages.
+    """
+    if isinstance(requirements, str):
+        raise InvalidArgument(
+            f"requirements={requirements!r}: write a list, requirements=[{requirements!r}]"
+        )
+    return tuple(requirements)
 
 
 def _check_kind(function: Callable[..., Any]) -> None:

@@ -245,7 +245,7 @@ class Connection:
             last.agent.address, self._credentials, node_dns_name(last.agent.node_id)
         )
         raise Unavailable(
-            f"{invocation.function} was sent {len(tried)} times and lost (to {names}): {cause}"
+            f"{invocation.function} could not be called in {len(tried)} tries ({names}): {cause}"
         )
 
     async def _sent(

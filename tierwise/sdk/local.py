@@ -18,6 +18,7 @@ from tierwise.config import AgentConfig, ClientConfig, LinkConfig, SchedulerConf
 from tierwise.domain.topology import Tier
 from tierwise.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from tierwise.files import write_atomically
+from tierwise.placement.policy import create
 from tierwise.sdk.client import Client
 from tierwise.v1 import cluster_pb2, types_pb2
 from tierwise.wire.daemon import PARENT_VARIABLE
@@ -72,6 +73,17 @@ def parse_nodes(text: str) -> list[NodePlan]:
     ]
 
 
+def default_nodes(cpu_count: int) -> str:
+    """Return the cluster that a machine of so many CPUs plays well.
+
+    Edges are what there are many of: one per CPU, from two to eight, and a second fog beside
+    eight of them. An idle agent takes about 70 MB, a busy one a CPU.
+    """
+    edge_count = min(8, max(2, cpu_count))
+    fog_count = 2 if edge_count == 8 else 1
+    return f"1c,{fog_count}f,{edge_count}e"
+
+
 class LocalCluster:
     """Starts, watches and stops the processes. Everything it writes is in one state folder.
 
@@ -82,7 +94,7 @@ class LocalCluster:
     def __init__(
         self,
         state: Path,
-        nodes: str = "1c,1f,2e",
+        nodes: str = "",
         *,
         policy: str = "learned",
         emulate: bool = True,
@@ -94,15 +106,20 @@ class LocalCluster:
 
         Args:
             state: Folder for configurations, identities, data and logs.
-            nodes: For example "1c,1f,2e".
+            nodes: For example "1c,1f,2e"; empty: sized to this machine.
             policy: Built-in policy to begin with.
             emulate: Delay traffic by `links` and hold results back by SPEED.
             links: Paths between tiers.
             on_progress: Told in words what happens.
             seed: Of jitter and of policies that draw.
+
+        Raises:
+            InvalidArgument: `nodes` is not of that form.
+            NotFound: There is no such policy.
         """
+        create(policy)  # before anything is written
         self.state = state.resolve()
-        self.plan = parse_nodes(nodes)
+        self.plan = parse_nodes(nodes or default_nodes(len(os.sched_getaffinity(0))))
         self._policy = policy
         self._emulate = emulate
         self._links = dict(links)

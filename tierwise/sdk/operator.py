@@ -71,6 +71,19 @@ class Operator:
             "calls", "GetUsage", call_pb2.GetUsageRequest(namespace=namespace), "usage"
         )
 
+    def namespace_usage(self, namespace: str = "") -> list[Record]:
+        """Return what each namespace has used and what that cost, all its functions together."""
+        sums: dict[str, Record] = {}
+        for row in self.usage(namespace):
+            total = sums.setdefault(
+                row["namespace"], {"namespace": row["namespace"], "function_count": 0}
+            )
+            total["function_count"] += 1
+            for key, value in row.items():
+                if key not in ("namespace", "function"):
+                    total[key] = total.get(key, 0) + value
+        return list(sums.values())
+
     def work(self, state: str = "", limit: int = 100) -> list[Record]:
         """Return durable work, newest first; `state` is queued, leased, …, dead or empty."""
         value = work_pb2.WorkState.Value(f"WORK_STATE_{state.upper()}") if state else 0

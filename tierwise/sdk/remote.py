@@ -134,7 +134,8 @@ class RemoteFunction:
 
         Args:
             deadline: How soon the result should be there, "200ms".
-            timeout: When to give up, "30s".
+            timeout: When to give up, "30s". Durable work counts from its submission, and is
+                never given up without one.
             priority: low, normal, high or critical.
             budget_usd: Nodes that would cost more are not used.
             tier: edge, fog, cloud, or several of them.

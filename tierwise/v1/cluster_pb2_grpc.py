@@ -98,7 +98,7 @@ class ClusterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def RemoveNode(self, request, context):
-        """Takes a node out and revokes its certificate. Idempotent. PERMISSION_DENIED.
+        """Takes a node out and revokes its certificate. Idempotent. NOT_FOUND, PERMISSION_DENIED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

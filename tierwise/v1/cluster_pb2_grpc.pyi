@@ -40,7 +40,7 @@ class ClusterServiceStub:
     DrainNode: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.DrainNodeRequest, _cluster_pb2.DrainNodeResponse]
     """Drains a node, or takes it back. Idempotent. NOT_FOUND, PERMISSION_DENIED."""
     RemoveNode: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.RemoveNodeRequest, _cluster_pb2.RemoveNodeResponse]
-    """Takes a node out and revokes its certificate. Idempotent. PERMISSION_DENIED."""
+    """Takes a node out and revokes its certificate. Idempotent. NOT_FOUND, PERMISSION_DENIED."""
     CreateToken: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.CreateTokenRequest, _cluster_pb2.CreateTokenResponse]
     """Makes a one-time join token. PERMISSION_DENIED."""
     ListTokens: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ListTokensRequest, _cluster_pb2.ListTokensResponse]
@@ -60,7 +60,7 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     DrainNode: _aio.UnaryUnaryMultiCallable[_cluster_pb2.DrainNodeRequest, _cluster_pb2.DrainNodeResponse]  # type: ignore[assignment]
     """Drains a node, or takes it back. Idempotent. NOT_FOUND, PERMISSION_DENIED."""
     RemoveNode: _aio.UnaryUnaryMultiCallable[_cluster_pb2.RemoveNodeRequest, _cluster_pb2.RemoveNodeResponse]  # type: ignore[assignment]
-    """Takes a node out and revokes its certificate. Idempotent. PERMISSION_DENIED."""
+    """Takes a node out and revokes its certificate. Idempotent. NOT_FOUND, PERMISSION_DENIED."""
     CreateToken: _aio.UnaryUnaryMultiCallable[_cluster_pb2.CreateTokenRequest, _cluster_pb2.CreateTokenResponse]  # type: ignore[assignment]
     """Makes a one-time join token. PERMISSION_DENIED."""
     ListTokens: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ListTokensRequest, _cluster_pb2.ListTokensResponse]  # type: ignore[assignment]
@@ -101,7 +101,7 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _cluster_pb2.RemoveNodeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.RemoveNodeResponse, _abc.Awaitable[_cluster_pb2.RemoveNodeResponse]]:
-        """Takes a node out and revokes its certificate. Idempotent. PERMISSION_DENIED."""
+        """Takes a node out and revokes its certificate. Idempotent. NOT_FOUND, PERMISSION_DENIED."""
 
     @_abc_1.abstractmethod
     def CreateToken(

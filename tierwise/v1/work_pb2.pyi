@@ -336,6 +336,7 @@ class Work(_message.Message):
     function_id: _builtins.str
     state: Global___WorkState.ValueType
     attempt_count: _builtins.int
+    """Attempts that failed, and the one that a node has or that ended the work."""
     node_id: _builtins.str
     message: _builtins.str
     submitted_unix_s: _builtins.float

@@ -75,7 +75,8 @@ class WorkServiceServicer(object):
 
     def Submit(self, request, context):
         """Accepts work. Idempotent by idempotency_key: the same key with the same content returns the
-        first id, with other content ALREADY_EXISTS. INVALID_ARGUMENT, NOT_FOUND, RESOURCE_EXHAUSTED.
+        first id, with other content ALREADY_EXISTS. A timeout counts from here, and is over with
+        DEADLINE_EXCEEDED as the result; without one, work waits as long as it takes. INVALID_ARGUMENT, NOT_FOUND, RESOURCE_EXHAUSTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

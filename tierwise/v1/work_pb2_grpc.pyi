@@ -37,7 +37,8 @@ class WorkServiceStub:
     def __new__(cls, channel: _aio.Channel) -> WorkServiceAsyncStub: ...
     Submit: _grpc.UnaryUnaryMultiCallable[_work_pb2.SubmitRequest, _work_pb2.SubmitResponse]
     """Accepts work. Idempotent by idempotency_key: the same key with the same content returns the
-    first id, with other content ALREADY_EXISTS. INVALID_ARGUMENT, NOT_FOUND, RESOURCE_EXHAUSTED.
+    first id, with other content ALREADY_EXISTS. A timeout counts from here, and is over with
+    DEADLINE_EXCEEDED as the result; without one, work waits as long as it takes. INVALID_ARGUMENT, NOT_FOUND, RESOURCE_EXHAUSTED.
     """
     Watch: _grpc.UnaryStreamMultiCallable[_work_pb2.WatchRequest, _work_pb2.WatchResponse]
     """Streams every change of state until the work has ended. Read-only. NOT_FOUND."""
@@ -61,7 +62,8 @@ class WorkServiceAsyncStub(WorkServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Submit: _aio.UnaryUnaryMultiCallable[_work_pb2.SubmitRequest, _work_pb2.SubmitResponse]  # type: ignore[assignment]
     """Accepts work. Idempotent by idempotency_key: the same key with the same content returns the
-    first id, with other content ALREADY_EXISTS. INVALID_ARGUMENT, NOT_FOUND, RESOURCE_EXHAUSTED.
+    first id, with other content ALREADY_EXISTS. A timeout counts from here, and is over with
+    DEADLINE_EXCEEDED as the result; without one, work waits as long as it takes. INVALID_ARGUMENT, NOT_FOUND, RESOURCE_EXHAUSTED.
     """
     Watch: _aio.UnaryStreamMultiCallable[_work_pb2.WatchRequest, _work_pb2.WatchResponse]  # type: ignore[assignment]
     """Streams every change of state until the work has ended. Read-only. NOT_FOUND."""
@@ -88,7 +90,8 @@ class WorkServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_work_pb2.SubmitResponse, _abc.Awaitable[_work_pb2.SubmitResponse]]:
         """Accepts work. Idempotent by idempotency_key: the same key with the same content returns the
-        first id, with other content ALREADY_EXISTS. INVALID_ARGUMENT, NOT_FOUND, RESOURCE_EXHAUSTED.
+        first id, with other content ALREADY_EXISTS. A timeout counts from here, and is over with
+        DEADLINE_EXCEEDED as the result; without one, work waits as long as it takes. INVALID_ARGUMENT, NOT_FOUND, RESOURCE_EXHAUSTED.
         """
 
     @_abc_1.abstractmethod

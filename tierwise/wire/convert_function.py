@@ -1,5 +1,6 @@
 """Functions ⇄ protobuf: specs, profiles, the catalogue."""
 
+import re
 from collections.abc import Iterable, Mapping
 
 from tierwise.domain.function import ALL_TIERS, Catalogue, FunctionProfile, FunctionSpec, Priority
@@ -14,6 +15,15 @@ REQUIREMENTS_MAX = 100
 REQUIREMENT_LENGTH_MAX = 300
 DESCRIPTION_LENGTH_MAX = 1_000
 TIMEOUT_S_MAX = 7 * 86_400.0  # the longest time that a call may ask for
+# A name, extras, versions and a marker: PEP 508 without URLs.
+_WORD = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
+_VERSION = r"(?:===?|~=|!=|[<>]=?)\s*[A-Za-z0-9.*+!_-]+"
+_VERSIONS = rf"{_VERSION}(?:\s*,\s*{_VERSION})*"
+_REQUIREMENT = re.compile(
+    rf"{_WORD}\s*(?:\[\s*{_WORD}(?:\s*,\s*{_WORD})*\s*\]\s*)?"
+    rf"(?:{_VERSIONS}|\(\s*{_VERSIONS}\s*\))?\s*(?:;[\w\s.,'\"()<>=!~+*-]+)?",
+    re.ASCII,
+)
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
 
@@ -38,6 +48,9 @@ def spec_to_pb(spec: FunctionSpec) -> types_pb2.FunctionSpec:
     Raises:
         InvalidArgument: A field of a hand-made spec is of the wrong type or out of all bounds.
     """
+    if isinstance(spec.requirements, str):  # its letters would be taken for packages
+        lone = repr(spec.requirements)
+        raise InvalidArgument(f"requirements={lone}: write a list, requirements=[{lone}]")
     try:
         return types_pb2.FunctionSpec(
             namespace=spec.namespace,
@@ -95,11 +108,15 @@ def spec_from_pb(pb: types_pb2.FunctionSpec) -> FunctionSpec:
 
 
 def _check_requirement(line: str) -> None:
-    """Refuse what pip would take for an option: it could name another index or read a file."""
+    """Take names and versions only.
+
+    Options could name another index; URLs and paths would run what no index has.
+    """
     checks.text(line, "requirements", REQUIREMENT_LENGTH_MAX)
-    if not line.strip() or line.lstrip().startswith("-"):
+    if not _REQUIREMENT.fullmatch(line.strip()):
         raise InvalidArgument(
-            f"requirements: {checks.shown(line)} is no package; write for example pillow>=11"
+            f"requirements: {checks.shown(line)} is no package; write a name and, if you like, "
+            "versions, for example pillow>=11 (no URLs, paths or options of pip)"
         )
 
 

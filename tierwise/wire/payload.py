@@ -26,22 +26,22 @@ class PayloadError(ValueError):
     """A value cannot travel, or a blob is no payload; the message says where and what to do."""
 
 
-def encode(value: object) -> bytes:
+def encode(value: object, name: str = "value") -> bytes:
     """Return `value` as one blob.
 
     None, bool, int, float, str, bytes, list, tuple, dict, set, datetime and NumPy arrays and
-    scalars may travel.
+    scalars may travel. `name` is what messages call it.
 
     Raises:
         PayloadError: Something inside is of another type; the message names its place.
     """
     arrays: list[memoryview] = []
     try:
-        head = msgspec.msgpack.encode(_lower(value, arrays, "value", 0), enc_hook=_refuse)
+        head = msgspec.msgpack.encode(_lower(value, arrays, name, 0), enc_hook=_refuse)
     except (TypeError, OverflowError, RecursionError, ValueError) as error:
         if isinstance(error, PayloadError):
             raise
-        raise PayloadError(f"this value cannot travel: {error}") from None
+        raise PayloadError(f"{name} cannot travel: {error}") from None
     if not arrays:
         return _HEADER.pack(MAGIC, 0, len(head)) + head
     parts = [
@@ -117,9 +117,12 @@ def _lower(value: Any, arrays: list[memoryview], where: str, depth: int) -> Any:
         return bytes(value)
     if kind.__module__ == "datetime":
         return value
+    kind_name = kind.__qualname__
+    if kind.__module__ != "builtins":
+        kind_name = f"{kind.__module__}.{kind_name}"
     raise PayloadError(
-        f"{where} is a {kind.__module__}.{kind.__qualname__}, which cannot travel: convert it to "
-        "numbers, text, bytes, lists, dicts or NumPy arrays"
+        f"{where} is of type {kind_name}, which cannot travel: convert it to numbers, text, bytes, "
+        "lists, dicts or NumPy arrays"
     )
 
 

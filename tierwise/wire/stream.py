@@ -90,6 +90,8 @@ class CallStream:
                 on_result = self._waiting.pop(result.request_id, None)
                 if on_result is not None:
                     on_result(result)
+                del result, on_result  # they may be large, and the next may be far
+            del response
 
     async def _write(self, call: Call) -> None:
         loop = asyncio.get_running_loop()
@@ -100,6 +102,7 @@ class CallStream:
                 batch, self._outgoing = _head(self._outgoing)
                 request.invocations.extend(batch)
                 await call.write(request)
+                del request, batch  # they may be large, and the next may be far
             self._wake = loop.create_future()
             await self._wake
 
