@@ -23,6 +23,7 @@ from tierwise.placement.ranking import Ranking, rank
 GAP, VALID = len(FEATURES), len(FEATURES) + 1
 COLUMNS = len(FEATURES) + 2
 COST_S_MAX = 30.0  # of one request, so that one outlier does not drown an episode
+FOLLOWING = (15, 60)
 SAVED_MAX = 5.0  # mean costs that one request can earn or lose, so that few do not drown the others
 POLICY_ID = PolicyId("environment@1")
 
@@ -70,6 +71,13 @@ class Episode:
         self._world, self._seed, self._base_s = world, seed, base_s
         self._mean_s = sum(self._base_s.values()) / max(1, len(self._base_s)) or 1.0
         self._simulator = Simulator(world, seed)
+        names = [name for name, _, _ in self._simulator.schedule.planned()]
+        self._places = {
+            name: place for place, name in enumerate(names[: len(world.trace.arrivals)])
+        }
+        self._place = 0  # in the trace, of the latest arrival that was asked about
+        relative = [self._relative(name) for name in self._places]
+        self._summed = np.concatenate([[0.0], np.cumsum(relative)])
         self._paid_count = 0
         self._decision_count = 0
         self._decided: dict[RequestId, int] = {}  # by which decision each open request was placed
@@ -146,16 +154,31 @@ class Episode:
         self._paid_count = len(outcomes)
         return settled
 
-    def hindsight(self) -> tuple[float, float]:
-        """Return what no policy can know of the open request, but its judge may.
+    def hindsight(self) -> tuple[float, ...]:
+        """Return what no policy can know of the open request, but its judge may; 4 numbers.
 
-        That is its cost under the base score ÷ the mean (at most 5), and the log of that mean: a
-        critic that sees them knows how hard this trace is here and now, whatever the policy does
-        (input-driven baseline: Mao et al., ICLR 2019).
+        That is its cost under the base score ÷ the mean (at most 5), the log of that mean, and the
+        same costs of the next 15 and 60 arrivals on average: a critic that sees them knows how
+        hard this trace is here and now, whatever the policy does (input-driven baseline: Mao et
+        al., ICLR 2019).
         """
         assert self._question is not None
-        base_s = self._base_s.get(self._question.ask.request.request_id, self._mean_s)
-        return min(base_s / self._mean_s, SAVED_MAX), math.log(self._mean_s)
+        name = self._question.ask.request.request_id
+        self._place = self._places.get(name, self._place)
+        return (
+            self._relative(name),
+            math.log(self._mean_s),
+            *(self._following(count) for count in FOLLOWING),
+        )
+
+    def _relative(self, name: RequestId) -> float:
+        return min(self._base_s.get(name, self._mean_s) / self._mean_s, SAVED_MAX)
+
+    def _following(self, count: int) -> float:
+        """Return the mean relative cost of the next arrivals, 0 at the end of the trace."""
+        first = self._place + 1
+        last = min(first + count, len(self._summed) - 1)
+        return float(self._summed[last] - self._summed[first]) / count if last > first else 0.0
 
     @property
     def gain(self) -> float:

@@ -51,7 +51,7 @@ class ShardedVecEnv(VectorEnv):
             self._processes.append(process)
 
     def reset(self) -> NDArray[np.float32]:
-        """Start every episode anew; return observations, shape (n, 16, 28)."""
+        """Start every episode anew; return observations, shape (n, 16, 30)."""
         self._observations = np.concatenate(self._ask("reset"))
         return self._observations.copy()
 

@@ -14,14 +14,14 @@ from tierwise.placement.features import BOUND, CANDIDATES_MAX, GAP_MAX
 Rewards = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 PLAYS = 3  # of each world
-HINDSIGHT = 2  # columns that only a critic may look at
+HINDSIGHT = 4  # columns that only a critic may look at
 REMEMBERED_MAX = 4096  # steps whose rewards are kept for `take_rewards`
 
 
 class VectorEnv(VecEnv):
     """What the batched environments share: spaces, masks, and what the learner asks of them.
 
-    Observations are those of `PlacementEnv` and two columns more for the critic alone, the same in
+    Observations are those of `PlacementEnv` and four columns more for the critic alone, the same in
     every row: what `Episode.hindsight` returns.
     """
 
@@ -111,7 +111,7 @@ class PlacementVecEnv(VectorEnv):
         self._earned: list[NDArray[np.float32]] = []  # and by the step that decided
 
     def reset(self) -> NDArray[np.float32]:
-        """Start every episode anew; return observations, shape (n, 16, 28)."""
+        """Start every episode anew; return observations, shape (n, 16, 30)."""
         self._episodes = [self._fresh(index) for index in range(self.num_envs)]
         self._begun_at = [self._step_count] * self.num_envs
         return self._observations.copy()

@@ -62,7 +62,7 @@ class Critic(nn.Module):
         self.joined = nn.Linear(3 * hidden + HINDSIGHT, hidden)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return shape (b, H), of observations (b, 16, 28)."""
+        """Return shape (b, H), of observations (b, 16, 30)."""
         valid, gap = rows[:, :, VALID], rows[:, :, GAP]
         hidden, context = self.rows.pooled(rows[:, :, :GAP], valid)
         best = torch.argmin(gap + 1e3 * (1.0 - valid), dim=1)
