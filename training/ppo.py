@@ -37,7 +37,7 @@ from training.network import Residual, ResidualPolicy
 STEPS_PER_ENV = 128
 BATCH = 2048
 EPOCHS = 4
-LEARNING_RATE = 7e-4
+LEARNING_RATE = 3e-3
 GAMMA = 0.98  # a request's cost stands at its own decision; what queues behind it comes later
 GAE_LAMBDA = 0.95
 ENTROPY = 5e-4
