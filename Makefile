@@ -63,7 +63,7 @@ proto-breaking:
 	  else echo "nothing to compare the protos with"; fi
 
 train-policy: $(VENV)/dev.stamp ## train the policy that ships with the package
-	@$(BIN)/python -m training.ppo --preset random --seed 7 --steps 2000000 --name learned --ship
+	@$(BIN)/python -m training.ppo --preset random --seed 7 --steps 1800000 --name learned --ship
 
 $(VENV)/pip.stamp:
 	@echo "== making $(VENV)"; $(PYTHON) -m venv $(VENV) && touch $@

@@ -35,9 +35,9 @@ from training.judge import Origin, Range, Validation, as_policy, finish, new_fol
 from training.network import Residual, ResidualPolicy
 
 STEPS_PER_ENV = 128
-BATCH = 2048
+BATCH = 4096
 EPOCHS = 4
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 1e-3
 GAMMA = 0.98  # a request's cost stands at its own decision; what queues behind it comes later
 GAE_LAMBDA = 0.95
 ENTROPY = 5e-4
