@@ -6,7 +6,7 @@ export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 PROTOS := $(wildcard protos/tierwise/v1/*.proto)
 
-.PHONY: help demo check test bench bench-breaker bench-sim2real protos train-policy clean format lint
+.PHONY: help demo check test bench bench-breaker bench-sim2real suite protos train-policy clean format lint
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -61,6 +61,9 @@ proto-breaking:
 	    out=$$(mktemp -d) && git archive $$base protos buf.yaml 2>/dev/null | tar -x -C $$out && \
 	    $(BIN)/buf breaking --against $$out; code=$$?; rm -r $$out; exit $$code; \
 	  else echo "nothing to compare the protos with"; fi
+
+suite: $(VENV)/dev.stamp ## every policy in the standard suite (simulated), some ten minutes; writes docs/results
+	@$(BIN)/python -m training.suite --seeds 10 --requests 300 --bound-seeds 2 --out docs/results
 
 train-policy: $(VENV)/dev.stamp ## train the policy that ships with the package
 	@$(BIN)/python -m training.ppo --preset random --seed 7 --steps 1800000 --name learned --ship

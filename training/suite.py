@@ -161,6 +161,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--bound-seeds", type=int, default=4, help="worlds per preset for bounds")
     parser.add_argument("--out", type=Path, default=Path("runs/suite"))
+    parser.add_argument("-o", "--output", choices=("table", "json"), default="table")
     flags = parser.parse_args()
     names, parts = flags.policies.split(","), flags.parts.split(",")
     some = [case for case in cases() if case.part in parts]
@@ -192,7 +193,7 @@ def main() -> int:
     if "load" in parts:
         plot_load(rows, flags.out / "load.png", LOAD_PRESET)
     plot_differences(rows, flags.out / "presets.png")
-    print(text)
+    print(json.dumps(rows, indent=2) if flags.output == "json" else text)
     return 0
 
 
