@@ -691,3 +691,10 @@ def test_top_does_not_cut_what_goes_into_a_pipe(
     header, line = run("top").stdout.splitlines()
     assert header.split()[-1] == "MIB"
     assert line.split()[-1] == "55"
+
+
+def test_publishing_an_unfinished_run_says_how_to_finish_it(tmp_path: Path) -> None:
+    (tmp_path / "model.zip").write_bytes(b"")
+    ended = run("policy", "publish", str(tmp_path))
+    assert isinstance(ended.exception, NotFound)
+    assert f"tierwise policy train --resume {tmp_path}" in str(ended.exception)

@@ -250,6 +250,19 @@ def test_what_only_the_request_says_is_held_to_the_trained_range() -> None:
     ]
 
 
+@pytest.mark.parametrize("rate_per_s", [0.5, 50.0, 500.0])
+@pytest.mark.parametrize("item_count", [1, 64])
+def test_the_shipped_policy_decides_by_itself_however_often_a_function_is_called(
+    rate_per_s: float, item_count: int
+) -> None:
+    profiles = {REQUEST.function_id: FunctionProfile(run_s=0.03, rate_per_s=rate_per_s)}
+    seen = replace(view(4), profiles=profiles)
+    request = replace(REQUEST, item_count=item_count, deadline_s=0.25 * item_count)
+    decision = learned.from_package().decide(seen, request, RNG)
+    assert isinstance(decision, Placed) and decision.explanation is not None
+    assert decision.explanation.fallback == ""
+
+
 def test_a_margin_around_the_trained_range_is_tolerated() -> None:
     low, high = [-8.0] * F, [8.0] * F
     column = FEATURES.index("queued")

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from tierwise.placement.policies import learned
@@ -12,7 +13,7 @@ from tierwise.placement.policies.ect import EarliestCompletion
 from training.evaluate import HELD_OUT, compare, interval, iqm
 from training.export import disagreement, to_network
 from training.network import Residual
-from training.ppo import Settings, train
+from training.ppo import Settings, main, train
 
 TINY = Settings(
     steps=1024,
@@ -98,3 +99,30 @@ def test_the_interquartile_mean_ignores_outliers_and_lies_in_its_interval() -> N
     steady = np.random.default_rng(0).normal(10.0, 1.0, 200)
     low, high = interval(steady)
     assert low < iqm(steady) < high
+
+
+def test_steps_are_rounded_up_to_whole_rollouts() -> None:
+    assert replace(TINY, steps=1).whole_steps == 128 * 8
+    assert replace(TINY, steps=1024).whole_steps == 1024
+    assert replace(TINY, steps=1025).whole_steps == 2048
+
+
+def test_a_resumed_run_goes_on_to_what_it_was_meant_to_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, Path, bool]] = []
+
+    def noted(settings: Settings, folder: Path, *, is_resumed: bool) -> bool:
+        seen.append((settings.steps, folder, is_resumed))
+        return False
+
+    monkeypatch.setattr("training.ppo.train", noted)
+    for arguments in (["--steps", "5000", "--out", str(tmp_path)], ["--resume", ""]):
+        if not arguments[-1]:
+            arguments[-1] = str(seen[0][1])
+        monkeypatch.setattr("sys.argv", ["train", *arguments])
+        assert main() == 130
+    assert seen == [(5000, seen[0][1], False), (5000, seen[0][1], True)]
+    monkeypatch.setattr("sys.argv", ["train", "--resume", str(seen[0][1]), "--steps", "9000"])
+    main()
+    assert seen[-1][0] == 9000
