@@ -66,7 +66,7 @@ suite: $(VENV)/dev.stamp ## every policy in the standard suite (simulated), some
 	@$(BIN)/python -m training.suite --seeds 10 --requests 300 --bound-seeds 2 --out docs/results
 
 train-policy: $(VENV)/dev.stamp ## train the policy that ships with the package
-	@$(BIN)/python -m training.ppo --preset random --seed 7 --steps 1800000 --name learned --ship
+	@$(BIN)/python -m training.ppo --preset random --seed 7 --steps 900000 --name learned --ship
 
 $(VENV)/pip.stamp:
 	@echo "== making $(VENV)"; $(PYTHON) -m venv $(VENV) && touch $@

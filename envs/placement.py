@@ -24,7 +24,9 @@ GAP, VALID = len(FEATURES), len(FEATURES) + 1
 COLUMNS = len(FEATURES) + 2
 COST_S_MAX = 30.0  # of one request, so that one outlier does not drown an episode
 FOLLOWING = (15, 60)
-SAVED_MAX = 5.0  # mean costs that one request can earn or lose, so that few do not drown the others
+SAVED_MAX = (
+    20.0  # mean costs that one request can earn or lose, so that few do not drown the others
+)
 POLICY_ID = PolicyId("environment@1")
 
 Observation = NDArray[np.float32]
@@ -38,8 +40,8 @@ class Settled:
     Attributes:
         decision: Number of the decision that placed it, the last one if it was refused in between;
             None if it had no choice.
-        saved: Its cost under the base score minus its cost, within ±5.
-        cost: Its cost, at most 5.
+        saved: Its cost under the base score minus its cost, within ±20.
+        cost: Its cost, at most 20.
     """
 
     decision: int | None
@@ -157,7 +159,7 @@ class Episode:
     def hindsight(self) -> tuple[float, ...]:
         """Return what no policy can know of the open request, but its judge may; 4 numbers.
 
-        That is its cost under the base score ÷ the mean (at most 5), the log of that mean, and the
+        That is its cost under the base score ÷ the mean (at most 20), the log of that mean, and the
         same costs of the next 15 and 60 arrivals on average: a critic that sees them knows how
         hard this trace is here and now, whatever the policy does (input-driven baseline: Mao et
         al., ICLR 2019).
@@ -225,7 +227,7 @@ class PlacementEnv(gymnasium.Env[Observation, np.int64]):
     ### Rewards
     For each request that ended since the last decision: what the objective (`cost.objective`) made
     of it under the tuned base score minus what it makes of it now, each at most 30
-    second-equivalents, ÷ the mean under the base score; within ±5. The base score itself earns 0.
+    second-equivalents, ÷ the mean under the base score; within ±20. The base score itself earns 0.
 
     ### Starting State
     A fresh world of the preset, drawn from the seed; nothing is warm.
