@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from agent.machine import NodeMachine
+from envs.hazards import Hazards
 from envs.schedule import Schedule
 from envs.traces import Arrival
 from envs.world import World
@@ -114,7 +115,8 @@ class Simulator:
         self.on_step: Callable[[NodeMachine], None] | None = None
         names = ("service", "links", "faults", "cold starts", "overheads")
         streams = map(np.random.default_rng, np.random.SeedSequence(seed).spawn(len(names)))
-        service, self._link_rng, self._fault_rng, self._cold_rng, self._overhead_rng = streams
+        service, self._link_rng, faults, self._cold_rng, self._overhead_rng = streams
+        self._hazards = Hazards(world.faults, faults)
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._sequence = 0
         self._nodes = {node.node_id: _SimNode(node, NodeMachine(node)) for node in world.nodes}
@@ -206,17 +208,15 @@ class Simulator:
             self._tell_plane(SessionOpened(node=sim.node))
         for sim in self._nodes.values():
             self._inform(sim)
-            offset_s = float(self._fault_rng.random()) * self.world.heartbeat_interval_s
+            offset_s = self._hazards.offset_s(self.world.heartbeat_interval_s)
             self._at(offset_s, self._heartbeat, sim)
         self._at(TICK_S, self._tick)
         if self.world.overheads.view_interval_s:
             self._at(self.world.overheads.view_interval_s, self._broadcast)
         self._next_arrival()
-        faults = self.world.faults
-        if faults.crash_interval_s:
-            self._at(float(self._fault_rng.exponential(faults.crash_interval_s)), self._crash)
-        if faults.partition_interval_s:
-            wait_s = float(self._fault_rng.exponential(faults.partition_interval_s))
+        if (wait_s := self._hazards.next_crash_s()) is not None:
+            self._at(wait_s, self._crash)
+        if (wait_s := self._hazards.next_cut_s()) is not None:
             self._at(wait_s, self._partition)
 
     def _next_arrival(self) -> None:
@@ -422,16 +422,11 @@ class Simulator:
                 self._alive_step(sim, sim_life, on_broken)
 
         sim_life = sim.life
-        faults = self.world.faults
-        if faults.drop or faults.duplicate or faults.delay:
-            draws = self._fault_rng.random(3)
-            if draws[0] < faults.drop and self.now_s < faults.until_s:
-                return
-            if draws[1] < faults.duplicate:
-                self._at(delay_s * 1.5 + 0.01, arrive)
-            if draws[2] < faults.delay:
-                delay_s += float(self._fault_rng.exponential(faults.delay_s))
-        self._at(delay_s, arrive)
+        mishap = self._hazards.mishap(self.now_s)
+        if mishap.is_doubled:
+            self._at(delay_s * 1.5 + 0.01, arrive)
+        if not mishap.is_lost:
+            self._at(delay_s + mishap.late_s, arrive)
 
     # -- the scheduler --------------------------------------------------------------------------
 
@@ -528,14 +523,13 @@ class Simulator:
     # -- faults ---------------------------------------------------------------------------------
 
     def _crash(self) -> None:
-        faults = self.world.faults
-        if self.now_s > faults.until_s:
+        if self._hazards.is_over(self.now_s):
             return
-        self._at(float(self._fault_rng.exponential(faults.crash_interval_s)), self._crash)
+        self._at(self._hazards.next_crash_s() or 0.0, self._crash)
         up = [sim for sim in self._nodes.values() if sim.is_up]
         if len(up) < 2:
             return
-        sim = up[int(self._fault_rng.integers(len(up)))]
+        sim = self._hazards.pick(up)
         sim.is_up = False
         sim.life += 1
         for ticket in sim.machine.tickets():
@@ -552,7 +546,7 @@ class Simulator:
         if self._question is not None and self._question.node_id == sim.node.node_id:
             self._question = None
         self._tell_plane(SessionClosed(node_id=sim.node.node_id))
-        self._at(faults.down_s, self._restart, sim)
+        self._at(self.world.faults.down_s, self._restart, sim)
 
     def _restart(self, sim: _SimNode) -> None:
         sequence = int(self.now_s * 1000) + 1_000_000 * sim.life
@@ -564,17 +558,15 @@ class Simulator:
         self._reconnect(sim)
 
     def _partition(self) -> None:
-        faults = self.world.faults
-        if self.now_s > faults.until_s:
+        if self._hazards.is_over(self.now_s):
             return
-        wait_s = float(self._fault_rng.exponential(faults.partition_interval_s))
-        self._at(wait_s, self._partition)
-        sim = list(self._nodes.values())[int(self._fault_rng.integers(len(self._nodes)))]
+        self._at(self._hazards.next_cut_s() or 0.0, self._partition)
+        sim = self._hazards.pick(list(self._nodes.values()))
         if sim.is_cut:
             return
         sim.is_cut = True
         self._tell_plane(SessionClosed(node_id=sim.node.node_id))
-        self._at(faults.partition_s, self._heal, sim)
+        self._at(self.world.faults.partition_s, self._heal, sim)
 
     def _heal(self, sim: _SimNode) -> None:
         sim.is_cut = False
