@@ -3,6 +3,7 @@
 import json
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -60,6 +61,10 @@ class Validation:
         """Return the mean over worlds of cost ÷ cost of the base score; below 1 is better."""
         return float(np.exp(np.mean(np.log(self._costs_s(policy) / self._base))))
 
+    def close(self) -> None:
+        """End the processes."""
+        self._pool.shutdown()
+
     def _costs_s(self, policy: Policy) -> NDArray[np.float64]:
         one = partial(_cost_s, policy, self._preset)
         return np.array(list(self._pool.map(one, self._seeds, chunksize=4)))
@@ -95,8 +100,10 @@ def finish(folder: Path, network: Network, trained: Range, origin: Origin) -> No
 
     ratios: dict[tuple[float, float], float] = {}
     total = len(TEMPERATURES) + len(LAMBDAS) - 1 + 2 * origin.evaluation_worlds
-    with tqdm(total=total, unit="step", desc="judging", file=sys.stderr) as bar:
-        validation = Validation(origin.preset, origin.validation_worlds)
+    with (
+        tqdm(total=total, unit="step", desc="judging", file=sys.stderr) as bar,
+        closing(Validation(origin.preset, origin.validation_worlds)) as validation,
+    ):
 
         def tried(lam: float, temperature: float) -> tuple[float, float]:
             if (lam, temperature) not in ratios:

@@ -10,6 +10,7 @@ import argparse
 import json
 import shlex
 import sys
+from contextlib import closing
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -220,9 +221,11 @@ def _train(
             device="cpu",
         )
     model.set_logger(configure(str(folder / "tensorboard"), ["tensorboard"]))
-    validation = Validation(settings.preset, settings.validation_worlds)
     done, goal = model.num_timesteps, settings.whole_steps
-    with tqdm(total=goal, initial=done, unit="step", file=sys.stderr) as bar:
+    with (
+        closing(Validation(settings.preset, settings.validation_worlds)) as validation,
+        tqdm(total=goal, initial=done, unit="step", file=sys.stderr) as bar,
+    ):
         watch = Watch(settings, folder, validation, progress, bar)
         try:
             model.learn(
