@@ -16,8 +16,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 
-from benchmarks.report import at_most, make_table, show, spread
-from tierwise.clock import precise_s
+from benchmarks.report import at_most, interleaved, make_table, show, spread
 from tierwise.cost.estimate import estimate
 from tierwise.domain.function import FunctionProfile, FunctionSpec
 from tierwise.domain.ids import NodeId, RequestId
@@ -107,21 +106,6 @@ def calls_of(policy: Policy, view: ClusterView, rng: np.random.Generator) -> Cal
     return lambda: policy.decide(view, REQUEST, rng)
 
 
-def measure(
-    calls: dict[tuple[int, str], Callable[[], object]],
-) -> dict[tuple[int, str], np.ndarray]:
-    """Return microseconds per call, one figure a round, shape (ROUNDS,), of each call."""
-    figures: dict[tuple[int, str], list[float]] = {key: [] for key in calls}
-    for round_number in range(ROUNDS + 2):
-        for key, call in calls.items():
-            start_s = precise_s()
-            for _ in range(CALLS):
-                call()
-            if round_number >= 2:  # the first ones warm up
-                figures[key].append((precise_s() - start_s) / CALLS * 1e6)
-    return {key: np.array(values) for key, values in figures.items()}
-
-
 def main() -> None:
     rng = np.random.default_rng(SEED)
     learned, ect = make_learned(rng), EarliestCompletion()
@@ -132,7 +116,7 @@ def main() -> None:
         calls[node_count, "learned"] = calls_of(learned, view, rng)
         if node_count > 1:
             calls |= {(node_count, name): call for name, call in pieces(view, learned).items()}
-    figures = measure(calls)
+    figures = interleaved(calls, rounds=ROUNDS, count=CALLS, warm_up=2)
 
     caption = (
         f"Seed {SEED}; {ROUNDS} rounds of {CALLS} calls. Ratio: learned ÷ ect; target: for learned."

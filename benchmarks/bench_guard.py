@@ -17,8 +17,7 @@ import numpy as np
 
 from agent.decider import Canary, Decider, Duties
 from benchmarks.bench_decision import REQUEST, SEED, make_learned, make_view
-from benchmarks.report import at_most, make_table, show, spread
-from tierwise.clock import precise_s
+from benchmarks.report import at_most, interleaved, make_table, show, spread
 from tierwise.domain.decision import Decision, Placed
 from tierwise.domain.outcome import LatencySplit, Outcome, OutcomeState
 from tierwise.placement.breaker import CircuitBreaker
@@ -87,15 +86,8 @@ def main() -> None:
         "decider: after the call": lambda: plain.reported(outcome, view.now_s),
         "decider: both, with a canary": whole_with_a_canary,
     }
-    figures: dict[str, list[float]] = {name: [] for name in calls}
-    for round_number in range(ROUNDS + 5):
-        for name, call in calls.items():
-            start_s = precise_s()
-            for _ in range(CALLS):
-                call()
-            if round_number >= 5:  # the first ones warm up
-                figures[name].append((precise_s() - start_s) / CALLS * 1e6)
-    bare = np.array(figures.pop("bare"))
+    figures = interleaved(calls, rounds=ROUNDS, count=CALLS, warm_up=5)
+    bare = figures.pop("bare")
     caption = (
         f"{ROUNDS} rounds of {CALLS} calls, {NODE_COUNT} candidates. The decider's rows include "
         "the two readings of the clock, and finding the chosen candidate when the call has ended."
@@ -104,7 +96,7 @@ def main() -> None:
     table = make_table(title, ("what", "µs", "target"), caption)
     for name, values in figures.items():
         asks = name in ("decider: the decision", "decider: both, with a canary")
-        added = np.array(values) - (bare if asks else 0.0)
+        added = values - (bare if asks else 0.0)
         is_bound = "canary" not in name
         target = at_most(float(np.median(added)), TARGET_US) if is_bound else ""
         table.add_row(name, spread(added), target)

@@ -3,8 +3,9 @@
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,35 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from tierwise.clock import precise_s
+
+Key = TypeVar("Key", bound=Hashable)
 Figures = Sequence[float] | NDArray[np.float64]
+
+
+def interleaved(
+    calls: Mapping[Key, Callable[[], object]], *, rounds: int, count: int, warm_up: int
+) -> dict[Key, NDArray[np.float64]]:
+    """Time calls in turns, so that a slow moment of the machine hits all of them.
+
+    Args:
+        calls: What to time.
+        rounds: How many figures each gets.
+        count: Calls per figure.
+        warm_up: Rounds before the first figure.
+
+    Returns:
+        Microseconds per call, shape (rounds,), of each.
+    """
+    figures: dict[Key, list[float]] = {key: [] for key in calls}
+    for number in range(warm_up + rounds):
+        for key, call in calls.items():
+            start_s = precise_s()
+            for _ in range(count):
+                call()
+            if number >= warm_up:
+                figures[key].append((precise_s() - start_s) / count * 1e6)
+    return {key: np.array(values) for key, values in figures.items()}
 
 
 def make_table(title: str, columns: Sequence[str], caption: str = "") -> Table:

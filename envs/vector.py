@@ -155,7 +155,8 @@ class PlacementVecEnv(VectorEnv):
             else:
                 self._observe(index, episode)
         self._step_count += 1
-        return self._observations.copy(), rewards, dones, infos
+        # The learner adds to the rewards that it gets; `take_rewards` keeps what was paid.
+        return self._observations.copy(), rewards.copy(), dones, infos
 
     def take_rewards(self) -> Rewards:
         """Return the rewards since the last call, each of shape (steps, n), and forget them.

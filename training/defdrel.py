@@ -8,13 +8,11 @@ What is kept is the checkpoint that is best on validation worlds. See
 """
 
 import argparse
-import io
 import sys
 from pathlib import Path
 from typing import Any
 
 import gymnasium
-import msgspec
 import numpy as np
 import torch
 from gymnasium import spaces
@@ -28,7 +26,6 @@ from tierwise.domain.ids import PolicyId
 from tierwise.domain.request import Request
 from tierwise.domain.topology import Tier
 from tierwise.domain.view import ClusterView
-from tierwise.files import write_atomically
 from tierwise.placement import policies
 from tierwise.placement.policies.defdrel import (
     BOUND,
@@ -41,7 +38,7 @@ from tierwise.placement.policies.defdrel import (
     order,
 )
 from tierwise.placement.ranking import Ranking, rank_or_place
-from training.export import TOLERANCE, commit
+from training.export import TOLERANCE, commit, write_pair
 from training.teacher import TRAINING
 from training.tune import VALIDATION, cost_of
 
@@ -203,11 +200,8 @@ def main() -> int:
         flags.steps // CHECKPOINTS, flags.preset, flags.requests, flags.validation_worlds
     )
     model.learn(flags.steps, callback=watch)
-    buffer = io.BytesIO()
-    arrays: dict[str, Any] = {f"a{i}": array for i, array in enumerate(watch.best)}
-    np.savez_compressed(buffer, **arrays)
+    arrays = {f"a{i}": array for i, array in enumerate(watch.best)}
     card = {
-        "name": "defdrel",
         "inputs": INPUTS,
         "command": f"python -m training.defdrel --preset {flags.preset} --seed {flags.seed} "
         f"--steps {flags.steps} --requests {flags.requests}",
@@ -217,9 +211,7 @@ def main() -> int:
         f"seeds from {TRAINING + 100_000 * flags.seed}",
         "validation_log_cost": watch.best_log_cost,
     }
-    write_atomically(flags.out / "defdrel.npz", buffer.getvalue())
-    write_atomically(flags.out / "defdrel.json", msgspec.json.format(msgspec.json.encode(card)))
-    print(flags.out / "defdrel.npz")
+    print(write_pair(flags.out, "defdrel", arrays, card))
     return 0
 
 

@@ -1,11 +1,16 @@
 """From torch to the NumPy policy that agents run."""
 
+import io
 import subprocess
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
+from tierwise.files import write_atomically
 from tierwise.placement.features import BOUND, FEATURES
 from tierwise.placement.policies.learned import Card, Network
 from training.network import Residual
@@ -86,6 +91,16 @@ def make_card(
         data=data,
         evaluation=evaluation,
     )
+
+
+def write_pair(folder: Path, name: str, arrays: Mapping[str, Any], card: Mapping[str, Any]) -> Path:
+    """Write a rival's arrays as `name.npz` with `name.json` beside it; return the first."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_atomically(folder / f"{name}.npz", buffer.getvalue())
+    encoded = msgspec.json.encode({"name": name, **card})
+    write_atomically(folder / f"{name}.json", msgspec.json.format(encoded))
+    return folder / f"{name}.npz"
 
 
 def commit() -> str:

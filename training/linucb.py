@@ -8,22 +8,19 @@ to it. All worlds are simulated; none is one of those that policies are tuned or
 """
 
 import argparse
-import io
 import sys
 from pathlib import Path
 from typing import Self
 
-import msgspec
 import numpy as np
 
 from envs.simulator import Simulator
 from envs.world import make_world
 from tierwise.cost.estimate import Float
-from tierwise.files import write_atomically
 from tierwise.placement import policies
 from tierwise.placement.features import SCHEMA
 from tierwise.placement.policies.linucb import INPUTS, LinUCB
-from training.export import commit
+from training.export import commit, write_pair
 from training.teacher import TRAINING
 
 
@@ -71,10 +68,8 @@ def main() -> int:
         parser.error("counts start at 1")
     found = collect(flags.seed, flags.worlds, flags.preset, flags.requests, flags.alpha)
     count = max(1, found.observation_count)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, gram=found.gram / count, moment=found.moment / count)
+    arrays = {"gram": found.gram / count, "moment": found.moment / count}
     card = {
-        "name": "linucb",
         "schema": SCHEMA,
         "command": f"python -m training.linucb --preset {flags.preset} --seed {flags.seed} "
         f"--worlds {flags.worlds} --requests {flags.requests} --alpha {flags.alpha}",
@@ -84,9 +79,7 @@ def main() -> int:
         f"{flags.requests} requests each, seeds from {TRAINING + 100_000 * flags.seed}",
         "observations": found.observation_count,
     }
-    write_atomically(flags.out / "linucb.npz", buffer.getvalue())
-    write_atomically(flags.out / "linucb.json", msgspec.json.format(msgspec.json.encode(card)))
-    print(flags.out / "linucb.npz")
+    print(write_pair(flags.out, "linucb", arrays, card))
     return 0
 
 

@@ -11,12 +11,10 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from envs.simulator import Simulator
 from envs.world import NAMED, NO_SHIFT, Shift, make_world
@@ -104,13 +102,7 @@ def run(
                 name: [pool.submit(measure_case, name, case, seed, request_count) for seed in seeds]
                 for name in names
             }
-            figures: dict[str, Columns] = {}
-            for name, futures in waiting.items():
-                worlds = []
-                for future in futures:
-                    worlds.append(future.result())
-                    on_progress()
-                figures[name] = as_columns(worlds)
+            figures = {name: _gather(futures, on_progress) for name, futures in waiting.items()}
             rows += [
                 {"part": case.part, "case": case.name, "policy": name} | summary(columns, figures)
                 for name, columns in figures.items()
@@ -141,13 +133,19 @@ def run_bounds(
             preset: [pool.submit(bound, names, preset, seed) for seed in seeds] for preset in NAMED
         }
         for preset, futures in waiting.items():
-            worlds = []
-            for future in futures:
-                worlds.append(future.result())
-                on_progress()
-            means = {key: float(np.mean([w[key] for w in worlds])) for key in worlds[0]}
+            columns = _gather(futures, on_progress)
+            means = {key: float(values.mean()) for key, values in columns.items()}
             rows.append({"part": "bounds", "case": preset} | means)
     return rows
+
+
+def _gather(futures: Sequence[Future[Figures]], on_progress: Callable[[], None]) -> Columns:
+    """Wait for the figures of several worlds."""
+    worlds = []
+    for future in futures:
+        worlds.append(future.result())
+        on_progress()
+    return as_columns(worlds)
 
 
 def main() -> int:

@@ -93,7 +93,5 @@ def reason(output: str) -> str:
     """Return why pip failed: its errors, or the end of what it said if it named none."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = list(dict.fromkeys(line for line in lines if line.startswith("ERROR:")))
-    others = [
-        line for line in lines if not line.startswith(("WARNING:", "DEPRECATION:", "[notice]"))
-    ]
+    others = [line for line in lines if not line.startswith(NOISE)]
     return "\n".join(errors or others or lines)[-REASON_LENGTH_MAX:].strip()
