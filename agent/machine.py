@@ -22,7 +22,7 @@ from agent.beliefs import Beliefs
 from agent.pool import Instance, InstancePool, InstanceState
 from agent.ticket import Phase, Ticket
 from agent.waiting import WaitingLine
-from tierwise.cost.estimate import DEFAULT_PRICES, predict_wait_s
+from tierwise.cost.estimate import DEFAULT_PRICES, predict_wait_s, wait_of
 from tierwise.cost.money import PriceTable
 from tierwise.domain.command import (
     AskPolicy,
@@ -63,6 +63,7 @@ from tierwise.domain.view import ClusterView, NodeReading
 STALE_MAX = 3  # decisions on stale views that are taken back, per request
 STALE_MARGIN_S = 0.01  # a node may be busier by this much, and this share of the deadline
 STALE_SHARE = 0.1
+PATIENCE = 2.0  # cold starts that a request waits for an instance that runs: a start takes a CPU
 RECALL_S = 1.0  # how long a host may take to say what it ran of a call that was stopped
 ANSWERED_MAX = 4096  # finished requests that are remembered against duplicates
 
@@ -144,7 +145,7 @@ class NodeMachine:
     def reading(self, now_s: float) -> NodeReading:
         """Return this node's next heartbeat reading; each has a higher sequence number."""
         self._sequence += 1
-        return replace(self._reading_now(now_s), warm=dict(self.pool.warm))
+        return self._reading_now(now_s).standing_still()
 
     def view(self, now_s: float) -> ClusterView:
         """Return what this node believes of the cluster; its own row is exact.
@@ -235,7 +236,7 @@ class NodeMachine:
             return Reason.EXPIRED
         ticket.phase = Phase.FORWARDED
         has_others = bool(ticket.next_nodes) and ticket.stale_count < STALE_MAX
-        expected_wait_s = predict_wait_s(row, now_s) if has_others else None
+        expected_wait_s = predict_wait_s(row, now_s, request.priority) if has_others else None
         self._beliefs.sent(ticket, row, now_s)
         out.append(
             Forward(
@@ -270,7 +271,9 @@ class NodeMachine:
         if ticket.request.expected_wait_s is not None and self._is_stale(ticket.request, now_s):
             return Reason.STALE_VIEW
         ticket.node_id = self.node.node_id
-        ticket.work_s = self._beliefs.expected_s(ticket.request) / self.node.speed
+        run_s, start_s = self._beliefs.expected_s(ticket.request)
+        ticket.work_s = run_s / self.node.speed
+        ticket.start_s = 0.0 if self.pool.has(spec.function_id) else start_s / self.node.speed
         self.pool.note_arrival(spec.function_id, now_s)
         self._line.join(ticket)
         self._pump(now_s, out)
@@ -279,13 +282,15 @@ class NodeMachine:
     def _is_stale(self, request: Request, now_s: float) -> bool:
         """Return whether this node is much busier than the sender believed."""
         margin_s = STALE_MARGIN_S + STALE_SHARE * max(0.0, request.deadline_s)
-        return self._backlog_s(now_s) > (request.expected_wait_s or 0.0) + margin_s
+        wait_s = wait_of(self._reading_now(now_s), request.priority)
+        return wait_s > (request.expected_wait_s or 0.0) + margin_s
 
     def _pump(self, now_s: float, out: list[NodeCommand]) -> None:
         """Give queued requests to idle instances and start missing ones, in queue order.
 
         A request that must wait for CPU or memory blocks those behind it (no starvation); one
-        that only waits for an instance of its own function lets them pass.
+        that only waits for an instance of its own function lets them pass. None is started while
+        enough of them should come free within the time that two starts take.
         """
         line, pool = self._line, self.pool
         while (ticket := line.next()) is not None:
@@ -301,7 +306,7 @@ class NodeMachine:
             if instance is not None:
                 line.leave(ticket)
                 self._run(ticket, instance, now_s, out)
-            elif pool.starting_count(function) < line.count_of(function):
+            elif self._coming_count(function, now_s) < line.count_of(function):
                 started = pool.start(spec, now_s)
                 if started is not None:
                     new, evicted = started
@@ -310,6 +315,20 @@ class NodeMachine:
                 elif pool.free.memory_mib < spec.memory_mib and not self._has_own(function):
                     break
         line.restore()
+
+    def _coming_count(self, function: FunctionId, now_s: float) -> int:
+        """Return how many instances should soon be free: they start, or their run is nearly over.
+
+        A run that takes twice as long as expected says nothing any more of its end.
+        """
+        count = self.pool.starting_count(function)
+        if self.pool.engaged.get(function, 0) > count:
+            soon_s = PATIENCE * self._beliefs.cold_start_s(function) / self.node.speed
+            for ticket in self._running.values():
+                if ticket.request.spec.function_id == function:
+                    left_s = ticket.work_s - (now_s - ticket.run_at_s)
+                    count += -ticket.work_s <= left_s < soon_s
+        return count
 
     def _has_own(self, function: FunctionId) -> bool:
         return any(i.spec.function_id == function for i in self.pool.instances())
@@ -506,22 +525,32 @@ class NodeMachine:
         out.append(StopInstance(instance_id=instance.instance_id))
 
     def _reading_now(self, now_s: float) -> NodeReading:
+        backlog_s, overtaken_s = self._backlog_s(now_s)
         return NodeReading(
             sequence=self._sequence,
             free=self.pool.free,
             running=len(self._running),
             queued=len(self._line),
-            backlog_s=self._backlog_s(now_s),
+            backlog_s=backlog_s,
+            overtaken_s=overtaken_s,
             warm=MappingProxyType(self.pool.warm),
+            engaged=MappingProxyType(self.pool.engaged),
             eviction_price_s_per_mib=self.pool.eviction_price_s_per_mib(now_s),
         )
 
-    def _backlog_s(self, now_s: float) -> float:
-        """Estimate seconds until a CPU is free for a request that is queued now."""
+    def _backlog_s(self, now_s: float) -> tuple[float, tuple[float, ...]]:
+        """Estimate `NodeReading.backlog_s` and `NodeReading.overtaken_s`."""
         cpus = self.node.capacity.cpus
         if not self._line and self.pool.free.cpus >= min(1.0, cpus):
-            return 0.0
-        work_s = self._line.work_s
+            return 0.0, ()
+        work_s = 0.0
         for ticket in self._running.values():
             work_s += max(0.0, ticket.work_s - (now_s - ticket.run_at_s))
-        return work_s / max(1.0, cpus)
+        for instance in self.pool.starting():
+            start_s = self._beliefs.cold_start_s(instance.spec.function_id) / self.node.speed
+            work_s += max(0.0, start_s - (now_s - instance.started_at_s))
+        low_s, normal_s, high_s, critical_s = self._line.work_s
+        servers = max(1.0, cpus)
+        overtaken_s = (0.0, low_s, low_s + normal_s, low_s + normal_s + high_s)
+        backlog_s = (work_s + overtaken_s[3] + critical_s) / servers
+        return backlog_s, tuple([each_s / servers for each_s in overtaken_s])
