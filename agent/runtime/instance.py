@@ -6,8 +6,9 @@ import os
 import signal
 import socket
 import struct
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 from typing import cast
@@ -64,6 +65,7 @@ class RunReport:
     peak_memory_mib: float
     log: str
     instance_alive: bool
+    refused_calls: Mapping[str, int] = field(default_factory=dict)  # system call → how often
 
     @classmethod
     def never_ran(cls, count: int) -> "RunReport":
@@ -84,11 +86,13 @@ class StartFailure(Exception):
 class Worker(asyncio.Protocol):
     """Speaks the frames of worker.py; knows at most one running batch."""
 
-    def __init__(self, instance_id: str, memory_mib: int, folder: Path) -> None:
+    def __init__(self, instance_id: str, memory_mib: int, folder: Path, cpus: float = 0.0) -> None:
         self.folder = folder
         self.on_idle_death: Callable[[str], None] = lambda instance_id: None
         self._instance_id = instance_id
         self._memory_mib = memory_mib
+        self._cpus = cpus
+        self._refused: Counter[str] = Counter()
         self._zygote: ZygoteProcess | None = None
         self._transport: asyncio.Transport | None = None
         self._loop = asyncio.get_running_loop()
@@ -103,6 +107,7 @@ class Worker(asyncio.Protocol):
         self._exit_code: int | None = None
         self._is_ended = False
         self._is_closing = False
+        self._start_failure = ""
         self._killed: tuple[ItemKind, str] | None = None
         self._results: list[ItemResult | None] = []
         self._on_done: Callable[[RunReport], None] | None = None
@@ -118,6 +123,7 @@ class Worker(asyncio.Protocol):
             StartFailure: The zygote is gone, or the code could not be loaded.
         """
         self._zygote = zygote
+        code_fd = os.open(code_path, os.O_RDONLY | os.O_CLOEXEC)
         ours, theirs = socket.socketpair()
         self._log_fd, log_write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         os.set_blocking(log_write_fd, True)
@@ -128,15 +134,14 @@ class Worker(asyncio.Protocol):
             zygote.fork(
                 self._instance_id,
                 {
-                    "code_path": str(code_path),
                     "code_digest": code_digest,
                     "folder": str(self.folder),
                     "memory_mib": self._memory_mib,
+                    "cpus": self._cpus,
                     "result_bytes_max": result_bytes_max,
                 },
-                [theirs.fileno(), log_write_fd, progress_fd],
-                on_forked=self._forked,
-                on_ended=self._ended,
+                [theirs.fileno(), log_write_fd, progress_fd, code_fd],
+                self,
             )
         except OSError as error:
             ours.close()
@@ -145,6 +150,7 @@ class Worker(asyncio.Protocol):
             theirs.close()
             os.close(log_write_fd)
             os.close(progress_fd)
+            os.close(code_fd)
         ours.setblocking(False)
         self._loop.add_reader(self._log_fd, self._read_log)
         await self._loop.create_unix_connection(lambda: self, sock=ours)
@@ -246,7 +252,7 @@ class Worker(asyncio.Protocol):
         """The worker ended: its exit code follows from the zygote, or never."""
         self._transport = None
         if not self._is_ended:
-            self._loop.call_later(DEATH_WAIT_S, self._ended, None)
+            self._loop.call_later(DEATH_WAIT_S, self.ended, None)
 
     # -- what the worker says -------------------------------------------------------------------
 
@@ -280,6 +286,9 @@ class Worker(asyncio.Protocol):
         on_done, self._on_done = self._on_done, None
         if on_done is None:
             return
+        if self._zygote is not None:
+            self._zygote.drain()  # each refusal was told before the function went on
+        refused, self._refused = self._refused, Counter()
         results, self._results = self._results, []  # they may be large, and the next may be far
         self._read_log()
         printed = self._log.decode(errors="replace")
@@ -293,6 +302,7 @@ class Worker(asyncio.Protocol):
                 log=printed,
                 # A kill that came too late for this batch must not hit the next one.
                 instance_alive=is_alive and self._killed is None,
+                refused_calls=refused,
             )
         )
 
@@ -317,10 +327,29 @@ class Worker(asyncio.Protocol):
             "send smaller inputs",
         )
 
-    def _forked(self, pid: int) -> None:
+    # -- what the zygote says (parent.Listener) -------------------------------------------------
+
+    def forked(self, pid: int) -> None:
+        """Remember whose memory to watch."""
         self._pid = pid
 
-    def _ended(self, code: int | None) -> None:
+    def fork_failed(self, why: str) -> None:
+        """There will be no process."""
+        self._start_failure = f"the worker could not be made: {why}"
+        self.ended(None)
+
+    def call_refused(self, call: str) -> None:
+        """Count what the seal refused; the report of the running batch has it."""
+        self._refused[call] += 1
+
+    def ended(self, code: int | None, *, has_run_out_of_memory: bool = False) -> None:
+        """Say so to whoever waits."""
+        if has_run_out_of_memory and self._killed is None:
+            self._killed = (
+                ItemKind.OUT_OF_MEMORY,
+                "the function, its child processes and its files outgrew their memory; its limit "
+                f"is {self._memory_mib} MiB: {MORE_MEMORY}",
+            )
         if self._is_ended:
             return
         self._is_ended = True
@@ -329,6 +358,9 @@ class Worker(asyncio.Protocol):
             self._read_log()
             printed = self._log.decode(errors="replace").strip()
             message = f"the worker ended while loading: {_in_words(code)}"
+            if self._killed is not None and self._killed[0] is ItemKind.OUT_OF_MEMORY:
+                message = self._killed[1]
+            message = self._start_failure or message
             self._loaded.set_exception(StartFailure(f"{message}\n{printed}".strip()))
         elif self._on_done is not None:
             self._finish_dead()

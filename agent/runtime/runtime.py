@@ -7,9 +7,11 @@ from pathlib import Path
 
 import structlog
 
+from agent.runtime import cgroups
 from agent.runtime.environments import Environment
 from agent.runtime.instance import ItemKind, ItemResult, RunReport, StartFailure, Worker
 from agent.runtime.parent import ZygoteProcess
+from agent.runtime.sandbox import OFF, STANDARD, STRICT, tell
 
 log = structlog.get_logger()
 
@@ -31,8 +33,15 @@ class InstanceStartError(Exception):
 class Runtime:
     """All workers of one agent."""
 
-    def __init__(self, *, state_dir: Path, result_bytes_max: int = RESULT_BYTES_MAX) -> None:
+    def __init__(
+        self,
+        *,
+        state_dir: Path,
+        isolation: str = STANDARD,
+        result_bytes_max: int = RESULT_BYTES_MAX,
+    ) -> None:
         self._folder = state_dir
+        self._isolation = isolation
         self._result_bytes_max = result_bytes_max
         self._zygotes: dict[str, ZygoteProcess] = {}
         self._locks: dict[str, asyncio.Lock] = {}
@@ -44,6 +53,8 @@ class Runtime:
         """Make a clean folder and start watching memory."""
         await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
+        if self._isolation != OFF:
+            await asyncio.to_thread(cgroups.sweep_dead)
         self._watch_memory()
 
     async def close(self) -> None:
@@ -65,15 +76,16 @@ class Runtime:
         code_path: Path,
         environment: Environment,
         memory_mib: int,
+        cpus: float = 0.0,
     ) -> None:
-        """Fork an instance and load its function.
+        """Fork an instance and load its function; `cpus` of 0 bound no CPU time.
 
         Raises:
             InstanceStartError: The zygote or the function's code could not be loaded in time.
         """
         folder = self._folder / "work" / instance_id
         folder.mkdir(parents=True)
-        worker = Worker(instance_id, memory_mib, folder)
+        worker = Worker(instance_id, memory_mib, folder, cpus)
         worker.on_idle_death = self._died
         self._workers[instance_id] = worker
         try:
@@ -133,11 +145,16 @@ class Runtime:
                 if zygote is not None:
                     log.warning("zygote.restarted", environment_id=name)
                     await zygote.close()
-                zygote = ZygoteProcess(environment)
+                zygote = ZygoteProcess(environment, self._isolation)
                 try:
                     await zygote.open()
                 except OSError as error:
                     raise StartFailure(f"{environment.python} did not start: {error}") from None
+                if zygote.missing and self._isolation == STRICT:
+                    await zygote.close()
+                    raise StartFailure(tell(zygote.missing))
+                if zygote.missing and self._isolation == STANDARD:
+                    log.warning("seal.incomplete", missing=zygote.missing)
                 self._zygotes[name] = zygote
             return zygote
 

@@ -49,7 +49,7 @@ def run(
     progress: memoryview,
     payload: ModuleType,
     *,
-    code_path: str,
+    code_fd: int,
     code_digest: str,
     result_bytes_max: int,
 ) -> NoReturn:
@@ -59,7 +59,7 @@ def run(
         channel: To the agent, blocking.
         progress: 8 shared bytes: index of the running item.
         payload: The module tierwise/wire/payload.py.
-        code_path: File with the cloudpickle blob.
+        code_fd: The file with the cloudpickle blob, open; closed here.
         code_digest: Its SHA-256, hex.
         result_bytes_max: Larger results are refused.
     """
@@ -67,7 +67,7 @@ def run(
     for name in [name for name in sys.modules if name.partition(".")[0] in HIDDEN]:
         del sys.modules[name]
     try:
-        with open(code_path, "rb") as file:
+        with open(code_fd, "rb") as file:
             code = file.read()
         if hashlib.sha256(code).hexdigest() != code_digest:
             raise ValueError("the code on disk does not have the digest that was deployed")
