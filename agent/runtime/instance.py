@@ -311,6 +311,8 @@ class Worker(asyncio.Protocol):
         if self._on_done is None:
             return
         (running,) = _U32.unpack_from(self._progress, 0)
+        if running >= len(self._results):  # the function can write there too: believe no nonsense
+            running = next((i for i, item in enumerate(self._results) if item is None), 0)
         if running < len(self._results) and self._results[running] is None:
             kind, message = self._killed or (
                 ItemKind.WORKER_DIED,
