@@ -277,10 +277,7 @@ def cells() -> dict[str, int]:
     """Return what instances leave behind if something is wrong, by kind."""
     gc.collect()
     groups = [
-        path
-        for root in ("/sys/fs/cgroup",)
-        for path, _, _ in os.walk(root)
-        if f"tierwise-{os.getpid()}-" in path and not path.endswith(f"-{path[-1]}")
+        path for path, _, _ in os.walk("/sys/fs/cgroup") if f"/tierwise-{os.getpid()}-" in path
     ]
     zygotes = psutil.Process().children()
     return {
