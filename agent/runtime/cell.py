@@ -21,6 +21,7 @@ class Cell:
     def __init__(self, name: str, seal: Seal, *, memory_mib: int, cpus: float) -> None:
         self.name = name
         self.pid = -1
+        self._first = -1
         self.pidfd = -1
         self.group: cgroups.Group | None = seal.make_group(name, memory_mib, cpus)
         self.report: socket.socket | None = None  # the child's end
@@ -31,9 +32,10 @@ class Cell:
         if seal.isolation != OFF:
             self._ours, self.report = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
-    def forked(self, pid: int) -> None:
-        """Take the new process in charge; only its zygote calls this."""
+    def forked(self, pid: int, first: int) -> None:
+        """Take the new process, and process 1 of its namespace, in charge; for its zygote."""
         self.pid = pid
+        self._first = first
         self.pidfd = os.pidfd_open(pid)
         if self.report is not None:
             self.report.close()
@@ -93,18 +95,24 @@ class Cell:
 
     def kill(self) -> None:
         """Kill process 1, and with it its namespace; without one, its session."""
+        if self._first > 0:
+            os.kill(self._first, signal.SIGKILL)  # not reaped before `end`: nobody else's number
+            return
         for send in (os.killpg, os.kill):  # before its setsid it has no group of its own
             with contextlib.suppress(ProcessLookupError):
                 send(self.pid, signal.SIGKILL)
 
     def end(self) -> tuple[int, bool, str]:
-        """Reap the process, kill whatever is in its group still, and remove the group.
+        """Reap the process, end its namespace, then its group, see it empty and remove it.
 
         Returns:
             The exit code; whether the kernel ran out of the group's memory; what is left, if
             anything is.
         """
         _, state = os.waitpid(self.pid, 0)
+        if self._first > 0:
+            os.kill(self._first, signal.SIGKILL)
+            os.waitpid(self._first, 0)  # it is gone when everything below it is
         left = ""
         has_run_out = False
         if self.group is not None:

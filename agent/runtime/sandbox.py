@@ -14,8 +14,10 @@ The order matters, each layer needing what the next takes away:
 10. landlock, then seccomp: the last, since it refuses the very calls that the others are made of
 
 What can be done once is done by the zygote (`seal.py`): the root of step 4 becomes its own, and the
-seccomp program is compiled. An instance is process 1 of its namespace: its end ends all its
-children, however they hid. Stands alone: zygotes load this file and its siblings from this folder.
+seccomp program is compiled. Process 1 of an instance's namespace does nothing but bury orphans; the
+function is process 2, for the kernel keeps from process 1 the signals that would end it. When
+process 1 ends, so does everything in the namespace, however it hid. Stands alone: zygotes load this
+file and its siblings from this folder.
 """
 
 import contextlib
@@ -27,6 +29,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from agent.runtime import cgroups, kernel, landlock, mounts, seccomp
 
@@ -81,16 +84,46 @@ class Seal:
     reports: bool = False
     may_change_user: bool = False
 
-    def fork(self) -> int:
-        """Fork; the child is process 1 of a namespace of its own where that is possible."""
+    def fork(self, parent: int) -> tuple[int, int]:
+        """Fork; return the child's number, or 0 in the child, and that of its process 1, or -1.
+
+        Args:
+            parent: pidfd of this process.
+
+        Raises:
+            OSError: There can be no more processes or namespaces.
+        """
         if not self.has_process_namespaces:
-            return os.fork()
+            return os.fork(), -1
         kernel.unshare(kernel.CLONE_NEWPID, "process namespace")
-        pid = os.fork()
-        if pid:
-            # Only an own next child may have been meant: go back, or no second one can be.
-            kernel.setns(self.own_processes, kernel.CLONE_NEWPID)
-        return pid
+        first = pid = -1
+        try:
+            first = os.fork()
+            if first == 0:
+                self._be_process_1(parent)
+            pid = os.fork()
+            return pid, first
+        finally:
+            if pid != 0:  # back, for one process can make only one such namespace for its children
+                kernel.setns(self.own_processes, kernel.CLONE_NEWPID)
+            if pid < 0 < first:
+                os.kill(first, signal.SIGKILL)
+                os.waitpid(first, 0)
+
+    def _be_process_1(self, parent: int) -> NoReturn:
+        try:
+            os.setsid()
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries orphans at once
+            if self.may_change_user:
+                change_user(_new_uid())
+            kernel.drop_capabilities()
+            kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
+            die_with_parent(parent)
+            os.closerange(0, 65536)
+            while True:
+                signal.pause()
+        finally:
+            os._exit(1)
 
     def make_group(self, name: str, memory_mib: int, cpus: float) -> cgroups.Group | None:
         """Make the control group of an instance that is to be forked.
@@ -157,9 +190,7 @@ def enter(
     _limit(data_bytes)
     if seal.may_change_user and "private mounts" not in missing:
         with noted(missing, "own user"):
-            os.setgroups([])
-            os.setresgid(uid, uid, uid)
-            os.setresuid(uid, uid, uid)
+            change_user(uid)
     if is_sealed:
         with noted(missing, "user namespace"):
             _enter_user_namespace()
@@ -200,6 +231,13 @@ def die_with_parent(parent: int) -> None:
     poll.register(parent, select.POLLIN)
     if poll.poll(0):
         os._exit(1)
+
+
+def change_user(uid: int) -> None:
+    """Become a user and its group, and no other group's member."""
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
 
 
 def _enter_namespaces(missing: dict[str, str]) -> None:

@@ -5,6 +5,7 @@ The order of the layers and their reasons are in `sandbox.py`. Stands alone: zyg
 
 import json
 import os
+import signal
 import socket
 from dataclasses import replace
 
@@ -114,7 +115,7 @@ def _trial(seal: Seal) -> dict[str, str]:
     group = None
     with noted(missing, "control group"):
         group = seal.make_group("trial", TRIAL_MEMORY_MIB, 1.0)
-    pid = seal.fork()
+    pid, first = seal.fork(parent)
     if pid == 0:
         _try(replace(seal, isolation=STANDARD, missing=missing), parent, group, theirs)
     theirs.close()
@@ -124,6 +125,9 @@ def _trial(seal: Seal) -> dict[str, str]:
         os.close(descriptor)
     ours.close()
     os.waitpid(pid, 0)
+    if first > 0:
+        os.kill(first, signal.SIGKILL)
+        os.waitpid(first, 0)
     if group is not None:
         with noted(missing, "control group"):
             group.destroy()

@@ -115,10 +115,15 @@ def serve(
                         cells[order["kill"]].kill()
                     continue
                 name = order["fork"]
+                cell = None
                 try:
                     cell = new_cell(name, seal, memory_mib=order["memory_mib"], cpus=order["cpus"])
-                    pid = seal.fork()
+                    pid, first = seal.fork(own)
                 except OSError as error:
+                    if cell is not None:
+                        cell.abandon()
+                    for fd in fds:
+                        os.close(fd)
                     tell({"failed": name, "why": str(error)})
                     continue
                 if pid == 0:
@@ -126,7 +131,7 @@ def serve(
                 for fd in fds:
                     os.close(fd)
                 cells[name] = cell
-                cell.forked(pid)
+                cell.forked(pid, first)
                 watch(cell.descriptors(), cell)
                 tell({"forked": name}, (cell.pidfd,))
                 continue

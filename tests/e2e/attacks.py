@@ -142,7 +142,9 @@ def changes_the_kernel_by_proc(place: dict[str, Any]) -> str:
 def sees_other_processes(place: dict[str, Any]) -> str:
     import os
 
-    others = [name for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]
+    others = [
+        name for name in os.listdir("/proc") if name.isdigit() and int(name) not in (1, os.getpid())
+    ]
     return " ".join(others)
 
 
