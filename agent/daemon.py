@@ -21,6 +21,7 @@ from agent.policies import PolicySlots
 from agent.probe import Probe
 from agent.runtime.environments import Environments
 from agent.runtime.runtime import Runtime
+from agent.runtime.sandbox import ISOLATIONS
 from agent.shell import Shell
 from agent.uplink import Uplink
 from tierwise.clock import monotonic_s, wall_s
@@ -69,7 +70,7 @@ async def serve(config: AgentConfig) -> None:
         bound_port = server.add_secure_port(f"{host}:{port}", server_credentials(credentials))
         node = _node(config, probe, f"{host}:{bound_port}")
         machine = NodeMachine(node, queue_max=config.queue_max, first_sequence=int(wall_s() * 1000))
-        runtime = Runtime(state_dir=state / "runtime")
+        runtime = Runtime(state_dir=state / "runtime", isolation=_isolation(config))
         await runtime.open()
         policies = PolicySlots(state / "policy")
         functions = FunctionIndex(state / "catalogue.pb")
@@ -148,6 +149,13 @@ def _node(config: AgentConfig, probe: Probe, address: str) -> Node:
         zone=config.zone,
         labels=tuple(sorted(config.labels.items())),
     )
+
+
+def _isolation(config: AgentConfig) -> str:
+    if config.isolation not in ISOLATIONS:
+        words = ", ".join(ISOLATIONS)
+        raise InvalidArgument(f"isolation = {config.isolation!r}: use one of {words}")
+    return config.isolation
 
 
 async def _join(config: AgentConfig, token: str) -> None:

@@ -339,6 +339,7 @@ class Shell:
             code_path=await self._code.path(spec.code_digest),
             environment=environment,
             memory_mib=spec.memory_mib,
+            cpus=spec.cpus,
         )
 
     def _run(self, command: RunOn) -> None:
@@ -388,6 +389,14 @@ class Shell:
         function = instance.spec.function_id if instance is not None else "the function"
         call.items = [_item(result, function) for result in report.items]
         call.log = report.log
+        if report.refused_calls:  # a signal: ordinary functions have no need of these
+            log.warning(
+                "function.calls_refused",
+                function_id=str(function),
+                instance_id=command.instance_id,
+                request_id=command.request_id,
+                calls=dict(report.refused_calls),
+            )
         failed = [item for item in report.items if item.kind is not ItemKind.OK]
         # A batch fails as a whole only if its worker went, or if it is a single call.
         is_whole = bool(failed) and (len(report.items) == 1 or not report.instance_alive)

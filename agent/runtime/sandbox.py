@@ -36,11 +36,11 @@ from agent.runtime import cgroups, kernel, landlock, mounts, seccomp
 OPEN_FILES_MAX = 256
 FILE_BYTES_MAX = 1 << 30
 PROCESSES_MAX = 128  # threads count
-HOST_UID_FIRST, HOST_UID_COUNT = 0x6000_0000, 1 << 24  # beyond any user's, and any sub-user's
+HOST_USERS = range(0x6000_0000, 0x6100_0000)  # beyond any user's, and any sub-user's
 INNER_UID = 1000
 MARGIN_MIB = 24  # page tables, stacks and buffers, which no limit on data counts
 
-STRICT, STANDARD, OFF = "strict", "standard", "off"
+ISOLATIONS = STRICT, STANDARD, OFF = "strict", "standard", "off"
 LAYERS = {
     "own session": "no terminal; signals to the agent's group do not reach it",
     "control group": "memory, processes and CPU of an instance and its children are bounded",
@@ -82,7 +82,7 @@ class Seal:
     covered: list[str] = field(default_factory=list)
     program: bytes = b""
     reports: bool = False
-    may_change_user: bool = False
+    users: range = range(0)  # of these an instance becomes one
 
     def fork(self, parent: int) -> tuple[int, int]:
         """Fork; return the child's number, or 0 in the child, and that of its process 1, or -1.
@@ -110,12 +110,16 @@ class Seal:
                 os.kill(first, signal.SIGKILL)
                 os.waitpid(first, 0)
 
+    def new_user(self) -> int:
+        """Return a user that no other instance is; were two by chance one, neither could tell."""
+        return self.users[int.from_bytes(os.urandom(4)) % len(self.users)]
+
     def _be_process_1(self, parent: int) -> NoReturn:
         try:
             os.setsid()
             signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries orphans at once
-            if self.may_change_user:
-                change_user(_new_uid())
+            if self.users:
+                change_user(self.new_user())
             kernel.drop_capabilities()
             kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
             die_with_parent(parent)
@@ -171,7 +175,7 @@ def enter(
     is_sealed = seal.isolation != OFF
     os.setsid()
     die_with_parent(parent)
-    uid = _new_uid() if seal.may_change_user else os.geteuid()
+    uid = seal.new_user() if seal.users else os.geteuid()
     data_bytes = _data_bytes() + (memory_mib << 20)
     if group is not None:
         with noted(missing, "control group"):
@@ -188,7 +192,7 @@ def enter(
     kept = (*keep, parent) if report is None else (*keep, parent, report.fileno())
     _keep_only(kept, log)
     _limit(data_bytes)
-    if seal.may_change_user and "private mounts" not in missing:
+    if seal.users and "private mounts" not in missing:
         with noted(missing, "own user"):
             change_user(uid)
     if is_sealed:
@@ -215,8 +219,8 @@ def tell(missing: dict[str, str]) -> str:
     """Return why code is not run under strict isolation."""
     what = "; ".join(f"{layer}: {why}" for layer, why in missing.items())
     return (
-        f'isolation = "strict" and this node lacks layers of the seal ({what}). Give the agent what '
-        'it needs (`tierwise doctor`), or set isolation = "standard" in agent.toml'
+        f'isolation = "strict" and this node lacks layers of the seal ({what}). Give the agent '
+        'what it needs (`tierwise doctor`), or set isolation = "standard" in agent.toml'
     )
 
 
@@ -321,11 +325,6 @@ def _report(report: socket.socket | None, listener: int, missing: dict[str, str]
         report.close()
     if listener >= 0:
         os.close(listener)
-
-
-def _new_uid() -> int:
-    """Return a user that no other instance is; that two are one by chance harms neither."""
-    return HOST_UID_FIRST + int.from_bytes(os.urandom(4)) % HOST_UID_COUNT
 
 
 def _data_bytes() -> int:

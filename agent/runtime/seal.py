@@ -10,7 +10,7 @@ import socket
 from dataclasses import replace
 
 from agent.runtime import cgroups, kernel, mounts, sandbox, seccomp
-from agent.runtime.sandbox import LAYERS, MINIMUM, OFF, STANDARD, Seal, noted
+from agent.runtime.sandbox import HOST_USERS, LAYERS, MINIMUM, OFF, STANDARD, Seal, noted
 
 TRIAL_MEMORY_MIB = 64
 
@@ -37,17 +37,19 @@ def prepare(isolation: str, name: str) -> Seal:
         if lacking := [one for one in cgroups.CONTROLLERS if one not in found]:
             missing["control group"] = f"{', '.join(lacking)} cannot be bounded here"
     with noted(missing, "private mounts"):
-        seal.may_change_user = _may_mount()
-        if not seal.may_change_user:
+        if not _may_mount():
             missing["own user"] = "only root may change users: it runs as the agent's"
         elif path := mounts.unreadable():
-            seal.may_change_user = False
             missing["own user"] = f"{path} is not readable for other users: chmod o+rX"
+        else:
+            seal.users = _users()
+            if not seal.users:
+                missing["own user"] = "there is no other user in this user namespace"
         _prepare_process_namespaces(seal)
         seal.covered = mounts.make_private_root()
         seal.has_root = True
     if not seal.has_root:
-        seal.may_change_user = False
+        seal.users = range(0)
         missing.setdefault("own user", "without private mounts it could not read its environment")
     with noted(missing, "seccomp"):
         seal.program = seccomp.compile_filter(reports=True)
@@ -82,6 +84,17 @@ def _may_mount() -> bool:
         _become_root_of_a_user_namespace()
         return False
     return os.geteuid() == 0
+
+
+def _users() -> range:
+    """Return who instances may become: beyond all users, or the upper half of a container's."""
+    with open("/proc/self/uid_map") as file:
+        extents = [tuple(map(int, line.split())) for line in file]
+    for first, _, count in extents:
+        if first <= HOST_USERS.start and HOST_USERS.stop <= first + count:
+            return HOST_USERS
+    first, _, count = max(extents, key=lambda extent: extent[2])
+    return range(first + count // 2, first + count) if count > 1 else range(0)
 
 
 def _become_root_of_a_user_namespace() -> None:

@@ -8,8 +8,12 @@ With isolation off all but those that the minimum stops succeed, so no test pass
 import asyncio
 import gc
 import hashlib
+import json
 import os
+import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,12 +24,13 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from agent.runtime.environments import HOST
-from agent.runtime.runtime import ItemKind, RunReport, Runtime
+from agent.runtime.environments import HOST, Environment
+from agent.runtime.runtime import InstanceStartError, ItemKind, RunReport, Runtime
 from tierwise.wire import payload
 
 ISOLATION = os.environ.get("TIERWISE_TEST_ISOLATION", "strict" if os.geteuid() == 0 else "standard")
 MEMORY_MIB = 64
+NEED_A_GROUP = ("fills_memory_through_its_children",)
 MARK = "tw-hidden"  # name of a process that hides
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -43,10 +48,11 @@ class Node:
         self.runtime = Runtime(state_dir=folder / "runtime", isolation=isolation)
         self._number = 0
         self.place: dict[str, Any] = {}
+        self.missing: dict[str, str] = {}  # layers, and why
 
-    async def start(self, function: Callable[..., Any], name: str = "") -> str:
+    async def start(self, function: Callable[..., Any], environment: Environment = HOST) -> str:
         self._number += 1
-        name = name or f"i{self._number}"
+        name = f"i{self._number}"
         code = cloudpickle.dumps(function)
         path = self.folder / f"{name}.code"
         path.write_bytes(code)
@@ -54,7 +60,7 @@ class Node:
             name,
             code_digest=hashlib.sha256(code).hexdigest(),
             code_path=path,
-            environment=HOST,
+            environment=environment,
             memory_mib=MEMORY_MIB,
         )
         return name
@@ -109,6 +115,7 @@ async def node(open_doors: dict[str, Any]) -> AsyncIterator[Node]:
     node = Node(Path(open_doors["state"]))
     node.place = open_doors
     await node.runtime.open()
+    node.missing = survey_under()["missing"] if ISOLATION == "standard" else {}
     try:
         yield node
     finally:
@@ -117,6 +124,8 @@ async def node(open_doors: dict[str, Any]) -> AsyncIterator[Node]:
 
 @pytest.mark.parametrize("name", sorted(attacks.ATTACKS))
 async def test_an_attack_is_stopped_and_the_node_stays_healthy(node: Node, name: str) -> None:
+    if name in NEED_A_GROUP and "control group" in node.missing:
+        pytest.skip(node.missing["control group"])
     report = await node.try_once(attacks.ATTACKS[name], node.place)
     (item,) = report.items
     assert item.kind in (ItemKind.OK, ItemKind.OUT_OF_MEMORY), item
@@ -314,22 +323,85 @@ async def test_starting_and_killing_leaves_nothing_behind(node: Node) -> None:
     assert await node.is_healthy()
 
 
-async def test_strict_isolation_runs_nothing_where_a_layer_is_missing(tmp_path: Path) -> None:
-    """Under a supervisor of seccomp already, no second one may be: reports are missing."""
-    if ISOLATION != "strict":
-        pytest.skip("needs root")
-    import subprocess
-    import sys
+ROOT = Path(__file__).parents[2]
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can take rights away")
 
+
+def survey_under(*arguments: str, before: str = "") -> dict[str, dict[str, str]]:
+    """Return what `seal.survey` finds in a process that has been prepared for it."""
     code = (
-        "from agent.runtime import kernel, seccomp\n"
-        "kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)\n"
-        "allow = bytes.fromhex('0600000000 00ff7f'.replace(' ', ''))\n"
-        "listener = seccomp.enter(allow, reports=True)\n"
-        "from agent.runtime.seal import prepare\n"
-        "from agent.runtime.sandbox import tell\n"
-        "print(tell(prepare('strict', 'tierwise-0-test').missing))\n"
+        f"{before}\nimport json\nfrom agent.runtime.seal import survey\nprint(json.dumps(survey()))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert "refusal reports" in done.stdout, done.stderr
-    assert 'isolation = "strict"' in done.stdout
+    done = subprocess.run(
+        [sys.executable, *arguments, "-c", code],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, dict[str, str]] = json.loads(done.stdout)
+    return found
+
+
+@needs_root
+async def test_without_root_user_namespaces_give_the_rest() -> None:
+    found = survey_under(str(Path(__file__).with_name("as_nobody.py")))
+    assert found["missing"].keys() <= {"own user", "control group"}
+
+
+@needs_root
+async def test_a_missing_layer_is_named_with_its_reason() -> None:
+    """Where a supervisor of seccomp watches the agent already, there can be no second one."""
+    found = survey_under(
+        before="""
+from agent.runtime import kernel, seccomp
+kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
+seccomp.enter(bytes.fromhex("060000000000ff7f"), reports=True)  # allows everything
+"""
+    )
+    assert found["missing"].keys() == {"refusal reports"}
+    assert "busy" in found["missing"]["refusal reports"]
+
+
+def environment_in(folder: Path) -> Environment:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    site = next(folder.glob("lib/python*/site-packages"))
+    for name in ("cloudpickle", "msgspec"):
+        shutil.copytree(Path(str(__import__(name).__file__)).parent, site / name)
+    return Environment(environment_id="own", python=folder / "bin/python", preload=())
+
+
+def where_it_is() -> list[str]:
+    import cloudpickle
+
+    return [str(cloudpickle.__file__)]
+
+
+async def test_an_environment_that_lies_where_a_function_has_its_files_is_still_seen(
+    tmp_path: Path,
+) -> None:
+    environment = environment_in(tmp_path / "venv")
+    node = Node(tmp_path)
+    await node.runtime.open()
+    try:
+        name = await node.start(where_it_is, environment)
+        (found,) = payload.decode((await node.run(name)).items[0].value)
+        assert found.startswith(str(tmp_path / "venv"))
+    finally:
+        await node.runtime.close()
+
+
+@needs_root
+async def test_strict_isolation_runs_nothing_where_a_layer_is_missing(tmp_path: Path) -> None:
+    """Where other users cannot read the environment, the instance would be the agent's own."""
+    environment = environment_in(tmp_path / "venv")
+    (tmp_path / "venv").chmod(0o700)
+    node = Node(tmp_path, "strict")
+    await node.runtime.open()
+    try:
+        with pytest.raises(InstanceStartError, match=r"lacks layers .*own user: .*venv"):
+            await node.start(healthy, environment)
+    finally:
+        await node.runtime.close()

@@ -608,7 +608,7 @@ def test_the_doctor_answers_for_every_check(
     assert checks["python"]["result"] == "ok"
     assert checks["ports"]["result"] == "ok"
     assert checks["context"]["result"] == "warn"
-    assert {"cgroup", "gpu", "grpcio"} <= set(checks)
+    assert {"seal", "seal: resource limits", "gpu", "grpcio"} <= set(checks)
     assert all(
         check["hint"] or check["result"] == "ok"
         for check in checks.values()
