@@ -17,6 +17,7 @@ PREFIX = "tierwise-"
 CPU_PERIOD_US = 20_000  # the kernel's default of 100 ms would stall calls of some milliseconds
 DESTROY_TIMEOUT_S = 2.0
 DESTROY_POLL_S = 0.002
+_OPTIONAL = {"memory.memsw.limit_in_bytes", "memory.swap.max", "memory.oom.group"}  # no swap, old
 _OUT_OF_MEMORY = {1: "memory.oom_control", 2: "memory.events"}
 
 
@@ -136,7 +137,7 @@ class Parent:
             folder = os.open(name, os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=parent)
             group.places.append((hierarchy, parent, folder))
             for file, value in _limits(hierarchy, limits):
-                _write(file, value, folder, is_optional=file.startswith("memory.") and value == "0")
+                _write(file, value, folder, is_optional=file in _OPTIONAL)
         return group
 
     def close(self) -> None:
@@ -153,12 +154,14 @@ def _limits(hierarchy: Hierarchy, limits: Limits) -> list[tuple[str, str]]:
     memory, pids = str(limits.memory_bytes), str(limits.pids_max)
     quota = max(1000, round(limits.cpus * CPU_PERIOD_US))  # the kernel takes no less
     files: dict[str, list[tuple[str, str]]] = {
-        "memory": [("memory.limit_in_bytes", memory), ("memory.swappiness", "0")],
+        "memory": [("memory.limit_in_bytes", memory), ("memory.memsw.limit_in_bytes", memory)],
         "pids": [("pids.max", pids)],
         "cpu": [("cpu.cfs_period_us", str(CPU_PERIOD_US)), ("cpu.cfs_quota_us", str(quota))],
     }
     if hierarchy.version == 2:
-        files["memory"] = [("memory.max", memory), ("memory.swap.max", "0")]
+        files["memory"] = [
+            *(("memory.max", memory), ("memory.swap.max", "0"), ("memory.oom.group", "1"))
+        ]
         files["cpu"] = [("cpu.max", f"{quota} {CPU_PERIOD_US}")]
     if not limits.cpus:
         files["cpu"] = []

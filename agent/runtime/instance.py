@@ -1,6 +1,7 @@
 """One worker process as the agent sees it: its socket, its log, its memory, its current call."""
 
 import asyncio
+import fcntl
 import mmap
 import os
 import signal
@@ -127,8 +128,10 @@ class Worker(asyncio.Protocol):
         ours, theirs = socket.socketpair()
         self._log_fd, log_write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         os.set_blocking(log_write_fd, True)
-        progress_fd = os.memfd_create("progress")
+        progress_fd = os.memfd_create("progress", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(progress_fd, 8)
+        # A function that could shrink the page would kill us by SIGBUS at our next look at it.
+        fcntl.fcntl(progress_fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
         self._progress = mmap.mmap(progress_fd, 8)
         try:
             zygote.fork(

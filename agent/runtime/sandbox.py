@@ -122,6 +122,7 @@ class Seal:
                 change_user(self.new_user())
             kernel.drop_capabilities()
             kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
+            kernel.prctl(kernel.PR_SET_DUMPABLE, 0)  # its root is the zygote's
             die_with_parent(parent)
             os.closerange(0, 65536)
             while True:
@@ -272,7 +273,9 @@ def _keep_only(keep: tuple[int, ...], log: int) -> None:
 
 def _limit(data_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (data_bytes, data_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # At 0 the kernel would still feed a core to a handler that core_pattern names, as the host's
+    # root; 1 is the value at which it does not (fs/coredump.c), and too small for a file.
+    resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
     resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES_MAX, OPEN_FILES_MAX))
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES_MAX, FILE_BYTES_MAX))
 

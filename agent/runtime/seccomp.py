@@ -27,6 +27,7 @@ NAMESPACES = (
     | kernel.CLONE_NEWNET
     | kernel.CLONE_NEWTIME
 )
+_MAP_HUGETLB, _MFD_HUGETLB, _MFD_EXEC = 0x4_0000, 0x4, 0x10  # huge pages are in no group's account
 _CLONE_PARENT = 0x8000  # a child that is its parent's sibling, and the zygote's
 _ARCHITECTURES = {"x86_64": 0xC000_003E, "aarch64": 0xC000_00B7}
 _AF_UNIX = 1
@@ -48,7 +49,7 @@ ALLOWED = frozenset(
     getpriority getrandom getresgid getresuid getrlimit getrusage getsid getsockname getsockopt
     gettid gettimeofday getuid getxattr inotify_add_watch inotify_init inotify_init1
     inotify_rm_watch kill lgetxattr link linkat listen listxattr llistxattr lseek lstat madvise
-    membarrier memfd_create mincore mkdir mkdirat mlock mlock2 mlockall mmap mprotect mremap mseal
+    membarrier mincore mkdir mkdirat mlock mlock2 mlockall mprotect mremap mseal
     msync munlock munlockall munmap nanosleep newfstatat open openat openat2 pause pidfd_open
     pidfd_send_signal pipe pipe2 poll ppoll pread64 preadv preadv2 prlimit64 pselect6 pwrite64
     pwritev pwritev2 read readahead readlink readlinkat readv recvfrom recvmmsg recvmsg rename
@@ -110,21 +111,17 @@ def compile_filter(*, reports: bool) -> bytes:
     ]
     for name in ABSENT:
         program += [(_EQUAL, 0, 1, numbers[name]), (_RETURN, 0, 0, absent)]
-    for name in sorted(ALLOWED & numbers.keys()):
-        program += [(_EQUAL, 0, 1, numbers[name]), (_RETURN, 0, 0, _ALLOW)]
     program += _only(numbers["socket"], _argument(0), (_AF_UNIX,), refuse)
     program += _only(numbers["socketpair"], _argument(0), (_AF_UNIX,), refuse)
     program += _only(numbers["prctl"], _argument(0), _PRCTL, refuse)
     terminal = (_TIOCSTI, _TIOCSETD, _TIOCLINUX)
     program += _only(numbers["ioctl"], _argument(1), terminal, _ALLOW, matched=refuse)
-    program += [
-        (_EQUAL, 0, 4, numbers["clone"]),
-        (_LOAD, 0, 0, _argument(0)),
-        (_ANY_BIT, 0, 1, NAMESPACES | _CLONE_PARENT),
-        (_RETURN, 0, 0, refuse),
-        (_RETURN, 0, 0, _ALLOW),
-        (_RETURN, 0, 0, refuse),
-    ]
+    program += _without(numbers["clone"], _argument(0), NAMESPACES | _CLONE_PARENT, refuse)
+    program += _without(numbers["mmap"], _argument(3), _MAP_HUGETLB, refuse)
+    program += _without(numbers["memfd_create"], _argument(1), _MFD_HUGETLB | _MFD_EXEC, refuse)
+    for name in sorted(ALLOWED & numbers.keys()):
+        program += [(_EQUAL, 0, 1, numbers[name]), (_RETURN, 0, 0, _ALLOW)]
+    program.append((_RETURN, 0, 0, refuse))
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
 
 
@@ -139,6 +136,19 @@ def _only(
     ]
     body = [(_LOAD, 0, 0, offset), *tests, (_RETURN, 0, 0, otherwise)]
     return [(_EQUAL, 0, len(body), number), *body]
+
+
+def _without(
+    number: int, offset: int, bits: int, otherwise: int
+) -> list[tuple[int, int, int, int]]:
+    """Return the instructions that refuse one call if one of its flags is set."""
+    return [
+        (_EQUAL, 0, 4, number),
+        (_LOAD, 0, 0, offset),
+        (_ANY_BIT, 0, 1, bits),
+        (_RETURN, 0, 0, otherwise),
+        (_RETURN, 0, 0, _ALLOW),
+    ]
 
 
 def enter(program: bytes, *, reports: bool) -> int:

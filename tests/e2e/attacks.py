@@ -559,6 +559,18 @@ def fills_the_disk(place: dict[str, Any]) -> str:
     return "256 MiB"
 
 
+def takes_huge_pages(place: dict[str, Any]) -> str:
+    import mmap
+
+    try:
+        mmap.mmap(-1, 2 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x40000)
+    except PermissionError:
+        return ""
+    except OSError:  # there are none just now
+        pass
+    return "may ask for huge pages"
+
+
 def takes_every_inode(place: dict[str, Any]) -> str:
     import os
     import shutil

@@ -266,6 +266,24 @@ async def test_removing_its_folder_follows_no_link(node: Node) -> None:
     assert (victim / "file").exists()
 
 
+def shrink_what_is_shared() -> None:
+    import os
+
+    for descriptor in range(3, 64):
+        try:
+            os.ftruncate(descriptor, 0)
+        except OSError:
+            continue
+
+
+async def test_the_page_it_shares_with_the_agent_cannot_be_taken_from_under_it(node: Node) -> None:
+    """An agent that read beyond the end of a shared page would be killed by the kernel."""
+    name = await node.start(shrink_what_is_shared)
+    for _ in range(2):
+        assert (await node.run(name)).items[0].kind is ItemKind.OK
+    await node.runtime.stop(name)
+
+
 def talk_nonsense() -> None:
     import os
 
