@@ -237,12 +237,13 @@ def _kill(hierarchy: Hierarchy, folder: int, pids: list[str]) -> None:
             os.kill(int(pid), signal.SIGKILL)
 
 
-def sweep(name: str) -> int:
+def sweep(name: str, hierarchies: list[Hierarchy] | None = None) -> int:
     """Kill and remove what is left of a zygote's folders; return how many trees still hold some.
 
     A zygote that was killed cannot remove its own.
     """
-    return sum(not _swept(hierarchy, name) for hierarchy in find())
+    found = find() if hierarchies is None else hierarchies
+    return sum(not _swept(hierarchy, name) for hierarchy in found)
 
 
 def sweep_dead() -> None:

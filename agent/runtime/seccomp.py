@@ -68,6 +68,9 @@ ALLOWED = frozenset(
 # clone. The others are what C libraries try first of new calls.
 ABSENT = ("clone3",)
 
+# Libraries for linear algebra ask where memory lies as a matter of course: refused, not reported.
+QUIET = ("mbind", "set_mempolicy")
+
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _ERRNO, _KILL, _NOTIFY = 0x7FFF_0000, 0x0005_0000, 0x8000_0000, 0x7FC0_0000
 _NUMBER, _ARCHITECTURE = 0, 4  # offsets in struct seccomp_data
@@ -111,6 +114,8 @@ def compile_filter(*, reports: bool) -> bytes:
     ]
     for name in ABSENT:
         program += [(_EQUAL, 0, 1, numbers[name]), (_RETURN, 0, 0, absent)]
+    for name in QUIET:
+        program += [(_EQUAL, 0, 1, numbers[name]), (_RETURN, 0, 0, _ERRNO | errno.EPERM)]
     program += _only(numbers["socket"], _argument(0), (_AF_UNIX,), refuse)
     program += _only(numbers["socketpair"], _argument(0), (_AF_UNIX,), refuse)
     program += _only(numbers["prctl"], _argument(0), _PRCTL, refuse)
