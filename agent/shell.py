@@ -340,6 +340,7 @@ class Shell:
             environment=environment,
             memory_mib=spec.memory_mib,
             cpus=spec.cpus,
+            network=spec.network,
         )
 
     def _run(self, command: RunOn) -> None:

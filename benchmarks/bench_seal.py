@@ -52,6 +52,7 @@ class Starter:
         self.runtime = Runtime(state_dir=folder / "runtime", isolation=isolation)
 
     async def start(self) -> str:
+        """Return the name of a new instance."""
         self._count += 1
         name = f"i{self._count}"
         await self.runtime.start(

@@ -17,6 +17,7 @@ from typing import cast
 import msgspec
 
 from agent.runtime.parent import ZygoteProcess
+from agent.runtime.relay import Relay
 
 LOG_BYTES_MAX = 8000  # with the note of what was dropped it stays within 8 KiB
 LOG_READ_MAX = 4 << 20  # how much is read and dropped in one go before the loop gets its turn
@@ -87,12 +88,20 @@ class StartFailure(Exception):
 class Worker(asyncio.Protocol):
     """Speaks the frames of worker.py; knows at most one running batch."""
 
-    def __init__(self, instance_id: str, memory_mib: int, folder: Path, cpus: float = 0.0) -> None:
+    def __init__(
+        self,
+        instance_id: str,
+        memory_mib: int,
+        folder: Path,
+        cpus: float = 0.0,
+        relay: Relay | None = None,
+    ) -> None:
         self.folder = folder
         self.on_idle_death: Callable[[str], None] = lambda instance_id: None
         self._instance_id = instance_id
         self._memory_mib = memory_mib
         self._cpus = cpus
+        self._relay = relay
         self._refused: Counter[str] = Counter()
         self._zygote: ZygoteProcess | None = None
         self._transport: asyncio.Transport | None = None
@@ -133,6 +142,7 @@ class Worker(asyncio.Protocol):
         # A function that could shrink the page would kill us by SIGBUS at our next look at it.
         fcntl.fcntl(progress_fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
         self._progress = mmap.mmap(progress_fd, 8)
+        network_fds = [] if self._relay is None else [self._relay.theirs.fileno()]
         try:
             zygote.fork(
                 self._instance_id,
@@ -143,7 +153,7 @@ class Worker(asyncio.Protocol):
                     "cpus": self._cpus,
                     "result_bytes_max": result_bytes_max,
                 },
-                [theirs.fileno(), log_write_fd, progress_fd, code_fd],
+                [theirs.fileno(), log_write_fd, progress_fd, code_fd, *network_fds],
                 self,
             )
         except OSError as error:
@@ -154,6 +164,8 @@ class Worker(asyncio.Protocol):
             os.close(log_write_fd)
             os.close(progress_fd)
             os.close(code_fd)
+            if self._relay is not None:
+                self._relay.theirs.close()
         ours.setblocking(False)
         self._loop.add_reader(self._log_fd, self._read_log)
         await self._loop.create_unix_connection(lambda: self, sock=ours)
@@ -220,6 +232,8 @@ class Worker(asyncio.Protocol):
                 break
             await asyncio.sleep(0.005)
         self._close_log()
+        if self._relay is not None:
+            self._relay.close()
         if not self._loaded.done():
             self._loaded.cancel()
         if self._on_done is not None:

@@ -11,6 +11,7 @@ from agent.runtime import cgroups
 from agent.runtime.environments import Environment
 from agent.runtime.instance import ItemKind, ItemResult, RunReport, StartFailure, Worker
 from agent.runtime.parent import ZygoteProcess
+from agent.runtime.relay import Relay
 from agent.runtime.sandbox import OFF, STANDARD, STRICT, tell
 
 log = structlog.get_logger()
@@ -38,10 +39,12 @@ class Runtime:
         *,
         state_dir: Path,
         isolation: str = STANDARD,
+        may_reach_node: bool = False,
         result_bytes_max: int = RESULT_BYTES_MAX,
     ) -> None:
         self._folder = state_dir
         self._isolation = isolation
+        self._may_reach_node = may_reach_node
         self._result_bytes_max = result_bytes_max
         self._zygotes: dict[str, ZygoteProcess] = {}
         self._locks: dict[str, asyncio.Lock] = {}
@@ -77,15 +80,28 @@ class Runtime:
         environment: Environment,
         memory_mib: int,
         cpus: float = 0.0,
+        network: tuple[str, ...] = (),
     ) -> None:
-        """Fork an instance and load its function; `cpus` of 0 bound no CPU time.
+        """Fork an instance and load its function.
+
+        Args:
+            instance_id: A new name.
+            code_digest: SHA-256 of the code, hex.
+            code_path: The file with the code.
+            environment: The interpreter.
+            memory_mib: What the instance may use.
+            cpus: What it may use; 0 for as many as there are.
+            network: Targets, "host:port", that it may reach through this process.
 
         Raises:
             InstanceStartError: The zygote or the function's code could not be loaded in time.
         """
         folder = self._folder / "work" / instance_id
         folder.mkdir(parents=True)
-        worker = Worker(instance_id, memory_mib, folder, cpus)
+        relay = None
+        if network and self._isolation != OFF:  # without the seal it has the node's own network
+            relay = Relay(frozenset(network), may_reach_node=self._may_reach_node)
+        worker = Worker(instance_id, memory_mib, folder, cpus, relay)
         worker.on_idle_death = self._died
         self._workers[instance_id] = worker
         try:

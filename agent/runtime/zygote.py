@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import Any
 
 MESSAGE_MAX = 65536
-FDS_PER_FORK = 4  # the instance's socket, its log pipe, its progress page, its code
+FDS_PER_FORK = 5  # socket, log pipe, progress page, code, and the way to the network if any
 
 
 def load(name: str, path: str) -> ModuleType:
@@ -52,6 +52,7 @@ def main() -> None:
     open_package(here)
     sandbox = importlib.import_module("agent.runtime.sandbox")
     cell = importlib.import_module("agent.runtime.cell")
+    dialing = importlib.import_module("agent.runtime.dialing")
     sandbox.die_with_parent(int(sys.argv[2]))
     os.close(int(sys.argv[2]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -66,7 +67,7 @@ def main() -> None:
     gc.collect()
     gc.freeze()
     control.send(json.dumps({"ready": os.getpid(), "missing": seal.missing}).encode())
-    serve(control, seal, cell.Cell, sandbox, payload, worker)
+    serve(control, seal, cell.Cell, sandbox, dialing, payload, worker)
 
 
 def serve(
@@ -74,6 +75,7 @@ def serve(
     seal: Any,
     new_cell: Callable[..., Any],
     sandbox: ModuleType,
+    dialing: ModuleType,
     payload: ModuleType,
     worker: ModuleType,
 ) -> None:
@@ -127,7 +129,7 @@ def serve(
                     tell({"failed": name, "why": str(error)})
                     continue
                 if pid == 0:
-                    run_child(order, fds, own, seal, cell, sandbox, payload, worker)
+                    run_child(order, fds, own, seal, cell, sandbox, dialing, payload, worker)
                 for fd in fds:
                     os.close(fd)
                 cells[name] = cell
@@ -174,23 +176,26 @@ def run_child(
     seal: Any,
     cell: Any,
     sandbox: ModuleType,
+    dialing: ModuleType,
     payload: ModuleType,
     worker: ModuleType,
 ) -> None:
     """Become the instance; never returns."""
     try:
-        channel_fd, log_fd, progress_fd, code_fd = fds
+        channel_fd, log_fd, progress_fd, code_fd, *network_fds = fds
         sandbox.enter(
             seal,
             parent=parent,
             group=cell.group,
-            keep=(channel_fd, progress_fd, code_fd),
+            keep=(channel_fd, progress_fd, code_fd, *network_fds),
             log=log_fd,
             folder=order["folder"],
             memory_mib=order["memory_mib"],
             report=cell.report,
         )
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for descriptor in network_fds:
+            dialing.install(descriptor)
         progress = memoryview(mmap.mmap(progress_fd, 8))
         worker.run(
             socket.socket(fileno=channel_fd),

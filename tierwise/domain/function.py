@@ -44,6 +44,7 @@ class FunctionSpec:
     budget_usd: float | None = None  # per call
     retries_max: int = 2
     description: str = ""
+    network: tuple[str, ...] = ()  # "host:port" that it may reach, through the agent; else nothing
     function_id: FunctionId = field(init=False, compare=False)  # namespace/name@version
 
     def __post_init__(self) -> None:

@@ -477,6 +477,7 @@ class FunctionSpec(_message.Message):
     BUDGET_USD_FIELD_NUMBER: _builtins.int
     RETRIES_MAX_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
+    NETWORK_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     name: _builtins.str
     version: _builtins.int
@@ -496,6 +497,10 @@ class FunctionSpec(_message.Message):
     def requirements(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def tiers(self) -> _containers.RepeatedScalarFieldContainer[Global___Tier.ValueType]: ...
+    @_builtins.property
+    def network(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """"host:port" that its instances may reach, through the agent; none means no network."""
+
     def __init__(
         self,
         *,
@@ -516,10 +521,11 @@ class FunctionSpec(_message.Message):
         budget_usd: _builtins.float | None = ...,
         retries_max: _builtins.int = ...,
         description: _builtins.str = ...,
+        network: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd", "budget_usd", b"budget_usd"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd", "budget_usd", b"budget_usd", "code_digest", b"code_digest", "cpus", b"cpus", "deadline_s", b"deadline_s", "description", b"description", "gpu_slots", b"gpu_slots", "instances_max", b"instances_max", "keep_alive_s", b"keep_alive_s", "memory_mib", b"memory_mib", "name", b"name", "namespace", b"namespace", "priority", b"priority", "requirements", b"requirements", "retries_max", b"retries_max", "tiers", b"tiers", "timeout_s", b"timeout_s", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd", "budget_usd", b"budget_usd", "code_digest", b"code_digest", "cpus", b"cpus", "deadline_s", b"deadline_s", "description", b"description", "gpu_slots", b"gpu_slots", "instances_max", b"instances_max", "keep_alive_s", b"keep_alive_s", "memory_mib", b"memory_mib", "name", b"name", "namespace", b"namespace", "network", b"network", "priority", b"priority", "requirements", b"requirements", "retries_max", b"retries_max", "tiers", b"tiers", "timeout_s", b"timeout_s", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__budget_usd: _TypeAlias = _typing.Literal["budget_usd"]  # noqa: Y015
     _WhichOneofArgType__budget_usd: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd"]  # noqa: Y015

@@ -24,6 +24,8 @@ _REQUIREMENT = re.compile(
     rf"(?:{_VERSIONS}|\(\s*{_VERSIONS}\s*\))?\s*(?:;[\w\s.,'\"()<>=!~+*-]+)?",
     re.ASCII,
 )
+TARGETS_MAX = 64
+_TARGET = re.compile(rf"{_WORD}:([0-9]{{1,5}})", re.ASCII)  # a name or an IPv4 address, a port
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
 
@@ -70,6 +72,7 @@ def spec_to_pb(spec: FunctionSpec) -> types_pb2.FunctionSpec:
             budget_usd=spec.budget_usd,
             retries_max=spec.retries_max,
             description=spec.description,
+            network=spec.network,
         )
     except (TypeError, ValueError) as error:  # protobuf's own words do not name the function
         raise InvalidArgument(f"function {checks.shown(str(spec.name))}: {error}") from None
@@ -84,6 +87,9 @@ def spec_from_pb(pb: types_pb2.FunctionSpec) -> FunctionSpec:
     checks.at_most(pb.requirements, "requirements", REQUIREMENTS_MAX)
     for line in pb.requirements:
         _check_requirement(line)
+    checks.at_most(pb.network, "network", TARGETS_MAX)
+    for target in pb.network:
+        _check_target(target)
     return FunctionSpec(
         namespace=checks.name(pb.namespace, "namespace"),
         name=checks.name(pb.name, "name"),
@@ -104,7 +110,18 @@ def spec_from_pb(pb: types_pb2.FunctionSpec) -> FunctionSpec:
         else None,
         retries_max=checks.integer(pb.retries_max, "retries_max", 0, 20),
         description=checks.text(pb.description, "description", DESCRIPTION_LENGTH_MAX),
+        network=tuple(pb.network),
     )
+
+
+def _check_target(target: str) -> None:
+    checks.text(target, "network", REQUIREMENT_LENGTH_MAX)
+    match = _TARGET.fullmatch(target)
+    if match is None or not 0 < int(match[1]) < 65536:
+        raise InvalidArgument(
+            f"network: {checks.shown(target)} is no target; write host:port, for example "
+            "api.example:443"
+        )
 
 
 def _check_requirement(line: str) -> None:
