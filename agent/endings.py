@@ -52,6 +52,7 @@ def ran(
         energy_j=call_j(node.tier, cpus=spec.cpus, run_s=run_s, moved_bytes=0),
         error_code=error_code,
         message=message,
+        refused_calls=event.refused_calls,
     )
 
 
@@ -232,6 +233,7 @@ def _outcome(
     error_code: str = "",
     message: str = "",
     reason: Reason | None = None,
+    refused_calls: tuple[tuple[str, int], ...] = (),
 ) -> Outcome:
     """Fill in what every end has; without a latency all the time was spent waiting."""
     request = ticket.request
@@ -260,4 +262,5 @@ def _outcome(
         policy_id=ticket.policy_id,
         explanation=ticket.explanation,
         lease=request.lease,
+        refused_calls=refused_calls,
     )

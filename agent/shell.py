@@ -413,6 +413,7 @@ class Shell:
                 response_bytes=sum(len(item.value) for item in report.items),
                 error_code=CODE_BY_KIND[first.kind] if first and is_whole else "",
                 message=_told(first, function) if first else "",
+                refused_calls=tuple(sorted(report.refused_calls.items())),
             )
         )
 

@@ -64,6 +64,7 @@ specs = st.builds(
     budget_usd=st.none() | st.floats(0, 1e9),
     retries_max=st.integers(0, 20),
     description=words,
+    network=st.lists(st.sampled_from(["api.example:443", "10.0.0.1:80"]), max_size=2).map(tuple),
 )
 function_ids = specs.map(lambda spec: spec.function_id)
 profiles = st.builds(
@@ -190,6 +191,9 @@ outcomes = st.builds(
     shadow=st.none() | shadows,
     trial_id=sizes,
     block=sizes,
+    refused_calls=st.dictionaries(words, counts, max_size=3).map(
+        lambda found: tuple(sorted(found.items()))
+    ),
 )
 times = st.floats(1e-3, 604_800) | st.floats(-604_800, -1e-3)
 blobs = st.lists(st.binary(max_size=8), min_size=1, max_size=3)

@@ -72,6 +72,7 @@ class RunFinished:
     response_bytes: int = 0
     error_code: str = ""
     message: str = ""
+    refused_calls: tuple[tuple[str, int], ...] = ()  # system calls that the seal refused, by name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

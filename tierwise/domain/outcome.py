@@ -65,6 +65,7 @@ class Outcome:
     lease: int = 0
     shadow: ShadowDecision | None = None
     trial_id: int = 0  # of the canary's trial during which it was decided, 0 for none
+    refused_calls: tuple[tuple[str, int], ...] = ()  # by the seal: system call and count, by name
     block: int = 0  # of that trial, from 1; 0 if the call does not count
 
     @property

@@ -889,6 +889,26 @@ Global___PolicyHealth: _TypeAlias = PolicyHealth  # noqa: Y015
 class Outcome(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class RefusedCallsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     FUNCTION_ID_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
@@ -916,6 +936,7 @@ class Outcome(_message.Message):
     SHADOW_FIELD_NUMBER: _builtins.int
     TRIAL_ID_FIELD_NUMBER: _builtins.int
     BLOCK_FIELD_NUMBER: _builtins.int
+    REFUSED_CALLS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     function_id: _builtins.str
     state: Global___OutcomeState.ValueType
@@ -948,6 +969,10 @@ class Outcome(_message.Message):
     def explanation(self) -> Global___Explanation: ...
     @_builtins.property
     def shadow(self) -> Global___ShadowDecision: ...
+    @_builtins.property
+    def refused_calls(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """System calls that the seal refused to the function while this call ran, by name."""
+
     def __init__(
         self,
         *,
@@ -978,10 +1003,11 @@ class Outcome(_message.Message):
         shadow: Global___ShadowDecision | None = ...,
         trial_id: _builtins.int = ...,
         block: _builtins.int = ...,
+        refused_calls: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["explanation", b"explanation", "latency", b"latency", "shadow", b"shadow"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "deadline_s", b"deadline_s", "energy_j", b"energy_j", "error_code", b"error_code", "explanation", b"explanation", "failed_item_count", b"failed_item_count", "function_id", b"function_id", "is_cold", b"is_cold", "item_count", b"item_count", "latency", b"latency", "lease", b"lease", "memory_mib", b"memory_mib", "message", b"message", "money_usd", b"money_usd", "node_id", b"node_id", "origin", b"origin", "peak_memory_mib", b"peak_memory_mib", "policy_id", b"policy_id", "priority", b"priority", "reason", b"reason", "request_bytes", b"request_bytes", "request_id", b"request_id", "response_bytes", b"response_bytes", "shadow", b"shadow", "state", b"state", "trial_id", b"trial_id", "tried", b"tried"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "deadline_s", b"deadline_s", "energy_j", b"energy_j", "error_code", b"error_code", "explanation", b"explanation", "failed_item_count", b"failed_item_count", "function_id", b"function_id", "is_cold", b"is_cold", "item_count", b"item_count", "latency", b"latency", "lease", b"lease", "memory_mib", b"memory_mib", "message", b"message", "money_usd", b"money_usd", "node_id", b"node_id", "origin", b"origin", "peak_memory_mib", b"peak_memory_mib", "policy_id", b"policy_id", "priority", b"priority", "reason", b"reason", "refused_calls", b"refused_calls", "request_bytes", b"request_bytes", "request_id", b"request_id", "response_bytes", b"response_bytes", "shadow", b"shadow", "state", b"state", "trial_id", b"trial_id", "tried", b"tried"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,6 +1,6 @@
 """Calls ⇄ protobuf: requests, how they ended, and why they went where they did."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tierwise.domain.decision import CandidateScore, Explanation, Reason, ShadowDecision
 from tierwise.domain.function import FunctionSpec, Priority
@@ -25,6 +25,8 @@ NODES_MAX = 10_000  # rows of an explanation, and nodes tried
 MESSAGE_LENGTH_MAX = 4_096
 POLICY_ID_MAX = 128
 ERROR_CODE_MAX = 64
+REFUSED_CALLS_MAX = 500  # names; there are not many more system calls
+CALL_NAME_MAX = 128
 # A part of the split is a remainder between two nodes' figures: it may fall a little below zero.
 PART_MIN_S = -1.0
 HUGE = 1e12
@@ -145,6 +147,7 @@ def outcome_to_pb(outcome: Outcome, *, with_explanation: bool = True) -> types_p
         lease=outcome.lease,
         trial_id=outcome.trial_id,
         block=outcome.block,
+        refused_calls=dict(outcome.refused_calls),
     )
     if outcome.reason is not None:
         pb.reason = types_pb2.Reason.ValueType(outcome.reason)
@@ -221,6 +224,18 @@ def outcome_from_pb(pb: types_pb2.Outcome) -> Outcome:
         shadow=_shadow_from_pb(pb.shadow) if pb.HasField("shadow") else None,
         trial_id=checks.integer(pb.trial_id, "trial_id", 0, INT64_MAX),
         block=checks.integer(pb.block, "block", 0, INT64_MAX),
+        refused_calls=_refused_calls_from_pb(pb.refused_calls) if pb.refused_calls else (),
+    )
+
+
+def _refused_calls_from_pb(pb: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    checks.at_most(pb, "refused_calls", REFUSED_CALLS_MAX)
+    return tuple(
+        (
+            checks.text(name, "refused_calls", CALL_NAME_MAX),
+            checks.integer(count, f"refused_calls[{name!r}]", 0, INT32_MAX),
+        )
+        for name, count in sorted(pb.items())
     )
 
 
