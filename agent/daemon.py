@@ -69,7 +69,7 @@ async def serve(config: AgentConfig) -> None:
         bound_port = server.add_secure_port(f"{host}:{port}", server_credentials(credentials))
         node = _node(config, probe, f"{host}:{bound_port}")
         machine = NodeMachine(node, queue_max=config.queue_max, first_sequence=int(wall_s() * 1000))
-        runtime = Runtime(state_dir=state / "runtime")
+        runtime = Runtime(state_dir=state / "runtime", imports=state / "imports.json")
         await runtime.open()
         policies = PolicySlots(state / "policy")
         functions = FunctionIndex(state / "catalogue.pb")
