@@ -14,6 +14,7 @@ import uvloop
 from agent import memory
 from agent.catalogue import CodeFolder, FunctionIndex
 from agent.decider import Decider
+from agent.door import Door
 from agent.ingress import Ingress
 from agent.machine import NodeMachine
 from agent.peers import PeerStreams
@@ -97,7 +98,9 @@ async def serve(config: AgentConfig) -> None:
             probe=probe,
             group=group,
         )
-        ingress = Ingress(shell, functions, uplink.pull_function, node.node_id, group)
+        door = Door(node.node_id, node.address)
+        door.open()
+        ingress = Ingress(shell, functions, uplink.pull_function, node.node_id, group, door)
         invocation_pb2_grpc.add_InvocationServiceServicer_to_server(ingress, server)
         add_health_and_reflection(server, "tierwise.v1.InvocationService")
         await server.start()
@@ -117,6 +120,7 @@ async def serve(config: AgentConfig) -> None:
         await uplink.leave()
         for task in background:
             task.cancel()
+        door.close()
         await runtime.close()
         await peers.close()
         await uplink.close()

@@ -2,18 +2,30 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 
 import grpc
 
 from agent.catalogue import FunctionIndex
+from agent.door import Door
 from agent.shell import Shell
 from tierwise.domain.function import FunctionSpec
 from tierwise.domain.ids import NodeId
-from tierwise.errors import NotFound, Overloaded, PayloadTooLarge, TierwiseError
+from tierwise.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    Overloaded,
+    PayloadTooLarge,
+    TierwiseError,
+)
 from tierwise.v1 import invocation_pb2, invocation_pb2_grpc, types_pb2
 from tierwise.wire import convert
+from tierwise.wire.channel import MESSAGE_BYTES_MAX
 from tierwise.wire.errors import item_from_error
+from tierwise.wire.handover import ATTACHMENT_LOST, Handover
 from tierwise.wire.identity import Role, peer_identity
+from tierwise.wire.memfd import ATTACHMENTS_MAX, Memfd
 
 STREAM_IN_FLIGHT_MAX = 8192
 ITEMS_MAX = 4096
@@ -32,6 +44,7 @@ class Ingress(invocation_pb2_grpc.InvocationServiceServicer):
         pull: Callable[[str], Awaitable[FunctionSpec | None]],
         node_id: NodeId,
         group: asyncio.TaskGroup,
+        door: Door,
     ) -> None:
         """Serve calls.
 
@@ -41,12 +54,14 @@ class Ingress(invocation_pb2_grpc.InvocationServiceServicer):
             pull: Asks the scheduler for a function that is not in `functions` yet.
             node_id: This node.
             group: Owns the tasks that wait for `pull`.
+            door: Where clients on this machine hand over large arrays.
         """
         self._shell = shell
         self._functions = functions
         self._pull = pull
         self._node_id = node_id
         self._group = group
+        self._door = door
 
     async def Invoke(
         self,
@@ -160,10 +175,47 @@ class Ingress(invocation_pb2_grpc.InvocationServiceServicer):
                 invocation.ClearField("expected_wait_s")
             origin = NodeId(invocation.origin) if caller.is_node else self._node_id
             request = convert.request_from_invocation(invocation, spec, origin=origin)
+            channel, files = None, ()
+            if invocation.channel_id and not caller.is_node:
+                channel = self._door.find(invocation.channel_id)
+            if invocation.attachments:
+                files = _handed_over(invocation, channel)
+                beside_bytes = sum(file.nbytes for file in files)
+                request = replace(request, request_bytes=request.request_bytes + beside_bytes)
         except TierwiseError as error:
             replied(_refusal(invocation, error))
             return
-        self._shell.invoke(request, invocation.arguments, replied, caller=caller.name)
+        self._shell.invoke(
+            request,
+            invocation.arguments,
+            replied,
+            caller=caller.name,
+            attachments=files,
+            channel=channel,
+        )
+
+
+def _handed_over(
+    invocation: types_pb2.Invocation, channel: Handover | None
+) -> tuple[Memfd, ...]:
+    """Return the files that came beside a call.
+
+    Raises:
+        InvalidArgument: There are too many, or more than one argument set.
+        FailedPrecondition: One is not there: the client must send the bytes instead.
+        PayloadTooLarge: Together they are larger than a message may be.
+    """
+    numbers = invocation.attachments
+    if len(numbers) > ATTACHMENTS_MAX or len(invocation.arguments) != 1:
+        raise InvalidArgument(f"attachments: at most {ATTACHMENTS_MAX}, of one argument set")
+    found = [channel.take(number) for number in numbers] if channel is not None else []
+    files = tuple(file for file in found if file is not None)
+    if len(files) < len(numbers):
+        raise FailedPrecondition(ATTACHMENT_LOST)
+    size_bytes = sum(file.nbytes for file in files)
+    if size_bytes > MESSAGE_BYTES_MAX:
+        raise PayloadTooLarge(f"{size_bytes} bytes in one call; send at most {MESSAGE_BYTES_MAX}")
+    return files
 
 
 class _Caller:

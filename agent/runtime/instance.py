@@ -58,6 +58,11 @@ class ItemResult:
     remote_traceback: str = ""
     attachments: tuple[Memfd, ...] = ()  # the detached arrays of `value`
 
+    @property
+    def size_bytes(self) -> int:
+        """Return how much there is to move."""
+        return len(self.value) + sum(file.nbytes for file in self.attachments)
+
 
 NOT_RUN = ItemResult(ItemKind.NOT_RUN)
 

@@ -12,7 +12,7 @@ blob (see memfd.py), in order, and `decode` is given views of them.
 """
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -112,7 +112,7 @@ def decode(blob: bytes | memoryview, attachments: Sequence[memoryview] = ()) -> 
     """
     try:
         head, arrays = _split(blob, attachments)
-        return msgspec.msgpack.decode(head, ext_hook=_raiser(arrays))
+        return msgspec.msgpack.decode(head, ext_hook=_Raiser(arrays))
     except PayloadError:
         raise
     except (ValueError, TypeError, struct.error, RecursionError, OverflowError) as error:
@@ -215,10 +215,23 @@ def _refuse(value: Any) -> Any:
     raise PayloadError(f"a {type(value).__qualname__} cannot travel")
 
 
-def _raiser(arrays: list[memoryview]) -> Callable[[int, memoryview], Any]:
-    def raise_extension(code: int, data: memoryview) -> Any:
+class _Raiser:
+    """Makes arrays and tuples of their extensions. No closure: a cycle would keep large arrays."""
+
+    __slots__ = ("_arrays",)
+
+    def __init__(self, arrays: list[memoryview]) -> None:
+        self._arrays = arrays
+
+    def __call__(self, code: int, data: memoryview) -> Any:
+        try:
+            return self._raised(code, data)
+        except (IndexError, KeyError, AttributeError) as error:
+            raise PayloadError(f"the payload is damaged: {error}") from None
+
+    def _raised(self, code: int, data: memoryview) -> Any:
         if code == TUPLE:
-            return tuple(msgspec.msgpack.decode(data, ext_hook=raise_extension))
+            return tuple(msgspec.msgpack.decode(data, ext_hook=self))
         if code != ARRAY:
             raise PayloadError(f"the payload has an unknown extension {code}")
         import numpy as np
@@ -227,14 +240,6 @@ def _raiser(arrays: list[memoryview]) -> Callable[[int, memoryview], Any]:
         dtype = np.dtype(dtype_text)
         if dtype.hasobject or not all(isinstance(n, int) and n >= 0 for n in shape):
             raise PayloadError("the payload describes an array that may not travel")
-        array = np.frombuffer(arrays[index], dtype=dtype).reshape(shape)
+        array = np.frombuffer(self._arrays[index], dtype=dtype).reshape(shape)
         array.flags.writeable = False
         return array[()] if is_scalar else array
-
-    def guarded(code: int, data: memoryview) -> Any:
-        try:
-            return raise_extension(code, data)
-        except (IndexError, KeyError, AttributeError) as error:
-            raise PayloadError(f"the payload is damaged: {error}") from None
-
-    return guarded
