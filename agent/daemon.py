@@ -20,16 +20,16 @@ from agent.machine import NodeMachine
 from agent.peers import PeerStreams
 from agent.policies import PolicySlots
 from agent.probe import Probe
-from agent.runtime.environments import Environments
+from agent.runtime.environments import Environments, python_version
 from agent.runtime.runtime import Runtime
 from agent.shell import Shell
 from agent.uplink import Uplink
 from tierwise.clock import monotonic_s, wall_s
 from tierwise.config import AgentConfig, load
-from tierwise.domain.event import DrainAsked
+from tierwise.domain.event import CatalogueReceived, DrainAsked
 from tierwise.domain.ids import NodeId, is_name
 from tierwise.domain.resources import Resources
-from tierwise.domain.topology import Node, parse_tier
+from tierwise.domain.topology import PYTHON_LABEL, Node, parse_tier
 from tierwise.errors import FailedPrecondition, InvalidArgument, TierwiseError
 from tierwise.files import write_atomically
 from tierwise.placement.policy import create
@@ -89,6 +89,8 @@ async def serve(config: AgentConfig) -> None:
             group=group,
             slowdown=max(1.0, 1.0 / config.speed) if config.emulate_speed else 1.0,
         )
+        # Floors hold from the start, also when the scheduler is away.
+        shell.feed(CatalogueReceived(catalogue=functions.catalogue))
         uplink = Uplink(
             scheduler=config.scheduler,
             credentials=credentials,
@@ -150,7 +152,7 @@ def _node(config: AgentConfig, probe: Probe, address: str) -> Node:
         speed=config.speed,
         address=config.advertise or address,
         zone=config.zone,
-        labels=tuple(sorted(config.labels.items())),
+        labels=tuple(sorted({**config.labels, PYTHON_LABEL: python_version()}.items())),
     )
 
 

@@ -88,6 +88,9 @@ NAMELESS = frozenset(
     }
 )
 
+# Ends after which the same request may come again, and is told when.
+RETRIED = frozenset({"overloaded", "unplaceable"})
+
 OnReply = Callable[[types_pb2.InvocationResult], None]
 
 
@@ -475,8 +478,15 @@ class Shell:
         call = self._ended = self._calls.pop(outcome.request_id)
         items = call.items
         if len(items) != outcome.item_count:
+            retry_after_s = 0.0
+            if outcome.error_code in RETRIED:
+                retry_after_s = self.machine.retry_after_s(outcome.function_id, monotonic_s())
             items = [
-                types_pb2.Item(error_code=outcome.error_code or "internal", message=outcome.message)
+                types_pb2.Item(
+                    error_code=outcome.error_code or "internal",
+                    message=outcome.message,
+                    retry_after_s=retry_after_s,
+                )
             ] * outcome.item_count
         elif outcome.state is OutcomeState.EXPIRED:  # its own words, not those of the killed worker
             late = types_pb2.Item(error_code=outcome.error_code, message=outcome.message)

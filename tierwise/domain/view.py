@@ -32,6 +32,7 @@ class NodeReading:
     backlog_s: float = 0.0
     warm: Mapping[FunctionId, int] = field(default_factory=_none_warm)  # idle instances
     eviction_price_s_per_mib: float = 0.0
+    reserved_mib: int = 0  # held by floors (`instances_min`), whoever else wants it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

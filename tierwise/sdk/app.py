@@ -3,6 +3,7 @@
 import functools
 import inspect
 import operator
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -124,7 +125,9 @@ class App:
         priority: str | Priority = "normal",
         tier: str | Iterable[str] | None = None,
         requirements: Iterable[str] = (),
+        min_instances: int = 0,
         max_instances: int = 16,
+        burst: int = 0,
         keep_alive: str | float = "5m",
         budget_usd: float | None = None,
         retries: int = 2,
@@ -143,7 +146,10 @@ class App:
             tier: Where it may run: edge, fog, cloud or several; default: anywhere.
             requirements: Packages that pip installs, ["pillow>=11"]; none means those of the
                 agent's host.
+            min_instances: Kept ready on every node that may run it, restarts included; their
+                memory is not for others.
             max_instances: At most this many at a time on one node.
+            burst: At most this many start per second on one node; 0 means no cap.
             keep_alive: How long an idle instance is kept warm.
             budget_usd: Nodes where one call would cost more are not used.
             retries: How often durable work is tried again when the platform fails it.
@@ -168,6 +174,9 @@ class App:
                 priority=parse_priority(priority),
                 tiers=parse_tiers(tier) if tier is not None else ALL_TIERS,
                 instances_max=max_instances,
+                instances_min=min_instances,
+                burst_max=burst,
+                python_version=f"{sys.version_info.major}.{sys.version_info.minor}",
                 keep_alive_s=parse_duration_s(keep_alive),
                 budget_usd=budget_usd,
                 retries_max=retries,

@@ -283,11 +283,14 @@ class NodeReading(_message.Message):
     BACKLOG_S_FIELD_NUMBER: _builtins.int
     WARM_FIELD_NUMBER: _builtins.int
     EVICTION_PRICE_S_PER_MIB_FIELD_NUMBER: _builtins.int
+    RESERVED_MIB_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     running: _builtins.int
     queued: _builtins.int
     backlog_s: _builtins.float
     eviction_price_s_per_mib: _builtins.float
+    reserved_mib: _builtins.int
+    """Held by instances that `instances_min` keeps."""
     @_builtins.property
     def free(self) -> Global___Resources: ...
     @_builtins.property
@@ -302,10 +305,11 @@ class NodeReading(_message.Message):
         backlog_s: _builtins.float = ...,
         warm: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         eviction_price_s_per_mib: _builtins.float = ...,
+        reserved_mib: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["free", b"free"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backlog_s", b"backlog_s", "eviction_price_s_per_mib", b"eviction_price_s_per_mib", "free", b"free", "queued", b"queued", "running", b"running", "sequence", b"sequence", "warm", b"warm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backlog_s", b"backlog_s", "eviction_price_s_per_mib", b"eviction_price_s_per_mib", "free", b"free", "queued", b"queued", "reserved_mib", b"reserved_mib", "running", b"running", "sequence", b"sequence", "warm", b"warm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
