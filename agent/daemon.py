@@ -19,6 +19,7 @@ from agent.ingress import Ingress
 from agent.machine import NodeMachine
 from agent.peers import PeerStreams
 from agent.policies import PolicySlots
+from agent.preparation import Preparation
 from agent.probe import Probe
 from agent.runtime.environments import Environments, python_version
 from agent.runtime.runtime import Runtime
@@ -91,6 +92,8 @@ async def serve(config: AgentConfig) -> None:
         )
         # Floors hold from the start, also when the scheduler is away.
         shell.feed(CatalogueReceived(catalogue=functions.catalogue))
+        preparation = Preparation(shell.environments, node, group)
+        preparation.follow(functions.catalogue)
         uplink = Uplink(
             scheduler=config.scheduler,
             credentials=credentials,
@@ -99,6 +102,7 @@ async def serve(config: AgentConfig) -> None:
             policies=policies,
             probe=probe,
             group=group,
+            on_catalogue=preparation.follow,
         )
         door = Door(node.node_id, node.address)
         door.open()

@@ -175,7 +175,8 @@ class Ingress(invocation_pb2_grpc.InvocationServiceServicer):
                 invocation.ClearField("expected_wait_s")
             origin = NodeId(invocation.origin) if caller.is_node else self._node_id
             request = convert.request_from_invocation(invocation, spec, origin=origin)
-            channel, files = None, ()
+            channel: Handover | None = None
+            files: tuple[Memfd, ...] = ()
             if invocation.channel_id and not caller.is_node:
                 channel = self._door.find(invocation.channel_id)
             if invocation.attachments:
@@ -195,9 +196,7 @@ class Ingress(invocation_pb2_grpc.InvocationServiceServicer):
         )
 
 
-def _handed_over(
-    invocation: types_pb2.Invocation, channel: Handover | None
-) -> tuple[Memfd, ...]:
+def _handed_over(invocation: types_pb2.Invocation, channel: Handover | None) -> tuple[Memfd, ...]:
     """Return the files that came beside a call.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Which functions a node runs no more for a while, because they keep killing their workers. Pure."""
+"""Functions that a node does not run for a while, for they keep killing their workers. Pure."""
 
 from collections import OrderedDict
 from dataclasses import dataclass

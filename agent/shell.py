@@ -204,7 +204,7 @@ class Shell:
         self.reports: deque[tuple[Outcome, str, str, float]] = deque()  # and when, monotonic
         self.dropped_report_count = 0
         self._runtime = runtime
-        self._environments = environments
+        self.environments = environments
         self._code = code
         self._peers = peers
         self._group = group
@@ -353,7 +353,7 @@ class Shell:
             )
 
     async def _start_worker(self, instance_id: str, spec: FunctionSpec) -> None:
-        environment = await self._environments.get(spec.requirements)
+        environment = await self.environments.get(spec.requirements)
         await self._runtime.start(
             instance_id,
             code_digest=spec.code_digest,
@@ -451,6 +451,8 @@ class Shell:
                 outcome = convert.outcome_from_pb(result.outcome)
                 has_reading = result.HasField("reading")
                 reading = convert.reading_from_pb(result.reading) if has_reading else None
+                if outcome.state is OutcomeState.REFUSED:
+                    call.items = ()  # somebody else may take it, or we say why nobody did
             except TierwiseError:
                 log.exception("peer.sent_nonsense", node_id=command.node_id)
                 self.feed(PeerFailed(request_id=request_id, node_id=command.node_id))
@@ -491,6 +493,8 @@ class Shell:
         elif outcome.state is OutcomeState.EXPIRED:  # its own words, not those of the killed worker
             late = types_pb2.Item(error_code=outcome.error_code, message=outcome.message)
             items = [late if item.error_code else item for item in items]
+        elif outcome.error_code == "function_died":  # the machine knows what follows from it
+            items = [_with_message(item, outcome) for item in items]
         result = types_pb2.InvocationResult(
             request_id=outcome.request_id,
             items=items,
@@ -503,7 +507,9 @@ class Shell:
         for on_reply in call.on_reply:
             on_reply(result)
         self._memory.freed(sum(map(len, call.arguments)) + _size_bytes(result))
-        call.arguments = call.items = call.attachments = ()  # may be large; what its report needs stays
+        call.arguments = call.items = (
+            call.attachments
+        ) = ()  # may be large; what its report needs stays
 
     def _reply_again(self, request_id: RequestId) -> None:
         call = self._calls.pop(request_id)
@@ -547,6 +553,12 @@ def _item(result: ItemResult, function: str, channel: Handover | None = None) ->
         remote_type=result.error_type,
         remote_traceback=result.remote_traceback,
     )
+
+
+def _with_message(item: types_pb2.Item, outcome: Outcome) -> types_pb2.Item:
+    if item.error_code == outcome.error_code and outcome.message:
+        item.message = outcome.message
+    return item
 
 
 def _large_item(result: ItemResult, channel: Handover | None) -> types_pb2.Item:

@@ -31,6 +31,7 @@ SHIM_REQUIREMENTS = ("cloudpickle", "msgspec")
 PRELOAD = ("numpy",)
 FAILURE_KEPT_S = 30.0  # then the next call tries again
 READINGS_MAX = 256
+WHEELS_BYTES_MAX = 4 << 30
 BUILDS_AT_ONCE = 1
 PIP_OPTIONS = ("--quiet", "--disable-pip-version-check", "--no-input", "--only-binary", ":all:")
 
@@ -139,7 +140,17 @@ class Environments:
         fetch = lambda: _run(*pip, "download", *PIP_OPTIONS, "--dest", str(self._wheels), *wanted)  # noqa: E731
         install = lambda: _run(*pip, "install", *PIP_OPTIONS, *offline, *wanted)  # noqa: E731
         await _either(fetch, install)
+        await asyncio.to_thread(self._trim_wheels)
         partial.replace(folder)  # we call the interpreter by path: the move breaks nothing
+
+    def _trim_wheels(self) -> None:
+        """Bound the cache: what was fetched longest ago goes first."""
+        files = sorted(self._wheels.iterdir(), key=lambda file: -file.stat().st_mtime)
+        size_bytes = 0
+        for file in files:
+            size_bytes += file.stat().st_size
+            if size_bytes > WHEELS_BYTES_MAX:
+                file.unlink()
 
     def _note(
         self, requirements: tuple[str, ...], state: EnvironmentState, message: str = ""

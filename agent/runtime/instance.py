@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
+
 import msgspec
 
 from agent.runtime.parent import ZygoteProcess

@@ -32,9 +32,9 @@ NAME_LENGTH_MAX = 100
 BRANCH_TIMEOUT_S = 60.0
 _NAME = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*", re.ASCII)
 # Importing these does something, or is of no use to a function.
-UNWANTED = frozenset(
-    "__main__ antigravity ensurepip idlelib lib2to3 pip test this tkinter turtle turtledemo".split()
-)
+UNWANTED = frozenset({"__main__", "antigravity", "ensurepip", "idlelib", "lib2to3", "pip"}) | {
+    *("test", "this", "tkinter", "turtle", "turtledemo")
+}
 
 
 @dataclass(slots=True)

@@ -46,7 +46,7 @@ IMPORTS_MAX = 400  # module names that are told
 _U32 = struct.Struct("<I")
 _ITEM = struct.Struct("<II")
 
-memfd: ModuleType  # tierwise/wire/memfd.py, put here by the zygote
+memfd: Any = None  # tierwise/wire/memfd.py, put here by the zygote
 
 
 class _Hider(importlib.abc.MetaPathFinder):

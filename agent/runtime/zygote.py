@@ -44,8 +44,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     payload = load("tierwise_payload", sys.argv[3])
     worker = load("tierwise_worker", f"{here}/worker.py")
-    worker.memfd = load(  # type: ignore[attr-defined]
-        "tierwise_memfd", f"{os.path.dirname(sys.argv[3])}/memfd.py"  # noqa: PTH120
+    vars(worker)["memfd"] = load(
+        "tierwise_memfd",
+        f"{os.path.dirname(sys.argv[3])}/memfd.py",  # noqa: PTH120
     )
     prepare(control, sys.argv[4:])
     serve(control, sandbox, payload, worker)

@@ -1,4 +1,4 @@
-"""How instances start: from branches that have imported what functions do; classes; large arrays."""
+"""Starts: branches that have imported what functions do, classes, arrays in shared memory."""
 
 import asyncio
 import hashlib
@@ -62,9 +62,7 @@ class Bench:
         detached: list[Any] = []
         blob = payload.encode((args, {}), detached=detached)
         files = [memfd.make([part]) for part in detached]
-        self.runtime.run(
-            name, [blob], timeout_s=20.0, on_done=done.set_result, attachments=files
-        )
+        self.runtime.run(name, [blob], timeout_s=20.0, on_done=done.set_result, attachments=files)
         return await done
 
     async def value(self, name: str, *args: Any) -> Any:
@@ -178,8 +176,9 @@ class Model:
         return list(self.calls)
 
     def exit(self) -> None:
-        with open(self.path, "w") as file:
-            file.write("left")
+        from pathlib import Path
+
+        Path(self.path).write_text("left")
 
 
 async def test_a_class_is_entered_once_and_left_when_its_instance_stops(bench: Bench) -> None:

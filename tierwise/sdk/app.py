@@ -1,5 +1,6 @@
 """Functions as their authors write them."""
 
+import atexit
 import functools
 import inspect
 import operator
@@ -39,15 +40,18 @@ class Function(RemoteFunction):
         self.deploy: Verb[[], FunctionSpec] = Verb(app.client, self._deploy)
         self._packed: bytes | None = None
         self._deployed: tuple[Client, FunctionSpec] | None = None
-        functools.update_wrapper(self, code)
+        self._here: Callable[..., Any] | None = None if isinstance(code, type) else code
+        functools.update_wrapper(self, code, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the function in this process."""
-        return self.code(*args, **kwargs)
+        return self.local(*args, **kwargs)
 
     def local(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the function in this process."""
-        return self.code(*args, **kwargs)
+        """Run the function in this process; a class is entered at its first call here."""
+        if self._here is None:
+            self._here = _entered(self.code)
+        return self._here(*args, **kwargs)
 
     def __reduce__(self) -> Any:
         """Travel as the plain function, so that functions can call each other in a worker."""
@@ -134,9 +138,13 @@ class App:
     ) -> Any:
         """Declare a function. Use as `@app.function` or `@app.function(memory="1GiB", …)`.
 
+        A class may stand for a function that needs something loaded once: each instance makes one
+        object of it, calls its `enter()` if it has one, then the object itself for every call, and
+        its `exit()` when it is stopped, which may take two seconds.
+
         Args:
-            code: The function, when used without parentheses.
-            name: Default: the function's name, with `_` as `-`.
+            code: The function or class, when used without parentheses.
+            name: Default: the function's name in small letters, with `_` as `-`.
             memory: What one instance may use; it is killed beyond that.
             cpus: What one running call takes.
             gpu: GPU slots that one running call takes.
@@ -213,6 +221,9 @@ def _check_kind(function: Callable[..., Any]) -> None:
     Raises:
         InvalidArgument: It is no plain function.
     """
+    if isinstance(function, type):
+        _check_class(function)
+        function = function.__call__
     if not inspect.isfunction(function):
         raise InvalidArgument(
             f"{function!r} is no plain function: wrap what it does in `def name(…): …`"
@@ -228,3 +239,37 @@ def _check_kind(function: Callable[..., Any]) -> None:
                 f"{function.__qualname__} is {kind}, and its result cannot travel: "
                 "use a plain function that returns a value"
             )
+
+
+def _check_class(code: type) -> None:
+    """Refuse early a class of which a worker could not make an object that can be called.
+
+    Raises:
+        InvalidArgument: It has no `__call__`, or its constructor wants something.
+    """
+    name = code.__qualname__
+    if not inspect.isfunction(getattr(code, "__call__", None)):  # noqa: B004 - not callable(): a class always is
+        raise InvalidArgument(
+            f"{name} has no `def __call__(self, …)`: that is what runs for each call"
+        )
+    wanted = [
+        parameter.name
+        for parameter in inspect.signature(code).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    if wanted:
+        raise InvalidArgument(
+            f"{name}() wants {', '.join(wanted)}: instances are made without arguments; load what "
+            "is needed in enter()"
+        )
+
+
+def _entered(code: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an object of a class, ready for calls in this process."""
+    made: Callable[..., Any] = code()
+    if hasattr(made, "enter"):
+        made.enter()
+    if hasattr(made, "exit"):
+        atexit.register(made.exit)
+    return made

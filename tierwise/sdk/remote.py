@@ -204,8 +204,10 @@ class RemoteFunction:
         name, spec = await self.resolve()
         timeout_s = spec.timeout_s + QUEUE_S if spec is not None else None
         files: dict[int, Memfd] = {}
-        result = await self.client().connection().invoke(
-            name, [blob], self._options, timeout_s, detached=detached, files=files
+        result = (
+            await self.client()
+            .connection()
+            .invoke(name, [blob], self._options, timeout_s, detached=detached, files=files)
         )
         return value_of(result.items[0], files)
 

@@ -1,12 +1,9 @@
 """Arrays in shared memory, which calls on the same machine are given without a copy."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tierwise.errors import InvalidArgument
 from tierwise.wire import memfd
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 class SharedArray:
@@ -28,8 +25,7 @@ class SharedArray:
                 "dtype, and at least one element"
             )
         self.file = memfd.make([found.reshape(-1).view(np.uint8).data])
-        view = np.frombuffer(self.file.view(), dtype=found.dtype).reshape(np.shape(array))
-        self.array: np.ndarray[Any, Any] = view
+        self.array = np.frombuffer(self.file.view(), dtype=found.dtype).reshape(np.shape(array))
         self.nbytes = self.file.nbytes
 
     @property

@@ -87,7 +87,9 @@ def inline(blob: bytes, attachments: Sequence[Any]) -> bytes:
 
 def view_of(array: Any) -> memoryview:
     """Return the bytes of what `encode` detaches."""
-    return array if isinstance(array, memoryview) else memoryview(array.__tierwise_array__).cast("B")
+    return (
+        array if isinstance(array, memoryview) else memoryview(array.__tierwise_array__).cast("B")
+    )
 
 
 def _assemble(head: bytes, lengths: list[int], arrays: list[memoryview]) -> bytes:
