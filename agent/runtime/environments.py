@@ -8,10 +8,10 @@ code here, outside of any sandbox.
 
 import asyncio
 import hashlib
+import os
 import shutil
 import sys
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -34,6 +34,7 @@ READINGS_MAX = 256
 WHEELS_BYTES_MAX = 4 << 30
 BUILDS_AT_ONCE = 1
 PIP_OPTIONS = ("--quiet", "--disable-pip-version-check", "--no-input", "--only-binary", ":all:")
+PIP_PATIENCE = {"PIP_RETRIES": "1", "PIP_TIMEOUT": "10"}  # unless the operator says otherwise
 
 
 def python_version() -> str:
@@ -135,11 +136,10 @@ class Environments:
         wanted = (*SHIM_REQUIREMENTS, *requirements)
         await _run(sys.executable, "-m", "venv", str(partial))
         pip = (str(partial / "bin/python"), "-m", "pip")
-        offline = ("--no-index", "--find-links", str(self._wheels))
-        # What is cached must not hide what is newer: ask the index first, do without it if need be.
-        fetch = lambda: _run(*pip, "download", *PIP_OPTIONS, "--dest", str(self._wheels), *wanted)  # noqa: E731
-        install = lambda: _run(*pip, "install", *PIP_OPTIONS, *offline, *wanted)  # noqa: E731
-        await _either(fetch, install)
+        links = ("--find-links", str(self._wheels))
+        # An index that is away is no failure if the wheels are here from another time.
+        await _run(*pip, "download", *PIP_OPTIONS, *links, "-d", links[1], *wanted)
+        await _run(*pip, "install", *PIP_OPTIONS, "--no-index", *links, *wanted)
         await asyncio.to_thread(self._trim_wheels)
         partial.replace(folder)  # we call the interpreter by path: the move breaks nothing
 
@@ -164,31 +164,13 @@ class Environments:
             self._readings.popitem(last=False)
 
 
-async def _either(
-    fetch: Callable[[], Awaitable[None]], install: Callable[[], Awaitable[None]]
-) -> None:
-    """Install what was fetched; if nothing could be, what is there from earlier may be enough.
-
-    Raises:
-        StartFailed: Neither worked; why fetching did not is told.
-    """
-    try:
-        await fetch()
-    except StartFailed as failure:
-        try:
-            await install()
-        except StartFailed:
-            raise failure from None
-    else:
-        await install()
-
-
 async def _run(*command: str) -> None:
     process = await asyncio.create_subprocess_exec(
         *command,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
+        env={**PIP_PATIENCE, **os.environ},
     )
     try:
         async with asyncio.timeout(BUILD_TIMEOUT_S):
