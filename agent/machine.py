@@ -302,7 +302,7 @@ class NodeMachine:
         that only waits for an instance of its own function lets them pass.
         """
         line, pool = self._line, self.pool
-        while (ticket := line.next()) is not None:
+        while (ticket := line.next(now_s)) is not None:
             spec = ticket.request.spec
             function = spec.function_id
             if ticket.ends_at_s <= now_s:

@@ -201,6 +201,11 @@ class Worker:
         if self._zygote is not None:
             self._zygote.kill(self._instance_id)
 
+    @property
+    def pid(self) -> int:
+        """Return the process id; 0 before the fork."""
+        return self._pid
+
     def memory_mib(self) -> float:
         """Return the resident memory now; 0 if the process is gone."""
         if not self._pid or self._is_ended:

@@ -112,6 +112,10 @@ class Runtime:
             await self.stop(instance_id)
             raise
 
+    def workers(self) -> dict[str, Worker]:
+        """Return every instance, whatever it does, in the order of their starts."""
+        return dict(self._workers)
+
     def run(
         self,
         instance_id: str,
