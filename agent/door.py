@@ -1,7 +1,7 @@
-"""Where clients on this machine hand over large arrays, and are handed theirs."""
+"""Where clients on this machine come in the short way: see tierwise/wire/handover.py."""
 
 import asyncio
-import contextlib
+import functools
 import os
 import socket
 
@@ -68,21 +68,26 @@ class Door:
                 channel.close()
                 continue
             client = Handover(channel)
+            client.on_message = functools.partial(self._named, client)
             self._strangers.add(client)
             asyncio.get_running_loop().add_reader(client.fileno(), self._readable, client)
 
     def _readable(self, client: Handover) -> None:
         fileno = client.fileno()
-        message = client.drain()
-        if client in self._strangers and len(message) == CHANNEL_ID_BYTES:
-            self._strangers.discard(client)
-            client.channel_id = message
-            if message not in self._known:
-                self._known[message] = client
+        if fileno < 0:
+            return
+        client.drain()
         if not client.is_open:
-            with contextlib.suppress(ValueError):
-                asyncio.get_running_loop().remove_reader(fileno)
+            asyncio.get_running_loop().remove_reader(fileno)
             self._forget(client)
+
+    def _named(self, client: Handover, message: bytes) -> None:
+        """Take the first message of a client: the id that its calls will show."""
+        self._strangers.discard(client)
+        client.on_message = lambda message: None
+        if len(message) == CHANNEL_ID_BYTES and message not in self._known:
+            client.channel_id = message
+            self._known[message] = client
 
     def _forget(self, client: Handover) -> None:
         self._strangers.discard(client)

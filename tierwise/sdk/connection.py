@@ -337,7 +337,7 @@ class Connection:
                 )
                 name = socket_name(agent.node_id, agent.address)
                 handover = Handover.connect(name)
-                self._entry = _Entry(agent, channel, CallStream(channel), handover)
+                self._entry = _Entry(agent, channel, CallStream(channel, handover), handover)
             return self._entry
 
     def _choose(self, agents: Sequence[Agent]) -> Agent:

@@ -1,10 +1,11 @@
-"""Memfds between a client and an agent of the same machine, beside their gRPC stream.
+"""The short way between a client and an agent of the same machine, beside their gRPC stream.
 
 The agent listens on an abstract socket named after itself; the client knows the name, and finds
-nobody there if the agent is on another machine. The client says a random id, which its calls carry
-over mTLS: so whoever shows that id in a call is at the other end of this socket. Both look at the
-kernel's word for who the other is before anything is handed over. Whatever fails here, the bytes
-travel inside the message instead.
+nobody there if the agent is on another machine. The client says a random id, which it repeats over
+mTLS: so whoever shows that id there is at the other end of this socket, and what comes over it
+comes from the identity of that stream, for as long as the stream lasts. Both look at the kernel's
+word for who the other is before anything is said. Small messages and memfds go this way; whatever
+does not fit or fails here goes over gRPC instead.
 """
 
 import array
@@ -14,12 +15,15 @@ import secrets
 import socket
 import struct
 from collections import OrderedDict
+from collections.abc import Callable
 
 from tierwise.wire.memfd import Memfd
 
 CHANNEL_ID_BYTES = 16
 UNCLAIMED_MAX = 64  # files that came and were not asked for; the oldest go
 READS_MAX = 256  # in one go
+MESSAGE_BYTES_MAX = 64 << 10  # of what goes this way; a socket holds about three times as much
+BOUND = b"\1"  # what the agent says when the channel belongs to a stream
 ATTACHMENT_LOST = "an array that was handed over beside this call is not here; send it again"
 _U64 = struct.Struct("<Q")
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
@@ -44,6 +48,8 @@ class Handover:
         self._channel = channel
         self._sent_count = 0
         self._unclaimed: OrderedDict[int, Memfd] = OrderedDict()
+        self._buffer = memoryview(bytearray(MESSAGE_BYTES_MAX))
+        self.on_message: Callable[[bytes], None] = lambda message: None
         self.is_open = True
         channel.setblocking(False)
 
@@ -82,36 +88,48 @@ class Handover:
             self.drain()
         return self._unclaimed.pop(number, None)
 
-    def drain(self) -> bytes:
-        """Take in what has come; return the first message that carries no file, if any."""
+    def post(self, message: bytes) -> bool:
+        """Send a small message; return whether the socket took it."""
+        if len(message) > MESSAGE_BYTES_MAX:
+            return False
+        try:
+            return self._channel.send(message) == len(message)
+        except OSError:
+            return False
+
+    def drain(self) -> None:
+        """Take in what has come: keep files, give messages to `on_message`."""
         for _ in range(READS_MAX):
             try:
-                message, ancillary, _, _ = self._channel.recvmsg(
-                    64, socket.CMSG_SPACE(4 * 4), socket.MSG_CMSG_CLOEXEC
+                length, ancillary, _, _ = self._channel.recvmsg_into(
+                    [self._buffer], socket.CMSG_SPACE(4 * 4), socket.MSG_CMSG_CLOEXEC
                 )
             except BlockingIOError:
-                break
+                return
             except OSError:
-                message = b""
-                ancillary = []
+                self.close()
+                return
             fds = array.array("i")
             for level, kind, data in ancillary:
                 if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                     fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-            if not message:
+            if not length:
                 self.close()
-                break
-            if not fds:
-                return message
-            for extra in fds[1:]:
-                os.close(extra)
-            with contextlib.suppress(ValueError):  # not sealed: it counts as not sent
-                file = Memfd(fds[0])
-                if len(message) == _U64.size:
-                    self._unclaimed[_U64.unpack(message)[0]] = file
-            while len(self._unclaimed) > UNCLAIMED_MAX:
-                self._unclaimed.popitem(last=False)
-        return b""
+                return
+            if fds:
+                self._keep(bytes(self._buffer[:length]), fds)
+            else:
+                self.on_message(bytes(self._buffer[:length]))
+
+    def _keep(self, message: bytes, fds: "array.array[int]") -> None:
+        for extra in fds[1:]:
+            os.close(extra)
+        with contextlib.suppress(ValueError):  # not sealed: it counts as not sent
+            file = Memfd(fds[0])
+            if len(message) == _U64.size:
+                self._unclaimed[_U64.unpack(message)[0]] = file
+        while len(self._unclaimed) > UNCLAIMED_MAX:
+            self._unclaimed.popitem(last=False)
 
     def close(self) -> None:
         """Close the socket and what nobody has claimed. Safe to call twice."""
