@@ -88,9 +88,7 @@ def parsl_orders(stack: ExitStack) -> Orders:
         provider=LocalProvider(init_blocks=1, max_blocks=1),
         encrypted=False,
     )
-    stack.enter_context(
-        parsl.load(Config(executors=[executor], run_dir=folder, usage_tracking=0))
-    )
+    stack.enter_context(parsl.load(Config(executors=[executor], run_dir=folder, usage_tracking=0)))
     app = parsl.python_app(same)
     return {
         "call": lambda n: timed(lambda: app(1).result(), n),
