@@ -40,12 +40,7 @@ ARRAY_MS = 2.0
 INSTANCE_MB = 5.0
 GOODPUT_SHARE = 0.9
 ROUNDS, CALLS, ARRAY_CALLS = 10, 40, 5
-MAP_ITEMS = {
-    "tierwise": 2000,
-    "ray": 1000,
-    "parsl": 200,
-    "dask": 200,
-}  # each about a second or less
+MAP_ITEMS = {"tierwise": 2000, "ray": 1000, "parsl": 200, "dask": 200}  # a second or less
 COLD_ROUNDS = 15
 INSTANCES = 100
 SERVICE_S, PEAK_S, FLOOD_S, DEADLINE_S = 0.02, 3.0, 6.0, 1.0
@@ -94,6 +89,7 @@ class Rival:
             self.error = self.error or "it did not start"
 
     def ask(self, order: str, count: int) -> list[float]:
+        """Return what the rival answers to one order; nothing once it has failed."""
         if self.error or self._process.stdin is None:
             return []
         try:
@@ -105,6 +101,7 @@ class Rival:
             return []
 
     def close(self) -> None:
+        """End the process, and what it has started with it."""
         with contextlib.suppress(OSError):
             self._process.communicate(timeout=30)
         if self._process.poll() is None:
