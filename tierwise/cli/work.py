@@ -49,13 +49,16 @@ def add_to(app: typer.Typer) -> None:
 
 
 def deploy(
-    target: Annotated[str, typer.Argument(help="FILE.py, or FILE.py:app if there are several")],
+    target: Annotated[
+        str,
+        typer.Argument(help="FILE.py, or FILE.py:app if there are several; FILE.wasm:export"),
+    ],
     wait: Annotated[
         bool, typer.Option(help="until the nodes have built what the functions require")
     ] = True,
     output: Output = Format.TABLE,
 ) -> None:
-    """Deploy every function of the app in a Python file."""
+    """Deploy every function of the app in a Python file, or one of a WebAssembly module."""
     from tierwise.cli.output import show
     from tierwise.sdk.client import Client
     from tierwise.sdk.operator import Operator
@@ -199,6 +202,10 @@ def _apps(target: str) -> list[Any]:
     path = Path(file)
     if not path.exists():
         raise NotFound(f"there is no file {file}")
+    if path.suffix == ".wasm":
+        made = App(path.stem.lower().replace("_", "-"))
+        made.wasm(path, name)
+        return [made]
     module = _load(path)
     if name:
         app = getattr(module, name, None)

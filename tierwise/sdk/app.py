@@ -6,12 +6,14 @@ import inspect
 import operator
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from tierwise.config import parse_duration_s, parse_memory_mib
 from tierwise.domain.function import ALL_TIERS, FunctionSpec, Priority
 from tierwise.domain.ids import is_name
 from tierwise.errors import InvalidArgument
+from tierwise.sdk import wasm
 from tierwise.sdk.client import Client, default_client
 from tierwise.sdk.code import pack
 from tierwise.sdk.connection import Options
@@ -196,6 +198,45 @@ class App:
             return made
 
         return declare if code is None else declare(code)
+
+    def wasm(
+        self,
+        module: str | Path | bytes,
+        export: str = "",
+        *,
+        name: str = "",
+        fuel: int = 1_000_000_000,
+        wasm_memory: str | int = "16MiB",
+        requirements: Iterable[str] = (wasm.REQUIREMENT,),
+        **options: Any,
+    ) -> Function:
+        """Declare an exported function of a WebAssembly module, which takes and returns numbers.
+
+        Args:
+            module: A .wasm file, or its bytes.
+            export: Which function; may be left out if there is one only, and wasmtime is here.
+            name: Default: that of the export.
+            fuel: About how many instructions a call may execute; more is an error.
+            wasm_memory: What the module's own memory may grow to.
+            requirements: What its workers need; none means that nodes have wasmtime already.
+            **options: Those of `function`.
+
+        Raises:
+            InvalidArgument: It is no module, has no such export, or wants imports.
+        """
+        code = module if isinstance(module, bytes) else Path(module).read_bytes()
+        if not export:
+            found = wasm.exports(code)
+            if len(found) != 1:
+                raise InvalidArgument(
+                    f"the module exports {', '.join(found) or 'nothing'}: name one"
+                )
+            export = found[0]
+        memory_bytes = parse_memory_mib(wasm_memory) << 20
+        made = wasm.as_class(code, export, fuel=fuel, memory_bytes=memory_bytes)
+        name = name or export.lower().replace("_", "-").strip("-")
+        declared: Function = self.function(name=name, requirements=requirements, **options)(made)
+        return declared
 
     async def _deploy(self) -> list[FunctionSpec]:
         """Deploy every function of the app; return their exact versions."""
