@@ -287,7 +287,7 @@ def _standing_still(view: ClusterView) -> ClusterView:
         view,
         nodes=tuple(
             [
-                replace(row, reading=replace(row.reading, warm=dict(row.reading.warm)))
+                replace(row, reading=row.reading.standing_still())
                 if row.node.node_id == here.node_id
                 else row
                 for row in view.nodes

@@ -20,11 +20,12 @@ from typing import assert_never
 from agent import endings
 from agent.beliefs import Beliefs
 from agent.floors import Floors
+from agent.outlook import Outlook
 from agent.pool import Instance, InstancePool, InstanceState
 from agent.quarantine import Quarantine
 from agent.ticket import Phase, Ticket
 from agent.waiting import WaitingLine
-from tierwise.cost.estimate import DEFAULT_PRICES, predict_wait_s
+from tierwise.cost.estimate import DEFAULT_PRICES, predict_wait_s, wait_of
 from tierwise.cost.money import PriceTable
 from tierwise.domain.command import (
     AskPolicy,
@@ -95,6 +96,7 @@ class NodeMachine:
         self._running: dict[RequestId, Ticket] = {}
         self._answered: OrderedDict[tuple[RequestId, int], None] = OrderedDict()
         self._beliefs = Beliefs(node)
+        self._outlook = Outlook(node, self.pool, self._line, self._running, self._beliefs)
         self._floors = Floors(node)
         self._quarantine = Quarantine()
         self._sequence = first_sequence
@@ -158,7 +160,7 @@ class NodeMachine:
     def reading(self, now_s: float) -> NodeReading:
         """Return this node's next heartbeat reading; each has a higher sequence number."""
         self._sequence += 1
-        return replace(self._reading_now(now_s), warm=dict(self.pool.warm))
+        return self._reading_now(now_s).standing_still()
 
     def view(self, now_s: float) -> ClusterView:
         """Return what this node believes of the cluster; its own row is exact.
@@ -252,7 +254,7 @@ class NodeMachine:
             return Reason.EXPIRED
         ticket.phase = Phase.FORWARDED
         has_others = bool(ticket.next_nodes) and ticket.stale_count < STALE_MAX
-        expected_wait_s = predict_wait_s(row, now_s) if has_others else None
+        expected_wait_s = predict_wait_s(row, now_s, request.priority) if has_others else None
         self._beliefs.sent(ticket, row, now_s)
         out.append(
             Forward(
@@ -284,7 +286,9 @@ class NodeMachine:
         if ticket.request.expected_wait_s is not None and self._is_stale(ticket.request, now_s):
             return Reason.STALE_VIEW
         ticket.node_id = self.node.node_id
-        ticket.work_s = self._beliefs.expected_s(ticket.request) / self.node.speed
+        run_s, start_s = self._beliefs.expected_s(ticket.request)
+        ticket.work_s = run_s / self.node.speed
+        ticket.start_s = 0.0 if self.pool.has(spec.function_id) else start_s / self.node.speed
         self.pool.note_arrival(spec.function_id, now_s)
         self._line.join(ticket)
         self._pump(now_s, out)
@@ -293,13 +297,15 @@ class NodeMachine:
     def _is_stale(self, request: Request, now_s: float) -> bool:
         """Return whether this node is much busier than the sender believed."""
         margin_s = STALE_MARGIN_S + STALE_SHARE * max(0.0, request.deadline_s)
-        return self._backlog_s(now_s) > (request.expected_wait_s or 0.0) + margin_s
+        wait_s = wait_of(self._reading_now(now_s), request.priority)
+        return wait_s > (request.expected_wait_s or 0.0) + margin_s
 
     def _pump(self, now_s: float, out: list[NodeCommand]) -> None:
         """Give queued requests to idle instances and start missing ones, in queue order.
 
         A request that must wait for CPU or memory blocks those behind it (no starvation); one
-        that only waits for an instance of its own function lets them pass.
+        that only waits for an instance of its own function lets them pass. None is started while
+        enough of them should come free within the time that two starts take.
         """
         line, pool = self._line, self.pool
         while (ticket := line.next(now_s)) is not None:
@@ -315,7 +321,7 @@ class NodeMachine:
             if instance is not None:
                 line.leave(ticket)
                 self._run(ticket, instance, now_s, out)
-            elif pool.starting_count(function) < line.count_of(function):
+            elif self._outlook.coming_count(function, now_s) < line.count_of(function):
                 if self._start(spec, now_s, out):
                     continue
                 if pool.free.memory_mib < spec.memory_mib and not self._has_own(function):
@@ -363,7 +369,7 @@ class NodeMachine:
 
     def retry_after_s(self, function: FunctionId, now_s: float) -> float:
         """Return when a caller that was turned away should come again."""
-        soon_s = RETRY_BACKLOG_SHARE * self._backlog_s(now_s)
+        soon_s = RETRY_BACKLOG_SHARE * self._outlook.backlog_s(now_s)[0]
         soon_s = min(RETRY_AFTER_S_MAX, max(RETRY_AFTER_S_MIN, soon_s))
         return max(soon_s, self._quarantine.left_s(function, now_s))
 
@@ -566,23 +572,16 @@ class NodeMachine:
         out.append(StopInstance(instance_id=instance.instance_id))
 
     def _reading_now(self, now_s: float) -> NodeReading:
+        backlog_s, overtaken_s = self._outlook.backlog_s(now_s)
         return NodeReading(
             sequence=self._sequence,
             free=self.pool.free,
             running=len(self._running),
             queued=len(self._line),
-            backlog_s=self._backlog_s(now_s),
+            backlog_s=backlog_s,
+            overtaken_s=overtaken_s,
             warm=MappingProxyType(self.pool.warm),
+            engaged=MappingProxyType(self.pool.engaged),
             eviction_price_s_per_mib=self.pool.eviction_price_s_per_mib(now_s),
             reserved_mib=self.pool.reserved_mib,
         )
-
-    def _backlog_s(self, now_s: float) -> float:
-        """Estimate seconds until a CPU is free for a request that is queued now."""
-        cpus = self.node.capacity.cpus
-        if not self._line and self.pool.free.cpus >= min(1.0, cpus):
-            return 0.0
-        work_s = self._line.work_s
-        for ticket in self._running.values():
-            work_s += max(0.0, ticket.work_s - (now_s - ticket.run_at_s))
-        return work_s / max(1.0, cpus)

@@ -1,6 +1,7 @@
 """Instances on one node: who is warm, what they hold, and whom to evict. Pure."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -28,6 +29,7 @@ class Instance:
     spec: FunctionSpec
     state: InstanceState = InstanceState.STARTING
     cold_start_s: float = 0.0
+    started_at_s: float = 0.0
     idle_since_s: float = 0.0
     run_count: int = 0
     request_id: RequestId | None = None
@@ -67,6 +69,7 @@ class InstancePool:
         self._bursts: dict[FunctionId, tuple[float, float]] = {}  # starts left, at a time
         self._keep_alives_s: dict[FunctionId, float] = {}
         self.warm: dict[FunctionId, int] = {}  # idle instances per function, kept current
+        self.engaged: dict[FunctionId, int] = {}  # those that start or run
 
     @property
     def free(self) -> Resources:
@@ -116,6 +119,17 @@ class InstancePool:
         """Return how many instances of `function` are on their way."""
         return self._starting.get(function, 0)
 
+    def has(self, function: FunctionId) -> bool:
+        """Return whether `function` has an instance, in any state."""
+        return function in self._count
+
+    def starting(self) -> Iterator[Instance]:
+        """Yield the instances that are on their way."""
+        if any(self._starting.values()):
+            for instance in self._instances.values():
+                if instance.state is InstanceState.STARTING:
+                    yield instance
+
     def has_cpu_for(self, spec: FunctionSpec) -> bool:
         """Return whether CPU and GPU are free for one more running instance."""
         return spec.cpus <= self._free_cpus + 1e-9 and spec.gpu_slots <= self._free_gpu_slots
@@ -140,6 +154,7 @@ class InstancePool:
         instance = self._instances[idle.pop()]
         self._set_warm(function, len(idle))
         instance.state = InstanceState.BUSY
+        self._engage(function, 1)
         instance.request_id = request_id
         instance.run_count += 1
         self._free_cpus -= instance.spec.cpus
@@ -179,6 +194,8 @@ class InstancePool:
             self._bursts[function] = starts_left - 1.0, now_s
         self._started_count += 1
         instance = Instance(InstanceId(f"{self._node_id}-{self._started_count}"), spec)
+        instance.started_at_s = now_s
+        self._engage(function, 1)
         self._instances[instance.instance_id] = instance
         self._count[function] = self._count.get(function, 0) + 1
         self._starting[function] = self._starting.get(function, 0) + 1
@@ -193,6 +210,7 @@ class InstancePool:
         function = instance.spec.function_id
         if instance.state is InstanceState.STARTING:
             self._starting[function] -= 1
+        self._engage(function, -1)
         instance.state = InstanceState.IDLE
         instance.request_id = None
         instance.idle_since_s = now_s
@@ -213,6 +231,7 @@ class InstancePool:
             idle.remove(instance_id)
             self._set_warm(function, len(idle))
         else:
+            self._engage(function, -1)
             self._free_cpus += instance.spec.cpus
             self._free_gpu_slots += instance.spec.gpu_slots
             if instance.state is InstanceState.STARTING:
@@ -283,6 +302,13 @@ class InstancePool:
         idle = [i for i in self._instances.values() if i.state is InstanceState.IDLE]
         idle.sort(key=lambda i: (self._price_s_per_mib(i, now_s), i.idle_since_s))
         return self._beyond_floors(idle)
+
+    def _engage(self, function: FunctionId, change: int) -> None:
+        count = self.engaged.get(function, 0) + change
+        if count:
+            self.engaged[function] = count
+        else:
+            self.engaged.pop(function, None)
 
     def _set_warm(self, function: FunctionId, count: int) -> None:
         if count:

@@ -36,6 +36,7 @@ class Ticket:
     node_id: NodeId | None = None
     sent_at_s: float = 0.0
     work_s: float = 0.0  # expected run time here
+    start_s: float = 0.0  # expected cold start here
     run_at_s: float = 0.0
     cold_start_s: float = 0.0
     is_cold: bool = False

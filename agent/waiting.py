@@ -26,7 +26,7 @@ class WaitingLine:
         self._shown: list[_Entry] = []
         self._counts: dict[FunctionId, int] = {}
         self._count = 0
-        self.work_s = 0.0  # expected run time of all that wait
+        self.work_s = [0.0, 0.0, 0.0, 0.0]  # expected CPU time of all that wait, by priority
 
     def __len__(self) -> int:
         return self._count
@@ -45,7 +45,7 @@ class WaitingLine:
         function = request.spec.function_id
         self._counts[function] = self._counts.get(function, 0) + 1
         self._count += 1
-        self.work_s += ticket.work_s
+        self.work_s[int(request.priority) - 1] += ticket.work_s + ticket.start_s
 
     def leave(self, ticket: Ticket) -> None:
         """Take a waiting ticket out; what becomes of it is the caller's to say."""
@@ -55,7 +55,9 @@ class WaitingLine:
         if self._counts[function] == 0:
             del self._counts[function]
         self._count -= 1
-        self.work_s = max(0.0, self.work_s - ticket.work_s) if self._count else 0.0
+        level = int(ticket.request.priority) - 1
+        left_s = self.work_s[level] - ticket.work_s - ticket.start_s
+        self.work_s[level] = max(0.0, left_s) if self._count else 0.0
         if len(self._heap) > 2 * self._count + SLACK:
             self._heap = [entry for entry in self._heap if entry[-1].phase is Phase.QUEUED]
             heapify(self._heap)

@@ -86,7 +86,9 @@ readings = st.builds(
     free=amounts,
     queued=counts,
     backlog_s=seconds,
+    overtaken_s=st.just(()) | st.tuples(*[seconds] * len(Priority)),
     warm=st.one_of(st.just({}), st.fixed_dictionaries({SPEC.function_id: counts})),
+    engaged=st.one_of(st.just({}), st.fixed_dictionaries({SPEC.function_id: counts})),
     eviction_price_s_per_mib=st.floats(0.0, 1e9),
 )
 requests = st.builds(

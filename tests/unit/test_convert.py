@@ -105,7 +105,9 @@ readings = st.builds(
     running=counts,
     queued=counts,
     backlog_s=seconds,
+    overtaken_s=st.just(()) | st.tuples(*[seconds] * len(Priority)),
     warm=st.dictionaries(function_ids, counts, max_size=3),
+    engaged=st.dictionaries(function_ids, counts, max_size=3),
     eviction_price_s_per_mib=seconds,
 )
 links = st.builds(
@@ -516,7 +518,10 @@ def test_a_node_with_one_wrong_field_is_refused_by_its_name(
         ({"queued": -2}, ("queued = -2",)),
         ({"backlog_s": NAN}, ("backlog_s = nan",)),
         ({"backlog_s": -0.1}, ("backlog_s = -0.1",)),
+        ({"overtaken_s": [1.0]}, ("overtaken_s has 1 entries", "one per priority")),
+        ({"overtaken_s": [0, 0, 0, -1.0]}, ("overtaken_s = -1",)),
         ({"warm": {"resize": 1}}, ("warm 'resize'", "namespace/name@version")),
+        ({"engaged": {"default/f@1": -1}}, ("engaged.default/f@1 = -1",)),
         ({"warm": {"default/f@1": -1}}, ("warm.default/f@1 = -1",)),
         ({"eviction_price_s_per_mib": INF}, ("eviction_price_s_per_mib = inf",)),
         ({"free": types_pb2.Resources(cpus=-1.0)}, ("free.cpus = -1",)),

@@ -1,7 +1,7 @@
 """What one node or the scheduler believes of the cluster, and how old each belief is."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from tierwise.domain.function import PRIOR, FunctionProfile
@@ -20,7 +20,9 @@ def _none_warm() -> Mapping[FunctionId, int]:
 class NodeReading:
     """What one heartbeat says.
 
-    `backlog_s` is the estimated seconds until a CPU comes free for a new request.
+    `backlog_s` is the estimated seconds until a CPU comes free for a new request of the lowest
+    priority; `overtaken_s` is how much of it a request of priority 1, 2, 3 or 4 overtakes.
+    `warm` counts idle instances, `engaged` those that start or run, both per function.
     `eviction_price_s_per_mib` is what a new instance displaces if memory must be freed:
     request rate × cold start of the cheapest idle instance, per MiB.
     """
@@ -30,9 +32,15 @@ class NodeReading:
     running: int = 0
     queued: int = 0
     backlog_s: float = 0.0
-    warm: Mapping[FunctionId, int] = field(default_factory=_none_warm)  # idle instances
+    overtaken_s: tuple[float, ...] = ()
+    warm: Mapping[FunctionId, int] = field(default_factory=_none_warm)
+    engaged: Mapping[FunctionId, int] = field(default_factory=_none_warm)
     eviction_price_s_per_mib: float = 0.0
     reserved_mib: int = 0  # held by floors (`instances_min`), whoever else wants it
+
+    def standing_still(self) -> "NodeReading":
+        """Return the same with counts of its own, where they may be a pool's that goes on."""
+        return replace(self, warm=dict(self.warm), engaged=dict(self.engaged))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ from tierwise.cost.estimate import predict_wait_s
 from tierwise.cost.money import PriceTable
 from tierwise.cost.objective import DEFAULT_OBJECTIVE
 from tierwise.domain.decision import NotPlaced, Reason
-from tierwise.domain.function import FunctionSpec
+from tierwise.domain.function import FunctionSpec, Priority
 from tierwise.domain.ids import NodeId, RequestId
 from tierwise.domain.request import Request
 from tierwise.domain.topology import Tier
@@ -154,7 +154,7 @@ class Problem:
         warm = [row.reading.warm.get(wanted.aggregate.function_id, 0) > 0 for row in candidates]
         self._available_s = np.array(
             [
-                predict_wait_s(row, view.now_s)
+                predict_wait_s(row, view.now_s, Priority.NORMAL)
                 + (0.0 if is_warm else profile.cold_start_s / row.node.speed)
                 for row, is_warm in zip(candidates, warm, strict=True)
             ]

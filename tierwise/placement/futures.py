@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tierwise.cost.estimate import DEFAULT_PRICES, Float, predict_wait_s
 from tierwise.cost.objective import DEFAULT_OBJECTIVE
 from tierwise.cost.profiles import RATE_WINDOW_S
-from tierwise.domain.function import FunctionProfile
+from tierwise.domain.function import FunctionProfile, Priority
 from tierwise.domain.ids import FunctionId
 from tierwise.domain.topology import LinkTable, Node, Tier
 from tierwise.domain.view import ClusterView, NodeView
@@ -145,7 +145,7 @@ class Model:
         self._evicted_first = np.argsort(share * self._cold_s, kind="stable")
         self._age_s = _finite([max(0.0, view.now_s - row.received_at_s) for row in rows])
         readings = [row.reading for row in rows]
-        self._wait_s = _finite([predict_wait_s(row, view.now_s) for row in rows])
+        self._wait_s = _finite([predict_wait_s(row, view.now_s, Priority.NORMAL) for row in rows])
         self._busy = ground.cpus - np.array([min(float(CPUS_MAX), r.free.cpus) for r in readings])
         self._free_mib = _finite([r.free.memory_mib for r in readings])
         self._price = _finite([r.eviction_price_s_per_mib for r in readings])

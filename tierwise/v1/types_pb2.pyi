@@ -276,6 +276,26 @@ class NodeReading(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class EngagedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     SEQUENCE_FIELD_NUMBER: _builtins.int
     FREE_FIELD_NUMBER: _builtins.int
     RUNNING_FIELD_NUMBER: _builtins.int
@@ -283,6 +303,8 @@ class NodeReading(_message.Message):
     BACKLOG_S_FIELD_NUMBER: _builtins.int
     WARM_FIELD_NUMBER: _builtins.int
     EVICTION_PRICE_S_PER_MIB_FIELD_NUMBER: _builtins.int
+    OVERTAKEN_S_FIELD_NUMBER: _builtins.int
+    ENGAGED_FIELD_NUMBER: _builtins.int
     RESERVED_MIB_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     running: _builtins.int
@@ -295,6 +317,12 @@ class NodeReading(_message.Message):
     def free(self) -> Global___Resources: ...
     @_builtins.property
     def warm(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
+    @_builtins.property
+    def overtaken_s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """How much of backlog_s a request of priority 1, 2, 3 or 4 overtakes: four numbers, or none."""
+
+    @_builtins.property
+    def engaged(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
     def __init__(
         self,
         *,
@@ -305,11 +333,13 @@ class NodeReading(_message.Message):
         backlog_s: _builtins.float = ...,
         warm: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         eviction_price_s_per_mib: _builtins.float = ...,
+        overtaken_s: _abc.Iterable[_builtins.float] | None = ...,
+        engaged: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         reserved_mib: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["free", b"free"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backlog_s", b"backlog_s", "eviction_price_s_per_mib", b"eviction_price_s_per_mib", "free", b"free", "queued", b"queued", "reserved_mib", b"reserved_mib", "running", b"running", "sequence", b"sequence", "warm", b"warm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backlog_s", b"backlog_s", "engaged", b"engaged", "eviction_price_s_per_mib", b"eviction_price_s_per_mib", "free", b"free", "overtaken_s", b"overtaken_s", "queued", b"queued", "reserved_mib", b"reserved_mib", "running", b"running", "sequence", b"sequence", "warm", b"warm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,12 +1,15 @@
 """The cluster ⇄ protobuf: resources, nodes, readings, links and the view of peers."""
 
 import math
+from collections.abc import Mapping
 
 from tierwise.domain.event import PeerSeen, ViewReceived
+from tierwise.domain.function import Priority
 from tierwise.domain.ids import FunctionId, NodeId
 from tierwise.domain.resources import Resources
 from tierwise.domain.topology import Link, LinkTable, Node, NodeState, Tier
 from tierwise.domain.view import NodeReading
+from tierwise.errors import InvalidArgument
 from tierwise.v1 import node_pb2, types_pb2
 from tierwise.wire import checks
 from tierwise.wire.convert_function import (
@@ -93,6 +96,8 @@ def reading_to_pb(reading: NodeReading) -> types_pb2.NodeReading:
         warm={str(key): count for key, count in reading.warm.items()},
         eviction_price_s_per_mib=reading.eviction_price_s_per_mib,
         reserved_mib=reading.reserved_mib,
+        overtaken_s=reading.overtaken_s,
+        engaged={str(key): count for key, count in reading.engaged.items()},
     )
 
 
@@ -102,24 +107,36 @@ def reading_from_pb(pb: types_pb2.NodeReading) -> NodeReading:
     Raises:
         InvalidArgument: A field is wrong; the message names it.
     """
-    checks.at_most(pb.warm, "warm", WARM_MAX)
+    if len(pb.overtaken_s) not in (0, len(Priority)):
+        raise InvalidArgument(
+            f"overtaken_s has {len(pb.overtaken_s)} entries; one per priority is needed, or none"
+        )
     return NodeReading(
         sequence=checks.integer(pb.sequence, "sequence", 0, INT64_MAX),
         free=resources_from_pb(pb.free, "free"),
         running=checks.integer(pb.running, "running", 0, INT32_MAX),
         queued=checks.integer(pb.queued, "queued", 0, INT32_MAX),
         backlog_s=checks.number(pb.backlog_s, "backlog_s", 0, TIMES_MAX_S),
-        warm={
-            FunctionId(checks.function_id(key, "warm")): checks.integer(
-                count, f"warm.{key}", 0, INT32_MAX
-            )
-            for key, count in pb.warm.items()
-        },
+        overtaken_s=tuple(
+            [checks.number(each, "overtaken_s", 0, TIMES_MAX_S) for each in pb.overtaken_s]
+        ),
+        warm=_counts_from_pb(pb.warm, "warm"),
+        engaged=_counts_from_pb(pb.engaged, "engaged"),
         eviction_price_s_per_mib=checks.number(
             pb.eviction_price_s_per_mib, "eviction_price_s_per_mib", 0, TIMES_MAX_S
         ),
         reserved_mib=checks.integer(pb.reserved_mib, "reserved_mib", 0, INT64_MAX),
     )
+
+
+def _counts_from_pb(counts: Mapping[str, int], name: str) -> dict[FunctionId, int]:
+    checks.at_most(counts, name, WARM_MAX)
+    return {
+        FunctionId(checks.function_id(key, name)): checks.integer(
+            count, f"{name}.{key}", 0, INT32_MAX
+        )
+        for key, count in counts.items()
+    }
 
 
 def link_to_pb(link: Link) -> types_pb2.Link:
