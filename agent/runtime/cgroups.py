@@ -140,6 +140,10 @@ class Parent:
                 _write(file, value, folder, is_optional=file in _OPTIONAL)
         return group
 
+    def descriptors(self) -> list[int]:
+        """Return the open folders."""
+        return list(self._folders)
+
     def close(self) -> None:
         """Remove the folders; instances must have gone."""
         for hierarchy, folder in zip(self.hierarchies, self._folders, strict=True):

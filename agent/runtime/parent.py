@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +14,7 @@ import structlog
 
 from agent.runtime import cgroups
 from agent.runtime.environments import Environment
-from agent.runtime.sandbox import OFF, STANDARD
+from agent.runtime.sandbox import OFF, STANDARD, STRICT, tell
 from tierwise.wire import payload
 
 ZYGOTE = Path(__file__).with_name("zygote.py")
@@ -49,7 +50,7 @@ class Listener(Protocol):
 
 
 class ZygoteProcess:
-    """Forks instances on request and tells when they end."""
+    """Forks instances on request and tells when they end; a root also branches into more."""
 
     def __init__(self, environment: Environment, isolation: str = STANDARD) -> None:
         self.environment = environment
@@ -57,6 +58,9 @@ class ZygoteProcess:
         self.missing: dict[str, str] = {}  # layers of the seal that this node lacks, and why
         self._isolation = isolation
         self._group = f"{cgroups.PREFIX}{os.getpid()}-{next(_numbers)}"
+        self.private_mib = 0.0  # memory that it shares with nobody, when it was ready
+        self.thread_count = 1
+        self.on_idle: Callable[[], None] = lambda: None  # its last instance has ended
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._ready: asyncio.Future[None] | None = None
@@ -90,13 +94,54 @@ class ZygoteProcess:
                 start_new_session=True,
             )
         os.close(own)
-        ours.setblocking(False)
-        self._control = ours
+        await self._listen(ours)
+        if self.missing and self._isolation == STRICT:
+            await self.close()
+            raise OSError(tell(self.missing))
+        if self.missing and self._isolation == STANDARD:
+            log.warning("seal.incomplete", missing=self.missing)
+
+    async def branch(self, name: str, modules: Sequence[str]) -> "ZygoteProcess":
+        """Return a new zygote, forked from this one, that has imported `modules` as well.
+
+        Those that cannot be imported are left out.
+
+        Raises:
+            OSError: This zygote is gone, or the new one ended before it was ready.
+        """
+        child = ZygoteProcess(self.environment, self._isolation)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs:
+                self._order({"branch": name, "modules": list(modules)}, [theirs.fileno()])
+        except OSError:
+            ours.close()
+            raise
+        try:
+            await child._listen(ours)
+        except BaseException:
+            await child.close()
+            raise
+        return child
+
+    @property
+    def instance_count(self) -> int:
+        """Return how many instances it has that are not known to have ended."""
+        return len(self._instances)
+
+    async def _listen(self, control: socket.socket) -> None:
+        control.setblocking(False)
+        self._control = control
         loop = asyncio.get_running_loop()
         self._ready = loop.create_future()
-        loop.add_reader(ours.fileno(), self._receive)
+        loop.add_reader(control.fileno(), self._receive)
         await self._ready
         self.is_alive = True
+
+    def _order(self, order: dict[str, object], fds: Sequence[int]) -> None:
+        if self._control is None:
+            raise OSError("the zygote is gone")
+        socket.send_fds(self._control, [json.dumps(order).encode()], fds)
 
     def fork(
         self, instance_id: str, order: dict[str, object], fds: list[int], listener: Listener
@@ -106,12 +151,9 @@ class ZygoteProcess:
         Raises:
             OSError: The zygote is gone.
         """
-        if self._control is None:
-            raise OSError("the zygote is gone")
         self._instances[instance_id] = listener
-        message = json.dumps({"fork": instance_id, **order}).encode()
         try:
-            socket.send_fds(self._control, [message], fds)
+            self._order({"fork": instance_id, **order}, fds)
         except OSError:
             self._instances.pop(instance_id)
             raise
@@ -175,8 +217,12 @@ class ZygoteProcess:
                 log.error("instance.left_behind", instance_id=event["ended"], what=event["left"])
             if (listener := self._instances.pop(event["ended"], None)) is not None:
                 listener.ended(event["code"], has_run_out_of_memory=event["oom"])
+            if not self._instances:
+                self.on_idle()
         elif self._ready is not None and not self._ready.done():
             self.missing = event["missing"]
+            self.private_mib = event["private_kib"] / 1024
+            self.thread_count = event["thread_count"]
             self._ready.set_result(None)
         return True
 

@@ -1,6 +1,7 @@
 """Workers as the agent sees them: start, run, stop. One loop, no thread, no task per call."""
 
 import asyncio
+import functools
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,15 +11,16 @@ import structlog
 from agent.runtime import cgroups
 from agent.runtime.environments import Environment
 from agent.runtime.instance import ItemKind, ItemResult, RunReport, StartFailure, Worker
-from agent.runtime.parent import ZygoteProcess
+from agent.runtime.nursery import Nursery
 from agent.runtime.relay import Relay
-from agent.runtime.sandbox import OFF, STANDARD, STRICT, tell
+from agent.runtime.sandbox import OFF, STANDARD
+from tierwise.wire.memfd import Memfd
 
 log = structlog.get_logger()
 
 START_TIMEOUT_S = 60.0
 MEMORY_CHECK_S = 0.1
-RESULT_BYTES_MAX = 60 << 20
+RESULT_BYTES_MAX = 120 << 20
 
 __all__ = ["InstanceStartError", "ItemKind", "ItemResult", "RunReport", "Runtime"]
 
@@ -41,13 +43,22 @@ class Runtime:
         isolation: str = STANDARD,
         may_reach_node: bool = False,
         result_bytes_max: int = RESULT_BYTES_MAX,
+        imports: Path | None = None,
     ) -> None:
+        """Make a runtime that is not open yet.
+
+        Args:
+            state_dir: Its own folder, emptied at every start.
+            isolation: strict, standard or off.
+            may_reach_node: Whether a function's `network=` may name the node itself.
+            result_bytes_max: Larger results are refused.
+            imports: File that remembers what functions import.
+        """
         self._folder = state_dir
         self._isolation = isolation
         self._may_reach_node = may_reach_node
         self._result_bytes_max = result_bytes_max
-        self._zygotes: dict[str, ZygoteProcess] = {}
-        self._locks: dict[str, asyncio.Lock] = {}
+        self.nursery = Nursery(imports, isolation)
         self._workers: dict[str, Worker] = {}
         self._memory_check: asyncio.TimerHandle | None = None
         self.on_died: Callable[[str], None] = lambda instance_id: None
@@ -64,11 +75,8 @@ class Runtime:
         """Kill every worker and zygote; no process and no file remains."""
         if self._memory_check is not None:
             self._memory_check.cancel()
-        for instance_id in list(self._workers):
-            await self.stop(instance_id)
-        for zygote in self._zygotes.values():
-            await zygote.close()
-        self._zygotes.clear()
+        await asyncio.gather(*(self.stop(instance_id) for instance_id in list(self._workers)))
+        await self.nursery.close()
         await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
 
     async def start(
@@ -103,10 +111,14 @@ class Runtime:
             relay = Relay(frozenset(network), may_reach_node=self._may_reach_node)
         worker = Worker(instance_id, memory_mib, folder, cpus, relay)
         worker.on_idle_death = self._died
+        worker.on_imports = functools.partial(self.nursery.learn, environment, code_digest)
         self._workers[instance_id] = worker
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                zygote = await self._zygote(environment)
+                try:
+                    zygote = await self.nursery.zygote(environment, code_digest)
+                except OSError as error:
+                    raise StartFailure(f"{environment.python} did not start: {error}") from None
                 await worker.fork(
                     zygote,
                     code_path=code_path,
@@ -125,6 +137,10 @@ class Runtime:
             await self.stop(instance_id)
             raise
 
+    def workers(self) -> dict[str, Worker]:
+        """Return every instance, whatever it does, in the order of their starts."""
+        return dict(self._workers)
+
     def run(
         self,
         instance_id: str,
@@ -132,13 +148,17 @@ class Runtime:
         *,
         timeout_s: float,
         on_done: Callable[[RunReport], None],
+        attachments: Sequence[Memfd] = (),
     ) -> None:
-        """Run one batch on an idle instance; `on_done` is called once, from the loop."""
+        """Run one batch on an idle instance; `on_done` is called once, from the loop.
+
+        Attachments are the detached arrays of a batch of one item.
+        """
         worker = self._workers.get(instance_id)
         if worker is None:
             asyncio.get_running_loop().call_soon(on_done, RunReport.never_ran(len(arguments)))
         else:
-            worker.run(arguments, timeout_s, on_done)
+            worker.run(arguments, timeout_s, on_done, attachments)
 
     def cancel(self, instance_id: str) -> None:
         """Kill an instance because its call is not wanted; its report says CANCELLED."""
@@ -152,27 +172,6 @@ class Runtime:
         if worker is not None:
             await worker.close()
             await asyncio.to_thread(shutil.rmtree, worker.folder, ignore_errors=True)
-
-    async def _zygote(self, environment: Environment) -> ZygoteProcess:
-        name = environment.environment_id
-        async with self._locks.setdefault(name, asyncio.Lock()):
-            zygote = self._zygotes.get(name)
-            if zygote is None or not zygote.is_alive:
-                if zygote is not None:
-                    log.warning("zygote.restarted", environment_id=name)
-                    await zygote.close()
-                zygote = ZygoteProcess(environment, self._isolation)
-                try:
-                    await zygote.open()
-                except OSError as error:
-                    raise StartFailure(f"{environment.python} did not start: {error}") from None
-                if zygote.missing and self._isolation == STRICT:
-                    await zygote.close()
-                    raise StartFailure(tell(zygote.missing))
-                if zygote.missing and self._isolation == STANDARD:
-                    log.warning("seal.incomplete", missing=zygote.missing)
-                self._zygotes[name] = zygote
-            return zygote
 
     def _died(self, instance_id: str) -> None:
         self.on_died(instance_id)

@@ -110,6 +110,11 @@ class Seal:
                 os.kill(first, signal.SIGKILL)
                 os.waitpid(first, 0)
 
+    def descriptors(self) -> list[int]:
+        """Return what must stay open in a zygote."""
+        own = [self.own_processes] if self.own_processes >= 0 else []
+        return [*own, *(self.groups.descriptors() if self.groups is not None else ())]
+
     def new_user(self) -> int:
         """Return a user that no other instance is; were two by chance one, neither could tell."""
         return self.users[int.from_bytes(os.urandom(4)) % len(self.users)]

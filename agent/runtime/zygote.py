@@ -5,10 +5,13 @@
 It holds one thread and one socket, so a fork is cheap and safe. Before it imports the modules that
 functions need it goes where they will run: behind private mounts, without the host's files. Over
 the control socket (SOCK_SEQPACKET, JSON) it is told to fork or kill instances, and tells when one
-has ended or was refused a system call.
+has ended or was refused a system call. Told to branch, it forks a zygote like itself, with a
+control socket of its own, that imports more modules: what some functions were seen to import never
+enters the root.
 """
 
 import array
+import dataclasses
 import gc
 import importlib
 import importlib.util
@@ -19,11 +22,11 @@ import select
 import signal
 import socket
 import sys
-from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 MESSAGE_MAX = 65536
+SEAL_FILES = ("sandbox", "seal", "cell", "dialing")
 FDS_PER_FORK = 5  # socket, log pipe, progress page, code, and the way to the network if any
 
 
@@ -45,116 +48,176 @@ def open_package(folder: str) -> None:
         sys.modules[name] = package
 
 
+@dataclasses.dataclass(frozen=True)
+class Kit:
+    """The files that zygotes and instances are made of."""
+
+    sandbox: Any
+    seal: Any
+    cell: Any
+    dialing: Any
+    payload: Any
+    worker: Any
+
+
 def main() -> None:
     """Serve until the agent closes the socket or dies."""
     control = socket.socket(fileno=int(sys.argv[1]))
     here = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120 - keeps start-up small
     open_package(here)
-    sandbox = importlib.import_module("agent.runtime.sandbox")
-    cell = importlib.import_module("agent.runtime.cell")
-    dialing = importlib.import_module("agent.runtime.dialing")
-    sandbox.die_with_parent(int(sys.argv[2]))
+    kit = Kit(
+        **{name: importlib.import_module(f"agent.runtime.{name}") for name in SEAL_FILES},
+        payload=load("tierwise_payload", sys.argv[5]),
+        worker=load("tierwise_worker", f"{here}/worker.py"),
+    )
+    vars(kit.worker)["memfd"] = load(
+        "tierwise_memfd",
+        f"{os.path.dirname(sys.argv[5])}/memfd.py",  # noqa: PTH120
+    )
+    kit.sandbox.die_with_parent(int(sys.argv[2]))
     os.close(int(sys.argv[2]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    payload = load("tierwise_payload", sys.argv[5])
-    worker = load("tierwise_worker", f"{here}/worker.py")
-    seal = importlib.import_module("agent.runtime.seal").prepare(sys.argv[3], sys.argv[4])
-    for name in sys.argv[6:]:
+    seal = kit.seal.prepare(sys.argv[3], sys.argv[4])
+    prepare(control, sys.argv[6:], seal)
+    Zygote(control, seal, kit).serve()
+    if seal.groups is not None:
+        seal.groups.close()
+
+
+def prepare(control: socket.socket, modules: list[str], seal: Any) -> None:
+    """Import what the instances will want, and say that this zygote is ready."""
+    for name in modules:
         try:
             importlib.import_module(name)
-        except Exception:  # a module that cannot be imported here fails later, in its function
+        except BaseException:  # what cannot be imported here fails later, in its function
             continue
     gc.collect()
     gc.freeze()
-    control.send(json.dumps({"ready": os.getpid(), "missing": seal.missing}).encode())
-    serve(control, seal, cell.Cell, sandbox, dialing, payload, worker)
+    with open("/proc/self/smaps_rollup") as file:
+        rollup = file.read()
+    private_kib = sum(
+        int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Private_")
+    )
+    ready = {
+        "ready": os.getpid(),
+        "missing": seal.missing,
+        "thread_count": len(os.listdir("/proc/self/task")),  # noqa: PTH208
+        "private_kib": private_kib,
+    }
+    control.send(json.dumps(ready).encode())
 
 
-def serve(
-    control: socket.socket,
-    seal: Any,
-    new_cell: Callable[..., Any],
-    sandbox: ModuleType,
-    dialing: ModuleType,
-    payload: ModuleType,
-    worker: ModuleType,
-) -> None:
-    """Fork, reap, and deny what instances may not do, until the control socket closes."""
-    own = os.pidfd_open(os.getpid())
-    cells: dict[str, Any] = {}
-    owners: dict[int, Any] = {}  # descriptor that is polled → its cell
-    poll = select.poll()
-    poll.register(control, select.POLLIN)
+class Zygote:
+    """Forks, reaps, and denies what instances may not do, until the control socket closes."""
 
-    def watch(descriptors: list[int], cell: Any) -> None:
+    def __init__(self, control: socket.socket, seal: Any, kit: Kit) -> None:
+        self._control = control
+        self._seal = seal
+        self._kit = kit
+        self._own = os.pidfd_open(os.getpid())
+        self._cells: dict[str, Any] = {}
+        self._owners: dict[int, Any] = {}  # descriptor that is polled → its cell
+        self._branches: dict[int, int] = {}  # pidfd → number
+        self._poll = select.poll()
+        self._poll.register(control, select.POLLIN)
+
+    def serve(self) -> None:
+        """Do what the agent says; return when it is gone, and everything below with it."""
+        while True:
+            for descriptor, events in self._poll.poll():
+                if descriptor == self._control.fileno():
+                    message, fds = receive(self._control)
+                    if not message:
+                        self._end()
+                        return
+                    self._obey(json.loads(message), fds)
+                elif descriptor in self._branches:
+                    self._poll.unregister(descriptor)
+                    os.close(descriptor)
+                    os.waitpid(self._branches.pop(descriptor), 0)
+                elif descriptor in self._owners:  # else it ended earlier in this round
+                    self._hear(self._owners[descriptor], descriptor, events)
+
+    def _obey(self, order: dict[str, Any], fds: list[int]) -> None:
+        if "kill" in order:
+            if order["kill"] in self._cells:
+                self._cells[order["kill"]].kill()
+            return
+        if "branch" in order:
+            self._branch(order["modules"], fds[0])
+        else:
+            self._fork(order, fds)
+        for descriptor in fds:
+            os.close(descriptor)
+
+    def _fork(self, order: dict[str, Any], fds: list[int]) -> None:
+        name = order["fork"]
+        cell = None
+        try:
+            cell = self._kit.cell.Cell(
+                name, self._seal, memory_mib=order["memory_mib"], cpus=order["cpus"]
+            )
+            pid, first = self._seal.fork(self._own)
+        except OSError as error:
+            if cell is not None:
+                cell.abandon()
+            self._tell({"failed": name, "why": str(error)})
+            return
+        if pid == 0:
+            become_instance(order, fds, self._own, self._seal, cell, self._kit)
+        cell.forked(pid, first)
+        self._cells[name] = cell
+        self._watch(cell.descriptors(), cell)
+        self._tell({"forked": name}, (cell.pidfd,))
+
+    def _branch(self, modules: list[str], control_fd: int) -> None:
+        pid = os.fork()
+        if pid == 0:
+            self._control.detach()  # the number is closed below, and may be given out again
+            become_branch(modules, control_fd, self._own, self._seal, self._kit)
+        pidfd = os.pidfd_open(pid)
+        self._branches[pidfd] = pid
+        self._poll.register(pidfd, select.POLLIN)
+
+    def _hear(self, cell: Any, descriptor: int, events: int) -> None:
+        if descriptor == cell.pidfd:
+            self._forget(cell.descriptors())
+            del self._cells[cell.name]
+            code, has_run_out, left = cell.end()
+            self._tell({"ended": cell.name, "code": code, "oom": has_run_out, "left": left})
+        elif not cell.is_listening:
+            self._forget([descriptor])
+            cell.listen()
+            self._watch([fd for fd in cell.descriptors() if fd not in self._owners], cell)
+        elif events & select.POLLIN and (call := cell.refused()) is not None:
+            self._tell({"refused": cell.name, "call": call})  # told, then denied: never late
+            if not cell.deny():
+                self._forget([descriptor])
+        elif not events & select.POLLIN:
+            self._forget([descriptor])  # nobody is left who could be refused anything
+
+    def _end(self) -> None:
+        for cell in self._cells.values():
+            cell.kill()
+        for pid in self._branches.values():
+            os.kill(pid, signal.SIGKILL)
+        for cell in self._cells.values():
+            cell.end()
+        for pid in self._branches.values():
+            os.waitpid(pid, 0)
+
+    def _watch(self, descriptors: list[int], cell: Any) -> None:
         for descriptor in descriptors:
-            owners[descriptor] = cell
-            poll.register(descriptor, select.POLLIN)
+            self._owners[descriptor] = cell
+            self._poll.register(descriptor, select.POLLIN)
 
-    def forget(descriptors: list[int]) -> None:
+    def _forget(self, descriptors: list[int]) -> None:
         for descriptor in descriptors:
-            if owners.pop(descriptor, None) is not None:
-                poll.unregister(descriptor)
+            if self._owners.pop(descriptor, None) is not None:
+                self._poll.unregister(descriptor)
 
-    def tell(message: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
-        socket.send_fds(control, [json.dumps(message).encode()], fds)
-
-    while True:
-        for descriptor, events in poll.poll():
-            if descriptor == control.fileno():
-                message, fds = receive(control)
-                if not message:
-                    for cell in cells.values():
-                        cell.kill()
-                    for cell in cells.values():
-                        cell.end()
-                    if seal.groups is not None:
-                        seal.groups.close()
-                    return
-                order = json.loads(message)
-                if "kill" in order:
-                    if order["kill"] in cells:
-                        cells[order["kill"]].kill()
-                    continue
-                name = order["fork"]
-                cell = None
-                try:
-                    cell = new_cell(name, seal, memory_mib=order["memory_mib"], cpus=order["cpus"])
-                    pid, first = seal.fork(own)
-                except OSError as error:
-                    if cell is not None:
-                        cell.abandon()
-                    for fd in fds:
-                        os.close(fd)
-                    tell({"failed": name, "why": str(error)})
-                    continue
-                if pid == 0:
-                    run_child(order, fds, own, seal, cell, sandbox, dialing, payload, worker)
-                for fd in fds:
-                    os.close(fd)
-                cells[name] = cell
-                cell.forked(pid, first)
-                watch(cell.descriptors(), cell)
-                tell({"forked": name}, (cell.pidfd,))
-                continue
-            cell = owners.get(descriptor)
-            if cell is None:
-                continue  # it ended earlier in this round
-            if descriptor == cell.pidfd:
-                forget(cell.descriptors())
-                del cells[cell.name]
-                code, has_run_out, left = cell.end()
-                tell({"ended": cell.name, "code": code, "oom": has_run_out, "left": left})
-            elif not cell.is_listening:
-                forget([descriptor])
-                cell.listen()
-                watch([fd for fd in cell.descriptors() if fd not in owners], cell)
-            elif events & select.POLLIN and (call := cell.refused()) is not None:
-                tell({"refused": cell.name, "call": call})  # first told, then denied: never late
-                if not cell.deny():
-                    forget([descriptor])
-            elif not events & select.POLLIN:
-                forget([descriptor])  # nobody is left who could be refused anything
+    def _tell(self, message: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
+        socket.send_fds(self._control, [json.dumps(message).encode()], fds)
 
 
 def receive(control: socket.socket) -> tuple[bytes, list[int]]:
@@ -169,21 +232,34 @@ def receive(control: socket.socket) -> tuple[bytes, list[int]]:
     return message, list(fds)
 
 
-def run_child(
-    order: dict[str, Any],
-    fds: list[int],
-    parent: int,
-    seal: Any,
-    cell: Any,
-    sandbox: ModuleType,
-    dialing: ModuleType,
-    payload: ModuleType,
-    worker: ModuleType,
-) -> None:
-    """Become the instance; never returns."""
+def become_branch(
+    modules: list[str], control_fd: int, parent: int, seal: Any, kit: Kit
+) -> NoReturn:
+    """Be a zygote that has imported more; it shares the seal that its root has prepared."""
+    try:
+        os.setsid()
+        kit.sandbox.die_with_parent(parent)
+        low = 3
+        for descriptor in sorted({control_fd, *seal.descriptors()}):
+            os.closerange(low, descriptor)
+            low = descriptor + 1
+        os.closerange(low, 65536)
+        control = socket.socket(fileno=control_fd)
+        prepare(control, modules, seal)
+        Zygote(control, seal, kit).serve()
+    except BaseException as error:
+        os.write(2, f"zygote could not start: {error!r}\n".encode())
+    finally:
+        os._exit(0)
+
+
+def become_instance(
+    order: dict[str, Any], fds: list[int], parent: int, seal: Any, cell: Any, kit: Kit
+) -> NoReturn:
+    """Be the instance: put on the seal, load the function, serve calls."""
     try:
         channel_fd, log_fd, progress_fd, code_fd, *network_fds = fds
-        sandbox.enter(
+        kit.sandbox.enter(
             seal,
             parent=parent,
             group=cell.group,
@@ -195,12 +271,12 @@ def run_child(
         )
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         for descriptor in network_fds:
-            dialing.install(descriptor)
+            kit.dialing.install(descriptor)
         progress = memoryview(mmap.mmap(progress_fd, 8))
-        worker.run(
+        kit.worker.run(
             socket.socket(fileno=channel_fd),
             progress,
-            payload,
+            kit.payload,
             code_fd=code_fd,
             code_digest=order["code_digest"],
             result_bytes_max=order["result_bytes_max"],
