@@ -183,6 +183,7 @@ class Worker:
         self._loop.add_reader(self._log_fd, self._read_log)
         self._pipe = FramePipe(ours, self._received, self._lost)
         await self._loaded
+        zygote.drain()  # it has told the process's number, but perhaps nobody has read it yet
         self._baseline_mib = self.memory_mib()
 
     def run(
