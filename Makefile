@@ -6,7 +6,7 @@ export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 PROTOS := $(wildcard protos/tierwise/v1/*.proto)
 
-.PHONY: help demo check test bench bench-breaker bench-sim2real suite protos train-policy seeds clean format lint
+.PHONY: help demo check test bench bench-breaker bench-runtime bench-sim2real suite protos train-policy seeds clean format lint
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -31,6 +31,14 @@ bench: $(VENV)/dev.stamp ## speed and size, as ratios against rivals in the same
 	@$(BIN)/python -m benchmarks.bench_decision
 	@$(BIN)/python -m benchmarks.bench_guard
 	@$(BIN)/python -m benchmarks.bench_simulator
+
+bench-runtime: $(VENV)/dev.stamp .venv-rivals/stamp ## calls, starts and arrays beside Ray, Parsl and Dask; some minutes
+	@$(BIN)/python -m benchmarks.bench_runtime
+
+.venv-rivals/stamp:
+	@echo "== installing the rivals into .venv-rivals (a minute or two)"
+	@$(PYTHON) -m venv .venv-rivals && .venv-rivals/bin/pip install -q --disable-pip-version-check \
+	  'ray>=2.40' 'parsl>=2025.1' 'distributed>=2025.1' 'numpy>=1.26' && touch $@
 
 bench-breaker: $(VENV)/dev.stamp ## for which policies the circuit breaker would open (simulated)
 	@$(BIN)/python -m benchmarks.bench_breaker
@@ -85,4 +93,4 @@ $(VENV)/dev.stamp: pyproject.toml | $(VENV)/pip.stamp
 	  touch $@ $(VENV)/demo.stamp
 
 clean: ## remove the environment and everything generated at run time
-	@rm -rf $(VENV) .tierwise runs dist
+	@rm -rf $(VENV) .venv-rivals .tierwise runs dist
