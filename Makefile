@@ -6,7 +6,7 @@ export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 PROTOS := $(wildcard protos/tierwise/v1/*.proto)
 
-.PHONY: help demo check test bench bench-breaker bench-runtime bench-sim2real suite protos train-policy clean format lint
+.PHONY: help demo check test bench bench-breaker bench-runtime bench-sim2real suite protos train-policy seeds clean format lint
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -75,7 +75,10 @@ suite: $(VENV)/dev.stamp ## every policy in the standard suite (simulated), some
 	@$(BIN)/python -m training.suite --seeds 10 --requests 300 --bound-seeds 2 --out docs/results
 
 train-policy: $(VENV)/dev.stamp ## train the policy that ships with the package
-	@$(BIN)/python -m training.ppo --preset random --seed 7 --steps 900000 --name learned --ship
+	@$(BIN)/python -m training.search --seed 7 --name learned --ship
+
+seeds: $(VENV)/dev.stamp ## ten short searches, judged on the same worlds (simulated); writes docs/results
+	@$(BIN)/python -m training.seeds --seeds 10 --out docs/results
 
 $(VENV)/pip.stamp:
 	@echo "== making $(VENV)"; $(PYTHON) -m venv $(VENV) && touch $@
