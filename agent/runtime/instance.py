@@ -228,11 +228,6 @@ class Worker:
         """Return the process id; 0 before the fork."""
         return self._pid
 
-    @property
-    def pid(self) -> int:
-        """Return its process's number as this process sees it; 0 before it was forked."""
-        return self._pid
-
     def memory_mib(self) -> float:
         """Return the resident memory now; 0 if the process is gone."""
         if not self._pid or self._is_ended:
