@@ -123,6 +123,7 @@ class Worker:
         self._has_exit = False  # its function wants to be told of the end
         self._loaded: asyncio.Future[None] = self._loop.create_future()
         self._pid = 0
+        self._numbered: asyncio.Future[None] = self._loop.create_future()
         self._baseline_mib = 0.0
         self._progress = mmap.mmap(-1, 8)
         self._log_fd = -1
@@ -183,7 +184,7 @@ class Worker:
         self._loop.add_reader(self._log_fd, self._read_log)
         self._pipe = FramePipe(ours, self._received, self._lost)
         await self._loaded
-        zygote.drain()  # it has told the process's number, but perhaps nobody has read it yet
+        await self._numbered  # the instance may be quicker than its zygote's word of it
         self._baseline_mib = self.memory_mib()
 
     def run(
@@ -383,6 +384,8 @@ class Worker:
     def forked(self, pid: int) -> None:
         """Remember whose memory to watch."""
         self._pid = pid
+        if not self._numbered.done():
+            self._numbered.set_result(None)
 
     def fork_failed(self, why: str) -> None:
         """There will be no process."""
@@ -405,6 +408,8 @@ class Worker:
             return
         self._is_ended = True
         self._exit_code = code
+        if not self._numbered.done():
+            self._numbered.set_result(None)
         if not self._loaded.done():
             self._read_log()
             printed = self._log.decode(errors="replace").strip()
