@@ -41,7 +41,7 @@ class Rollout:
         gap_tried: Candidates worse than the best by more deadlines are not tried.
     """
 
-    # Tuned: python -m training.tune --all --trials 12 --seeds 16 --requests 300
+    # Tuned: python -m training.tune --all --trials 12 --seeds 24 --requests 300
     samples: int = 8
     horizon: int = 12
     width: int = 4
