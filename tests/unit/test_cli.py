@@ -52,13 +52,22 @@ NODE = {
 }
 IDLE = [
     {
-        **{"namespace": "a", "function": "f", "node_id": "edge-1", "warm_count": 2},
-        **{"idle_gb_s": 1.5, "idle_usd": 3e-6},
+        "namespace": "a",
+        "function": "f",
+        "node_id": "edge-1",
+        "warm_count": 2,
+        "idle_gb_s": 1.5,
+        "idle_usd": 3e-6,
     }
 ]
 BUDGET = {
-    **{"namespace": "a", "function": "f", "usd_per_day": 1.0, "spent_usd": 1.5},
-    **{"action": "refuse", "is_spent": True, "set_by": "tierwise://admin/admin"},
+    "namespace": "a",
+    "function": "f",
+    "usd_per_day": 1.0,
+    "spent_usd": 1.5,
+    "action": "refuse",
+    "is_spent": True,
+    "set_by": "tierwise://admin/admin",
 }
 CANDIDATE = {
     "node_id": "edge-1",
@@ -496,9 +505,18 @@ def test_usage_is_summed_per_namespace(asked: Asked) -> None:
 def test_a_bill_has_a_total_and_shows_idle_cost_and_spent_budgets_apart(asked: Asked) -> None:
     asked.used = [
         {
-            **{"namespace": "a", "function": "f", "day": "2026-01-31", "call_count": 3},
-            **{"item_count": 5, "gb_s": 0.5, "cpu_s": 0.25, "gpu_s": 0.0, "money_usd": 1e-5},
-            **{"idle_gb_s": 2.0, "idle_usd": 1e-6, "moved_bytes": {"edge-cloud": 2_500_000}},
+            "namespace": "a",
+            "function": "f",
+            "day": "2026-01-31",
+            "call_count": 3,
+            "item_count": 5,
+            "gb_s": 0.5,
+            "cpu_s": 0.25,
+            "gpu_s": 0.0,
+            "money_usd": 1e-5,
+            "idle_gb_s": 2.0,
+            "idle_usd": 1e-6,
+            "moved_bytes": {"edge-cloud": 2_500_000},
         }
     ]
     shown = run("bill", "--by", "day,namespace", "--since", "2026-01-01", "--namespace", "a")
