@@ -7,6 +7,7 @@ acknowledged. So a crash at any point repeats work, and never loses or doubles a
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +27,7 @@ from tierwise.domain.event import CancelAsked, Submitted, WorkFinished
 from tierwise.domain.ids import NodeId, RequestId
 from tierwise.domain.outcome import Outcome, OutcomeState
 from tierwise.domain.request import Request
-from tierwise.errors import TierwiseError
+from tierwise.errors import NotFound, TierwiseError
 from tierwise.v1 import types_pb2
 from tierwise.wire import convert
 
@@ -165,7 +166,8 @@ class WorkWindow:
                 submitter = table.get(connection, outcome.request_id).submitted_by
                 self._write_call(connection, result.outcome, result.log, submitter)
 
-            await self._store.write(write)
+            with suppress(NotFound):  # removed meanwhile
+                await self._store.write(write)
         self._sessions.acknowledge(node_id, outcome.request_id, outcome.lease)
 
     async def _finished_unknown(

@@ -43,19 +43,26 @@ def until(found: Callable[[], Any]) -> Any:
     return value
 
 
+def beats(ask: Operator) -> None:
+    """Return when every node has sent two more heartbeats, and what they told is stored."""
+
+    def sequences() -> dict[str, int]:
+        return {row["node"]["node_id"]: row["reading"]["sequence"] for row in ask.nodes()}
+
+    before = sequences()
+    until(lambda: all(now >= before[name] + 3 for name, now in sequences().items()))
+
+
 def command(cluster: tierwise.LocalCluster, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "tierwise.cli", *arguments],
         env={**os.environ, "TIERWISE_CONTEXT": str(cluster.context)},
         capture_output=True,
         text=True,
         check=False,
     )
-
-
-def bill(cluster: tierwise.LocalCluster, *arguments: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(command(cluster, "bill", *arguments, "-o", "json").stdout)
-    return found
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def test_the_bill_agrees_with_the_records_of_the_calls(
@@ -67,9 +74,10 @@ def test_the_bill_agrees_with_the_records_of_the_calls(
     work.options(tier="cloud").remote(0.02)
     assert list(other.map(["x"] * 20)) == [1] * 20
     assert other.spawn("durable").result() == 7
-    until(lambda: bill(cluster)["total"].get("item_count", 0) >= 26)
+    until(lambda: ask.bill()["total"]["item_count"] >= 26)
     records = [call["outcome"] for call in ask.calls(limit=1000)]
-    found = bill(cluster, "--by", "namespace,function,day")
+    by = ("--by", "namespace,function,day")
+    found = json.loads(command(cluster, "bill", *by, "-o", "json").stdout)
     total = found["total"]
     assert total["call_count"] == len(records)
     for key in ("money_usd", "gb_s", "cpu_s", "gpu_s"):
@@ -92,34 +100,32 @@ def test_the_bill_agrees_with_the_records_of_the_calls(
 
 
 def test_idle_cost_is_shown_and_ends_with_keep_alive(
-    cluster: tierwise.LocalCluster, client: tierwise.Client
+    client: tierwise.Client, ask: Operator
 ) -> None:
     app.use(client)
     work.remote(0.001)
 
     def idle() -> list[dict[str, Any]]:
-        return [row for row in bill(cluster)["idle"] if row["function"] == "work"]
+        return [row for row in ask.bill()["idle"] if row["function"] == "work"]
 
     until(lambda: any(row["idle_gb_s"] > 0.0 for row in idle()))
     until(lambda: not any(row["warm_count"] for row in idle()))
-    before = bill(cluster)
-    settled = until(lambda: (now := idle()) == idle() and now)
+    beats(ask)  # what idled until then has been told
+    settled, before = idle(), ask.bill()["total"]["money_usd"]
     assert all(row["idle_usd"] > 0.0 for row in settled if row["idle_gb_s"])
-    after = bill(cluster)
-    assert (
-        after["total"]["money_usd"] == before["total"]["money_usd"]
-    )  # an idle cluster costs nobody
+    beats(ask)
+    assert idle() == settled
+    assert ask.bill()["total"]["money_usd"] == before
 
 
 def test_a_spent_budget_refuses_calls_and_lets_them_in_when_it_is_raised(
-    cluster: tierwise.LocalCluster, client: tierwise.Client
+    cluster: tierwise.LocalCluster, client: tierwise.Client, ask: Operator
 ) -> None:
     app.use(client)
     work.remote(0.001)
-    until(lambda: bill(cluster)["total"]["money_usd"] > 0.0)
+    until(lambda: ask.bill()["total"]["money_usd"] > 0.0)
     whose = "default/work"
-    waits = command(cluster, "budget", "set", whose, "--usd-per-day", "0")
-    assert waits.returncode == 0, waits.stderr
+    command(cluster, "budget", "set", whose, "--usd-per-day", "0")
 
     def refusal() -> BudgetExceeded | None:
         try:
@@ -135,28 +141,27 @@ def test_a_spent_budget_refuses_calls_and_lets_them_in_when_it_is_raised(
         work.spawn(0.001)
     assert other.remote("not concerned") == 13
     assert "takes no new calls today" in command(cluster, "bill").stderr
-    listed = json.loads(command(cluster, "budget", "list", "-o", "json").stdout)
-    assert [(row["function"], row["is_spent"], row["action"]) for row in listed] == [
+    assert [(row["function"], row["is_spent"], row["action"]) for row in ask.budgets()] == [
         ("work", True, "refuse")
     ]
-    command(cluster, "budget", "set", whose, "--usd-per-day", "100")
+    ask.set_budget("default", "work", 100.0, "refuse")
     until(lambda: refusal() is None)
     command(cluster, "budget", "rm", whose)
-    assert "no budgets" in command(cluster, "budget", "list").stderr
+    assert ask.budgets() == []
 
 
 def test_nothing_that_ended_while_the_scheduler_was_away_is_missing_on_the_bill(
-    cluster: tierwise.LocalCluster, client: tierwise.Client
+    cluster: tierwise.LocalCluster, client: tierwise.Client, ask: Operator
 ) -> None:
     app.use(client)
     other.remote("x")
-    until(lambda: bill(cluster)["total"]["call_count"] > 0)
+    until(lambda: ask.bill()["total"]["call_count"] > 0)
 
     def count() -> int:
-        rows = bill(cluster)["usage"]
+        rows = ask.bill()["usage"]
         return sum(row["call_count"] for row in rows if row["function"] == "other")
 
-    time.sleep(1.5)  # two heartbeats: what was called before is there
+    beats(ask)  # what was called before is there
     before = count()
     cluster.kill("scheduler")
     for _ in range(5):
@@ -180,8 +185,9 @@ def test_prices_come_from_the_file_that_the_configuration_names(tmp_path: Path) 
         with tierwise.Client(running.context) as client:
             app.use(client)
             other.remote("x")
-            until(lambda: bill(running)["total"].get("call_count"))
-        assert bill(running)["total"]["money_usd"] == pytest.approx(1.0)
+            asked = Operator(client)
+            until(lambda: asked.bill()["total"]["call_count"])
+            assert asked.bill()["total"]["money_usd"] == pytest.approx(1.0)
         prices.write_text("[edge]\nusd_per_request = 1.0\n")
         running.kill("scheduler")
         running.restart("scheduler")

@@ -54,8 +54,9 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 async def test_a_scheduler_on_a_full_disk_says_so_and_loses_nothing_it_has_accepted(
     disk: Path,
 ) -> None:
-    scheduler = SchedulerProcess(disk).start()
+    scheduler = SchedulerProcess(disk)
     try:
+        scheduler.start()
         async with connected(scheduler.main, scheduler.admin) as user:
             await user.deploy()
             accepted = await user.submit("before")
@@ -90,7 +91,8 @@ async def test_a_scheduler_on_a_full_disk_says_so_and_loses_nothing_it_has_accep
             assert {work.request_id for work in listed} == set(accepted)
             assert {"before", "after"} <= set(accepted)
     finally:
-        scheduler.end()
+        if scheduler.process is not None and scheduler.process.poll() is None:
+            scheduler.end()
 
 
 async def test_code_that_does_not_fit_fails_its_start_with_a_message_and_fits_later(
