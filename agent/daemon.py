@@ -12,6 +12,7 @@ import structlog
 import uvloop
 
 from agent import memory
+from agent.billing import Billing
 from agent.catalogue import CodeFolder, FunctionIndex
 from agent.decider import Decider
 from agent.door import Door
@@ -28,7 +29,7 @@ from agent.shell import Shell
 from agent.uplink import Uplink
 from tierwise.clock import monotonic_s, wall_s
 from tierwise.config import AgentConfig, load
-from tierwise.domain.event import CatalogueReceived, DrainAsked
+from tierwise.domain.event import CatalogueReceived, DrainAsked, PricesReceived
 from tierwise.domain.ids import NodeId, is_name
 from tierwise.domain.resources import Resources
 from tierwise.domain.topology import PYTHON_LABEL, Node, parse_tier
@@ -80,6 +81,7 @@ async def serve(config: AgentConfig) -> None:
         )
         await runtime.open()
         policies = PolicySlots(state / "policy")
+        billing = Billing(state / "billing.pb")
         functions = FunctionIndex(state / "catalogue.pb")
         peers = PeerStreams(machine, credentials, emulate=config.emulate_links, seed=config.seed)
         shell = Shell(
@@ -98,6 +100,7 @@ async def serve(config: AgentConfig) -> None:
         )
         # Floors hold from the start, also when the scheduler is away.
         shell.feed(CatalogueReceived(catalogue=functions.catalogue))
+        shell.feed(PricesReceived(prices=billing.prices))
         preparation = Preparation(shell.environments, node, group)
         preparation.follow(functions.catalogue)
         uplink = Uplink(
@@ -106,13 +109,16 @@ async def serve(config: AgentConfig) -> None:
             shell=shell,
             functions=functions,
             policies=policies,
+            billing=billing,
             probe=probe,
             group=group,
             on_catalogue=preparation.follow,
         )
         door = Door(node.node_id, node.address)
         door.open()
-        ingress = Ingress(shell, functions, uplink.pull_function, node.node_id, group, door)
+        ingress = Ingress(
+            shell, functions, billing, uplink.pull_function, node.node_id, group, door
+        )
         invocation_pb2_grpc.add_InvocationServiceServicer_to_server(ingress, server)
         add_health_and_reflection(server, "tierwise.v1.InvocationService")
         await server.start()

@@ -91,6 +91,8 @@ NAMELESS = frozenset(
 # Ends after which the same request may come again, and is told when.
 RETRIED = frozenset({"overloaded", "unplaceable"})
 
+# How it ended, what it printed, who called, and when it ended on the monotonic clock.
+ReportedCall = tuple[Outcome, str, str, float]
 OnReply = Callable[[types_pb2.InvocationResult], None]
 
 
@@ -201,7 +203,7 @@ class Shell:
         """
         self.machine = machine
         self.decider = decider
-        self.reports: deque[tuple[Outcome, str, str, float]] = deque()  # and when, monotonic
+        self.reports: deque[ReportedCall] = deque()
         self.dropped_report_count = 0
         self._runtime = runtime
         self.environments = environments
@@ -435,6 +437,7 @@ class Shell:
                 is_instance_alive=report.instance_alive,
                 failed_item_count=len(failed),
                 peak_memory_mib=report.peak_memory_mib,
+                cpu_s=report.cpu_s,
                 response_bytes=sum(item.size_bytes for item in report.items),
                 error_code=CODE_BY_KIND[first.kind] if first and is_whole else "",
                 message=_told(first, function) if first else "",

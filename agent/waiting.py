@@ -7,6 +7,7 @@ from tierwise.domain.ids import FunctionId
 
 SCAN_MAX = 32  # tickets looked at behind one that must wait for its own function
 SLACK = 256  # tickets that have left and may stay in the heap
+LATE_SHARE = 0.1  # of its deadline: with less to spare, the way back makes a call late
 
 _Entry = tuple[int, bool, float, int, Ticket]  # −priority, late, deadline, arrival
 
@@ -70,7 +71,8 @@ class WaitingLine:
             priority, is_late, ends_s, sequence, ticket = entry
             if ticket.phase is not Phase.QUEUED:
                 continue
-            if not is_late and ends_s - ticket.work_s < now_s:
+            slack_s = ends_s - ticket.work_s - now_s
+            if not is_late and slack_s < LATE_SHARE * ticket.request.deadline_s:
                 heappush(heap, (priority, True, ends_s, sequence, ticket))
                 continue
             self._shown.append(entry)

@@ -30,6 +30,9 @@ from training.tune import VALIDATION
 
 LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 TEMPERATURES = (0.0, 0.5, 1.0)
+# Drawing keeps agents that share a stale view from all running to the same node, which tells with
+# many nodes: the highest temperature is taken that costs no more than validation can tell apart.
+MARGIN = 0.005
 PROCESSES = 2
 VALIDATION_REQUESTS = 400
 EVALUATION_REQUESTS = 600
@@ -134,7 +137,8 @@ def finish(
                 bar.update()
             return ratios[lam, temperature], lam
 
-        temperature = min(TEMPERATURES, key=lambda each: tried(1.0, each))
+        lowest = min(tried(1.0, each)[0] for each in TEMPERATURES)
+        temperature = max(each for each in TEMPERATURES if tried(1.0, each)[0] < lowest + MARGIN)
         lam = min(LAMBDAS, key=lambda each: tried(each, temperature))
         policy = candidate(lam, temperature)
         seeds = range(HELD_OUT, HELD_OUT + origin.evaluation_worlds)

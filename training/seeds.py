@@ -22,7 +22,7 @@ from training.evaluate import HELD_OUT, interval, iqm
 from training.judge import PROCESSES
 from training.search import Array, Progress, Settings, find_prices, log_costs
 
-BUDGET = Settings(generations=10, population=16, worlds=24, request_count=200)
+BUDGET = Settings(generations=6, population=12, worlds=16, request_count=200)
 
 
 def judged(found: list[Array], worlds: int, request_count: int, preset: str) -> Array:

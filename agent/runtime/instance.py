@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import struct
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from tierwise.wire.memfd import Memfd
 
 LOG_BYTES_MAX = 8000  # with the note of what was dropped it stays within 8 KiB
 LOG_READ_MAX = 4 << 20  # how much is read and dropped in one go before the loop gets its turn
+CPU_COUNT = os.cpu_count() or 1
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 DEATH_WAIT_S = 1.0
 MORE_MEMORY = "raise memory= or send smaller inputs"
@@ -78,6 +80,7 @@ class RunReport:
     items: tuple[ItemResult, ...]
     run_s: float
     peak_memory_mib: float
+    cpu_s: float  # user + system; of a worker that did not live to tell, as last seen from outside
     log: str
     instance_alive: bool
     refused_calls: Mapping[str, int] = field(default_factory=dict)  # system call → how often
@@ -86,7 +89,12 @@ class RunReport:
     def never_ran(cls, count: int) -> "RunReport":
         """Return the report of a batch whose instance was gone before it began."""
         return cls(
-            items=(NOT_RUN,) * count, run_s=0, peak_memory_mib=0, log="", instance_alive=False
+            items=(NOT_RUN,) * count,
+            run_s=0,
+            peak_memory_mib=0,
+            cpu_s=0,
+            log="",
+            instance_alive=False,
         )
 
 
@@ -125,6 +133,8 @@ class Worker:
         self._pid = 0
         self._numbered: asyncio.Future[None] = self._loop.create_future()
         self._baseline_mib = 0.0
+        self._cpu_s = 0.0  # since the fork: at the end of the last batch
+        self._cpu_seen_s = 0.0  # the same, now
         self._progress = mmap.mmap(-1, 8)
         self._log_fd = -1
         self._log = bytearray()
@@ -186,6 +196,8 @@ class Worker:
         await self._loaded
         await self._numbered  # the instance may be quicker than its zygote's word of it
         self._baseline_mib = self.memory_mib()
+        self._see_cpu()
+        self._cpu_s = self._cpu_seen_s  # what loading took is no call's
 
     def run(
         self,
@@ -221,6 +233,7 @@ class Worker:
         """Kill the process; the running item ends as `kind`."""
         if self._killed is None:
             self._killed = (kind, message)
+            self._see_cpu()
         if self._zygote is not None:
             self._zygote.kill(self._instance_id)
 
@@ -239,9 +252,17 @@ class Worker:
         except (OSError, IndexError):
             return 0.0
 
+    def _see_cpu(self) -> None:
+        """Read the process's CPU clock from outside, for a worker that dies cannot tell."""
+        if self._pid and not self._is_ended:
+            with contextlib.suppress(OSError):
+                seen_s = time.clock_gettime(_cpu_clock(self._pid))
+                self._cpu_seen_s = max(self._cpu_seen_s, seen_s)
+
     def check_memory(self) -> None:
         """Kill the worker if it has outgrown its limit."""
         if self._on_done is not None and self._killed is None:
+            self._see_cpu()
             used_mib = self.memory_mib() - self._baseline_mib
             if used_mib > self._memory_mib:
                 self.kill(
@@ -318,7 +339,8 @@ class Worker:
                 ItemKind(kind), bytes(value), error_type, text, remote_traceback, attachments
             )
         if done is not None:
-            run_s, peak_mib = done
+            run_s, peak_mib, cpu_s = done
+            self._cpu_seen_s = max(self._cpu_seen_s, float(cpu_s))
             has_exited = bool(items) and items[-1][1] == ItemKind.WORKER_EXITED
             self._finish(float(run_s), float(peak_mib), is_alive=not has_exited)
 
@@ -339,6 +361,8 @@ class Worker:
         if self._zygote is not None:
             self._zygote.drain()  # each refusal was told before the function went on
         refused, self._refused = self._refused, Counter()
+        cpu_s = self._cpu_seen_s - self._cpu_s
+        self._cpu_s = self._cpu_seen_s
         results, self._results = self._results, []  # they may be large, and the next may be far
         self._read_log()
         printed = self._log.decode(errors="replace")
@@ -349,6 +373,7 @@ class Worker:
                 items=tuple(NOT_RUN if item is None else item for item in results),
                 run_s=run_s,
                 peak_memory_mib=peak_mib,
+                cpu_s=min(max(0.0, cpu_s), run_s * CPU_COUNT),
                 log=printed,
                 # A kill that came too late for this batch must not hit the next one.
                 instance_alive=is_alive and self._killed is None,
@@ -449,6 +474,11 @@ class Worker:
             self._loop.remove_reader(self._log_fd)
             os.close(self._log_fd)
             self._log_fd = -1
+
+
+def _cpu_clock(pid: int) -> int:
+    """Return the clock of a process's CPU time, as Linux numbers them: clock_getcpuclockid(3)."""
+    return (~pid << 3) | 2
 
 
 def _in_words(code: int | None) -> str:

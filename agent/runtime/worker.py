@@ -6,8 +6,9 @@ zygote loaded by path; never tierwise itself. Frames in both directions are a u3
     agent → worker   u32 item count, then per item u32 length, u32 attachment count and the encoded
                      (args, kwargs)
     worker → agent   msgpack [items, done]; an item is [index, kind, value, type, message, trace,
-                     attachment count], done is None or [run seconds, peak MiB]; first of all one
-                     frame for the start; {"imports": [name, …]} whenever modules were imported
+                     attachment count], done is None or [run seconds, peak MiB, CPU seconds since
+                     the fork]; first of all one frame for the start; {"imports": [name, …]}
+                     whenever modules were imported
 
 What is larger than 1 MiB comes and goes as a sealed memfd: arrays as attachments, and a blob whose
 length is IN_FILE, or whose value is None. The descriptors ride on the length of the frame.
@@ -250,8 +251,11 @@ def _serve(
     run_s = time.monotonic() - started_s
     _flush_output()
     imports.tell(channel)
-    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    _send(channel, msgspec.msgpack.encode([items, [run_s, peak_mib]]), unsent)
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+    done = [run_s, own.ru_maxrss / 1024, cpu_s]
+    _send(channel, msgspec.msgpack.encode([items, done]), unsent)
     if has_exited:
         os._exit(0)
 

@@ -267,3 +267,15 @@ def test_overload_says_when_to_come_again() -> None:
     for number in range(4):
         call(machine, f"r{number}", function, 0.0)
     assert 0.05 <= machine.retry_after_s(function.function_id, 0.0) <= 5.0
+
+
+def test_a_call_that_is_late_waits_behind_one_that_can_still_be_in_time() -> None:
+    machine = NodeMachine(NODE)
+    function = spec(instances_max=1)
+    up(machine, call(machine, "runs", function, 0.0), 0.0)
+    call(machine, "late", function, 0.1)
+    call(machine, "fresh", function, 1.5)
+    finish(machine, "runs", 2.0)
+    assert [i.request_id for i in machine.pool.instances()] == ["fresh"]
+    finish(machine, "fresh", 2.1)
+    assert [i.request_id for i in machine.pool.instances()] == ["late"]

@@ -37,7 +37,12 @@ class LatencySplit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """One finished request, as recorded, billed and learnt from."""
+    """One finished request, as recorded, billed and learnt from.
+
+    `gb_s` and `gpu_s` are billed amounts: memory and GPU slots × the billed seconds, in whole
+    milliseconds. `cpu_s` is what its processes really used. `link` is one of LINK_CLASSES, the way
+    that request and response took; empty if it did not run, or nobody knows.
+    """
 
     request_id: RequestId
     function_id: FunctionId
@@ -53,6 +58,10 @@ class Outcome:
     peak_memory_mib: float = 0.0
     request_bytes: int = 0
     response_bytes: int = 0
+    gb_s: float = 0.0
+    gpu_s: float = 0.0
+    cpu_s: float = 0.0
+    link: str = ""
     money_usd: float = 0.0
     energy_j: float = 0.0
     is_cold: bool = False

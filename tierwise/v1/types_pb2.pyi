@@ -137,6 +137,8 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """The code was pickled by another minor version of Python than the node has."""
     REASON_QUARANTINED: _Reason.ValueType  # 25
     """The function has killed its worker there again and again; see the message."""
+    REASON_BUDGET_SPENT: _Reason.ValueType  # 30
+    """Its namespace or function has spent its budget of the day."""
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """Why a node cannot or did not take a request."""
@@ -164,6 +166,8 @@ REASON_WRONG_PYTHON: Reason.ValueType  # 24
 """The code was pickled by another minor version of Python than the node has."""
 REASON_QUARANTINED: Reason.ValueType  # 25
 """The function has killed its worker there again and again; see the message."""
+REASON_BUDGET_SPENT: Reason.ValueType  # 30
+"""Its namespace or function has spent its budget of the day."""
 Global___Reason: _TypeAlias = Reason  # noqa: Y015
 
 @_typing.final
@@ -638,6 +642,68 @@ class Catalogue(_message.Message):
 Global___Catalogue: _TypeAlias = Catalogue  # noqa: Y015
 
 @_typing.final
+class TierPrice(_message.Message):
+    """What one tier charges, in USD."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIER_FIELD_NUMBER: _builtins.int
+    USD_PER_GB_S_FIELD_NUMBER: _builtins.int
+    USD_PER_REQUEST_FIELD_NUMBER: _builtins.int
+    USD_PER_GB_IN_FIELD_NUMBER: _builtins.int
+    USD_PER_GB_OUT_FIELD_NUMBER: _builtins.int
+    USD_PER_GPU_S_FIELD_NUMBER: _builtins.int
+    USD_PER_IDLE_GB_S_FIELD_NUMBER: _builtins.int
+    tier: Global___Tier.ValueType
+    usd_per_gb_s: _builtins.float
+    usd_per_request: _builtins.float
+    usd_per_gb_in: _builtins.float
+    usd_per_gb_out: _builtins.float
+    usd_per_gpu_s: _builtins.float
+    usd_per_idle_gb_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        tier: Global___Tier.ValueType = ...,
+        usd_per_gb_s: _builtins.float = ...,
+        usd_per_request: _builtins.float = ...,
+        usd_per_gb_in: _builtins.float = ...,
+        usd_per_gb_out: _builtins.float = ...,
+        usd_per_gpu_s: _builtins.float = ...,
+        usd_per_idle_gb_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tier", b"tier", "usd_per_gb_in", b"usd_per_gb_in", "usd_per_gb_out", b"usd_per_gb_out", "usd_per_gb_s", b"usd_per_gb_s", "usd_per_gpu_s", b"usd_per_gpu_s", "usd_per_idle_gb_s", b"usd_per_idle_gb_s", "usd_per_request", b"usd_per_request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TierPrice: _TypeAlias = TierPrice  # noqa: Y015
+
+@_typing.final
+class PriceTable(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIERS_FIELD_NUMBER: _builtins.int
+    IS_STARTUP_BILLED_FIELD_NUMBER: _builtins.int
+    is_startup_billed: _builtins.bool
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierPrice]: ...
+    def __init__(
+        self,
+        *,
+        tiers: _abc.Iterable[Global___TierPrice] | None = ...,
+        is_startup_billed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_startup_billed", b"is_startup_billed", "tiers", b"tiers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PriceTable: _TypeAlias = PriceTable  # noqa: Y015
+
+@_typing.final
 class LatencySplit(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -959,6 +1025,10 @@ class Outcome(_message.Message):
     SHADOW_FIELD_NUMBER: _builtins.int
     TRIAL_ID_FIELD_NUMBER: _builtins.int
     BLOCK_FIELD_NUMBER: _builtins.int
+    GB_S_FIELD_NUMBER: _builtins.int
+    GPU_S_FIELD_NUMBER: _builtins.int
+    CPU_S_FIELD_NUMBER: _builtins.int
+    LINK_FIELD_NUMBER: _builtins.int
     REFUSED_CALLS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     function_id: _builtins.str
@@ -984,6 +1054,13 @@ class Outcome(_message.Message):
     trial_id: _builtins.int
     """The canary's trial and its time block during which the call was decided; 0 if none counts it."""
     block: _builtins.int
+    gb_s: _builtins.float
+    """Billed: memory and GPU slots × seconds in whole milliseconds."""
+    gpu_s: _builtins.float
+    cpu_s: _builtins.float
+    """Really used, user and system."""
+    link: _builtins.str
+    """The way of request and response: local, scheduler, or two tiers such as edge-cloud."""
     @_builtins.property
     def latency(self) -> Global___LatencySplit: ...
     @_builtins.property
@@ -1026,11 +1103,15 @@ class Outcome(_message.Message):
         shadow: Global___ShadowDecision | None = ...,
         trial_id: _builtins.int = ...,
         block: _builtins.int = ...,
+        gb_s: _builtins.float = ...,
+        gpu_s: _builtins.float = ...,
+        cpu_s: _builtins.float = ...,
+        link: _builtins.str = ...,
         refused_calls: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["explanation", b"explanation", "latency", b"latency", "shadow", b"shadow"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "deadline_s", b"deadline_s", "energy_j", b"energy_j", "error_code", b"error_code", "explanation", b"explanation", "failed_item_count", b"failed_item_count", "function_id", b"function_id", "is_cold", b"is_cold", "item_count", b"item_count", "latency", b"latency", "lease", b"lease", "memory_mib", b"memory_mib", "message", b"message", "money_usd", b"money_usd", "node_id", b"node_id", "origin", b"origin", "peak_memory_mib", b"peak_memory_mib", "policy_id", b"policy_id", "priority", b"priority", "reason", b"reason", "refused_calls", b"refused_calls", "request_bytes", b"request_bytes", "request_id", b"request_id", "response_bytes", b"response_bytes", "shadow", b"shadow", "state", b"state", "trial_id", b"trial_id", "tried", b"tried"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "cpu_s", b"cpu_s", "deadline_s", b"deadline_s", "energy_j", b"energy_j", "error_code", b"error_code", "explanation", b"explanation", "failed_item_count", b"failed_item_count", "function_id", b"function_id", "gb_s", b"gb_s", "gpu_s", b"gpu_s", "is_cold", b"is_cold", "item_count", b"item_count", "latency", b"latency", "lease", b"lease", "link", b"link", "memory_mib", b"memory_mib", "message", b"message", "money_usd", b"money_usd", "node_id", b"node_id", "origin", b"origin", "peak_memory_mib", b"peak_memory_mib", "policy_id", b"policy_id", "priority", b"priority", "reason", b"reason", "refused_calls", b"refused_calls", "request_bytes", b"request_bytes", "request_id", b"request_id", "response_bytes", b"response_bytes", "shadow", b"shadow", "state", b"state", "trial_id", b"trial_id", "tried", b"tried"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -41,12 +41,12 @@ class Rollout:
         gap_tried: Candidates worse than the best by more deadlines are not tried.
     """
 
-    # Tuned: python -m training.tune --all --trials 12 --seeds 16 --requests 300
+    # Tuned: python -m training.tune --all --trials 12 --seeds 24 --requests 300
     samples: int = 8
     horizon: int = 12
-    width: int = 4
+    width: int = 3
     caution: float = 1.0
-    hidden: float = 0.3
+    hidden: float = 1.0
     trust: float = 0.5
     gap_tried: float = 2.0
     weights: ScoreWeights = DEFAULT_WEIGHTS
@@ -107,8 +107,14 @@ class Rollout:
         rows = self._modelled(view, [candidates[i] for i in tried.tolist()])
         nodes = tuple([row.node for row in rows])
         ground = self._ground
-        if ground is None or ground.links is not view.links or ground.nodes != nodes:
-            ground = self._ground = Ground(view.links, nodes)
+        is_known = ground is not None and ground.links is view.links
+        if (
+            ground is None
+            or not is_known
+            or ground.prices is not view.prices
+            or (ground.nodes != nodes)
+        ):
+            ground = self._ground = Ground(view.links, nodes, view.prices)
         model = Model(view, rows, ground, self._habits, self.weights)
         place = ground.place
         terms = np.nan_to_num(ranking.estimates.terms[tried], posinf=1e6)
