@@ -1,6 +1,7 @@
 """The last step of every training: choose the dials, judge on held-out worlds, write the policy."""
 
 import json
+import multiprocessing
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -59,13 +60,18 @@ class Origin:
     evaluation_worlds: int
 
 
+def processes(count: int = PROCESSES) -> ProcessPoolExecutor:
+    """Return a pool of simulating processes: spawned, for a fork copies locks of other threads."""
+    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+
+
 class Validation:
     """Judges weights on worlds that training never sees, against the base score on the same."""
 
     def __init__(self, preset: str, worlds: int) -> None:
         self._preset = preset
         self._seeds = range(VALIDATION, VALIDATION + worlds)
-        self._pool = ProcessPoolExecutor(PROCESSES)
+        self._pool = processes()
         self._base = self._costs_s(EarliestCompletion())
 
     def ratio(self, policy: Policy) -> float:
