@@ -372,6 +372,14 @@ async def test_without_root_user_namespaces_give_the_rest() -> None:
 
 
 @needs_root
+async def test_a_trial_of_the_seal_leaves_no_group_behind() -> None:
+    survey_under()
+    found = [path for path, _, _ in os.walk("/sys/fs/cgroup") if path.endswith("-survey")]
+    owners = {int(path.split("-")[-2]) for path in found}
+    assert not {owner for owner in owners if not psutil.pid_exists(owner)}
+
+
+@needs_root
 async def test_a_missing_layer_is_named_with_its_reason() -> None:
     """Where a supervisor of seccomp watches the agent already, there can be no second one."""
     found = survey_under(
