@@ -108,6 +108,7 @@ def test_idle_cost_is_shown_and_ends_with_keep_alive(
     def idle() -> list[dict[str, Any]]:
         return [row for row in ask.bill()["idle"] if row["function"] == "work"]
 
+    beats(ask)  # it is warm, or was
     until(lambda: any(row["idle_gb_s"] > 0.0 for row in idle()))
     until(lambda: not any(row["warm_count"] for row in idle()))
     beats(ask)  # what idled until then has been told

@@ -338,6 +338,7 @@ def outcome_pb(request_id: str, node_id: str, **changes: Any) -> types_pb2.Outco
         "priority": types_pb2.PRIORITY_NORMAL,
         "item_count": 1,
         "memory_mib": 64,
+        "gb_s": 64 / 1024 * 0.25,
         "money_usd": 1e-6,
         **changes,
     }
