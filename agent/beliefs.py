@@ -59,12 +59,11 @@ class Beliefs:
         """Replace the function profiles, unless there are none."""
         self._table.profiles = profiles or self._table.profiles
 
-    def expected_s(self, request: Request) -> tuple[float, float]:
-        """Return the expected run time and cold start on a node of speed 1.0."""
+    def expected_s(self, request: Request) -> float:
+        """Return the expected run time on a node of speed 1.0."""
         profile = self._table.profiles.get(request.spec.function_id)
-        if profile is None:
-            return UNKNOWN_RUN_S * request.item_count, 0.0
-        return profile.run_s * request.item_count, profile.cold_start_s
+        run_s = profile.run_s if profile is not None else UNKNOWN_RUN_S
+        return run_s * request.item_count
 
     def cold_start_s(self, function: FunctionId) -> float:
         """Return the expected cold start on a node of speed 1.0; 0 if nothing is known."""
@@ -137,8 +136,7 @@ class Beliefs:
         request = ticket.request
         ticket.node_id = node.node_id
         ticket.sent_at_s = now_s
-        run_s, _ = self.expected_s(request)
-        work_s = run_s / node.speed / max(1.0, node.capacity.cpus)
+        work_s = self.expected_s(request) / node.speed / max(1.0, node.capacity.cpus)
         link = self._table.links.between(self._node, node)
         there_s = now_s + link.transfer_s(request.request_bytes)
         flying = self._flying.setdefault(node.node_id, {})

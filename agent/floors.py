@@ -3,7 +3,7 @@
 from tierwise.domain.function import Catalogue, FunctionSpec
 from tierwise.domain.ids import FunctionId
 from tierwise.domain.topology import Node
-from tierwise.placement.feasibility import hard_limit
+from tierwise.placement.feasibility import may_host
 
 RETRY_FIRST_S = 1.0  # after a floor's instance could not be started; doubles
 RETRY_MAX_S = 60.0
@@ -25,7 +25,7 @@ class Floors:
             if known is None or known.version < spec.version:
                 newest[spec.namespace, spec.name] = spec
         self._specs = tuple(
-            spec for spec in newest.values() if spec.instances_min and self._may_host(spec)
+            spec for spec in newest.values() if spec.instances_min and may_host(self._node, spec)
         )
         kept = {spec.function_id for spec in self._specs}
         self._retries = {key: value for key, value in self._retries.items() if key in kept}
@@ -47,6 +47,3 @@ class Floors:
     def started(self, function: FunctionId) -> None:
         """An instance came up: the next failure begins with a short pause again."""
         self._retries.pop(function, None)
-
-    def _may_host(self, spec: FunctionSpec) -> bool:
-        return self._node.tier in spec.tiers and hard_limit(self._node, spec, 0) is None

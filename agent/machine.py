@@ -287,9 +287,10 @@ class NodeMachine:
         if ticket.request.expected_wait_s is not None and self._is_stale(ticket.request, now_s):
             return Reason.STALE_VIEW
         ticket.node_id = self.node.node_id
-        run_s, start_s = self._beliefs.expected_s(ticket.request)
-        ticket.work_s = run_s / self.node.speed
-        ticket.start_s = 0.0 if self.pool.has(spec.function_id) else start_s / self.node.speed
+        ticket.work_s = self._beliefs.expected_s(ticket.request) / self.node.speed
+        ticket.start_s = 0.0
+        if not self.pool.count(spec.function_id):
+            ticket.start_s = self._outlook.start_s(spec.function_id)
         self.pool.note_arrival(spec.function_id, now_s)
         self._line.join(ticket)
         self._pump(now_s, out)
@@ -298,7 +299,7 @@ class NodeMachine:
     def _is_stale(self, request: Request, now_s: float) -> bool:
         """Return whether this node is much busier than the sender believed."""
         margin_s = STALE_MARGIN_S + STALE_SHARE * max(0.0, request.deadline_s)
-        wait_s = wait_of(self._reading_now(now_s), request.priority)
+        wait_s = wait_of(*self._outlook.backlog_s(now_s), request.priority)
         return wait_s > (request.expected_wait_s or 0.0) + margin_s
 
     def _pump(self, now_s: float, out: list[NodeCommand]) -> None:
@@ -325,7 +326,7 @@ class NodeMachine:
             elif self._outlook.coming_count(function, now_s) < line.count_of(function):
                 if self._start(spec, now_s, out):
                     continue
-                if pool.free.memory_mib < spec.memory_mib and not self._has_own(function):
+                if pool.free.memory_mib < spec.memory_mib and not pool.count(function):
                     break
         line.restore()
 
@@ -373,9 +374,6 @@ class NodeMachine:
         soon_s = RETRY_BACKLOG_SHARE * self._outlook.backlog_s(now_s)[0]
         soon_s = min(RETRY_AFTER_S_MAX, max(RETRY_AFTER_S_MIN, soon_s))
         return max(soon_s, self._quarantine.left_s(function, now_s))
-
-    def _has_own(self, function: FunctionId) -> bool:
-        return any(i.spec.function_id == function for i in self.pool.instances())
 
     def _run(
         self, ticket: Ticket, instance: Instance, now_s: float, out: list[NodeCommand]

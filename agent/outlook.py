@@ -29,6 +29,10 @@ class Outlook:
         self._running = running
         self._beliefs = beliefs
 
+    def start_s(self, function: FunctionId) -> float:
+        """Return how long a start of `function` should take here; 0 if nothing is known."""
+        return self._beliefs.cold_start_s(function) / self._node.speed
+
     def backlog_s(self, now_s: float) -> tuple[float, tuple[float, ...]]:
         """Estimate `NodeReading.backlog_s` and `NodeReading.overtaken_s`."""
         cpus = self._node.capacity.cpus
@@ -38,7 +42,7 @@ class Outlook:
         for ticket in self._running.values():
             work_s += max(0.0, ticket.work_s - (now_s - ticket.run_at_s))
         for instance in self._pool.starting():
-            start_s = self._beliefs.cold_start_s(instance.spec.function_id) / self._node.speed
+            start_s = self.start_s(instance.spec.function_id)
             work_s += max(0.0, start_s - (now_s - instance.started_at_s))
         low_s, normal_s, high_s, critical_s = self._line.work_s
         servers = max(1.0, cpus)
@@ -53,7 +57,7 @@ class Outlook:
         """
         count = self._pool.starting_count(function)
         if self._pool.engaged.get(function, 0) > count:
-            soon_s = PATIENCE * self._beliefs.cold_start_s(function) / self._node.speed
+            soon_s = PATIENCE * self.start_s(function)
             for ticket in self._running.values():
                 if ticket.request.spec.function_id == function:
                     left_s = ticket.work_s - (now_s - ticket.run_at_s)

@@ -124,10 +124,6 @@ class InstancePool:
         """Return how many instances of `function` are on their way."""
         return self._starting.get(function, 0)
 
-    def has(self, function: FunctionId) -> bool:
-        """Return whether `function` has an instance, in any state."""
-        return function in self._count
-
     def starting(self) -> Iterator[Instance]:
         """Yield the instances that are on their way."""
         if any(self._starting.values()):

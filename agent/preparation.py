@@ -6,7 +6,7 @@ from agent.runtime.environments import Environments
 from tierwise.domain.function import Catalogue, FunctionSpec
 from tierwise.domain.topology import Node
 from tierwise.errors import TierwiseError
-from tierwise.placement.feasibility import hard_limit
+from tierwise.placement.feasibility import may_host
 
 
 class Preparation:
@@ -26,9 +26,7 @@ class Preparation:
         wanted = [
             spec
             for spec in catalogue.functions.values()
-            if spec.requirements
-            and self._node.tier in spec.tiers
-            and hard_limit(self._node, spec, 0) is None
+            if spec.requirements and may_host(self._node, spec)
         ]
         self._begun &= {spec.requirements_digest for spec in wanted}
         for spec in wanted:

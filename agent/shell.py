@@ -521,9 +521,8 @@ class Shell:
         for on_reply in call.on_reply:
             on_reply(result)
         self._memory.freed(sum(map(len, call.arguments)) + _size_bytes(result))
-        call.arguments = call.items = (
-            call.attachments
-        ) = ()  # may be large; what its report needs stays
+        # They may be large; what its report needs stays.
+        call.arguments = call.items = call.attachments = ()
 
     def _reply_again(self, request_id: RequestId) -> None:
         call = self._calls.pop(request_id)

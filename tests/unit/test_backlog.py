@@ -52,7 +52,8 @@ def test_a_request_waits_only_for_what_it_does_not_overtake() -> None:
     for index, priority in enumerate((Priority.NORMAL, Priority.LOW, Priority.LOW, Priority.HIGH)):
         call(machine, f"r{index}", 1.0, priority)  # the first one runs
     reading = machine.reading(1.0)
-    waits_s = [round(wait_of(reading, priority), 6) for priority in Priority]
+    backlog = reading.backlog_s, reading.overtaken_s
+    waits_s = [round(wait_of(*backlog, priority), 6) for priority in Priority]
     assert waits_s == [0.4, 0.2, 0.2, 0.1]
 
 

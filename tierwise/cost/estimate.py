@@ -10,7 +10,7 @@ from tierwise.domain.function import Priority
 from tierwise.domain.prices import CallPrice
 from tierwise.domain.request import Request
 from tierwise.domain.topology import Tier
-from tierwise.domain.view import ClusterView, NodeReading, NodeView
+from tierwise.domain.view import ClusterView, NodeView
 
 Float = NDArray[np.float64]
 
@@ -62,12 +62,11 @@ def estimate(view: ClusterView, request: Request, candidates: Sequence[NodeView]
     return Estimates(tuple(candidates), terms)
 
 
-def wait_of(reading: NodeReading, priority: Priority) -> float:
-    """Return the seconds that a request waits for a CPU of a node when its reading is taken."""
-    overtaken_s = reading.overtaken_s
+def wait_of(backlog_s: float, overtaken_s: tuple[float, ...], priority: Priority) -> float:
+    """Return how many of a node's backlog (see `NodeReading`) a request waits for, in seconds."""
     if not overtaken_s:
-        return reading.backlog_s
-    return max(0.0, reading.backlog_s - overtaken_s[int(priority) - 1])
+        return backlog_s
+    return max(0.0, backlog_s - overtaken_s[int(priority) - 1])
 
 
 def predict_wait_s(row: NodeView, now_s: float, priority: Priority) -> float:
@@ -76,7 +75,7 @@ def predict_wait_s(row: NodeView, now_s: float, priority: Priority) -> float:
     That is the reading's backlog for its priority, drained since it was taken, plus what the viewer
     itself has sent there since.
     """
-    backlog_s = wait_of(row.reading, priority)
+    backlog_s = wait_of(row.reading.backlog_s, row.reading.overtaken_s, priority)
     if backlog_s > 0.0:
         backlog_s = max(0.0, backlog_s - (now_s - row.received_at_s))
     return backlog_s + row.pending_s

@@ -50,6 +50,11 @@ def hard_limit(node: Node, spec: FunctionSpec, reserved_mib: int) -> Reason | No
     return None
 
 
+def may_host(node: Node, spec: FunctionSpec) -> bool:
+    """Return whether a node could ever run a function, were nothing else there."""
+    return node.tier in spec.tiers and hard_limit(node, spec, 0) is None
+
+
 def _reason(view: ClusterView, request: Request, row: NodeView) -> Reason | None:
     node = row.node
     spec = request.spec
