@@ -26,7 +26,7 @@ from tierwise.v1 import invocation_pb2, invocation_pb2_grpc, types_pb2
 from tierwise.wire import convert
 from tierwise.wire.channel import MESSAGE_BYTES_MAX
 from tierwise.wire.errors import item_from_error
-from tierwise.wire.handover import ATTACHMENT_LOST, BOUND, Handover
+from tierwise.wire.handover import ATTACHMENT_LOST, BOUND, SHORT_BYTES_MAX, Handover
 from tierwise.wire.identity import Role, peer_identity
 from tierwise.wire.memfd import ATTACHMENTS_MAX, Memfd
 
@@ -36,7 +36,6 @@ STREAM_IN_FLIGHT_MAX = 8192
 ITEMS_MAX = 4096
 BATCH_RESULTS_MAX = 256
 BATCH_BYTES_MAX = 4 << 20
-SHORT_BYTES_MAX = 48 << 10  # of the values in a result that goes the short way
 _Request = invocation_pb2.InvokeStreamRequest
 
 

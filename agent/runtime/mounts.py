@@ -6,7 +6,6 @@ bounded in bytes and in files, and a /proc that shows its own processes only. St
 load it.
 """
 
-import contextlib
 import os
 import stat
 import sys
@@ -36,7 +35,7 @@ _TEXTS = {
     "/etc/hosts": "127.0.0.1 localhost\n",
 }
 _SPARE = "/env"  # where folders that /tmp will cover are kept for putting back
-_PROC_FLAGS = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
+_PLAIN = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
 
 
 def environment_paths() -> list[str]:
@@ -60,11 +59,6 @@ def _prefixes() -> tuple[str, str]:
 def _is_shared(prefix: str) -> bool:
     """Return whether a prefix holds the host's programs too."""
     return prefix in ("/", "/usr", "/usr/local")
-
-
-def _covered(data: list[str]) -> list[str]:
-    """Return the folders to be seen that an instance's own /tmp hides."""
-    return [path for path in [*environment_paths(), *data] if path.startswith(f"{WORK}/")]
 
 
 def unreadable() -> str:
@@ -92,10 +86,10 @@ def make_private_root(data: list[str]) -> list[str]:
     kernel.mount("tierwise", _SPOT, "tmpfs", kernel.MS_NOSUID, "size=1m,nr_inodes=4096,mode=755")
     for folder in (WORK, "/proc", "/dev", "/etc"):
         os.mkdir(f"{_SPOT}{folder}")
-    data = [path for path in data if os.path.isdir(path)]
-    for path in [*environment_paths(), *data]:
+    shown = [*environment_paths(), *(path for path in data if os.path.isdir(path))]
+    for path in shown:
         _show(path)
-    covered = _covered(data)
+    covered = [path for path in shown if path.startswith(f"{WORK}/")]
     for index, path in enumerate(covered):
         os.makedirs(f"{_SPOT}{_SPARE}/{index}")
         kernel.bind(path, f"{_SPOT}{_SPARE}/{index}")
@@ -113,7 +107,7 @@ def make_private_root(data: list[str]) -> list[str]:
         kernel.make_read_only(target, with_devices=True)
     for path, aim in _LINKS.items():
         os.symlink(aim, f"{_SPOT}{path}")
-    kernel.mount("proc", f"{_SPOT}/proc", "proc", _PROC_FLAGS)
+    kernel.mount("proc", f"{_SPOT}/proc", "proc", _PLAIN)
     kernel.make_read_only(_SPOT, is_recursive=False, with_devices=True)
     kernel.make_root(_SPOT)
     return covered
@@ -153,21 +147,18 @@ def make_own_places(covered: list[str], *, size_bytes: int, uid: int) -> None:
         OSError: A mount was refused.
     """
     options = f"size={size_bytes},nr_inodes={INODES_MAX},mode=700,uid={uid},gid={uid}"
-    flags = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
-    kernel.mount("tierwise", WORK, "tmpfs", flags, options)
+    kernel.mount("tierwise", WORK, "tmpfs", _PLAIN, options)
     for index, path in enumerate(covered):
         os.makedirs(path)
         kernel.bind(f"{_SPARE}/{index}", path)
     try:
-        kernel.mount("proc", "/proc", "proc", _PROC_FLAGS, "subset=pid,hidepid=invisible")
+        kernel.mount("proc", "/proc", "proc", _PLAIN, "subset=pid,hidepid=invisible")
     except OSError:  # before Linux 5.8 there is no `subset`
-        kernel.mount("proc", "/proc", "proc", _PROC_FLAGS, "hidepid=2")
+        kernel.mount("proc", "/proc", "proc", _PLAIN, "hidepid=2")
 
 
 def paths_for_landlock() -> tuple[list[str], list[str]]:
     """Return what is readable and what is writable in the private root."""
     readable = [f"/{name}" for name in os.listdir("/") if f"/{name}" not in (WORK, "/dev")]
     devices = [f"/dev/{name}" for name in _DEVICES]
-    with contextlib.suppress(ValueError):
-        readable.remove(WORK)
     return ["/dev", *readable], [WORK, *devices]

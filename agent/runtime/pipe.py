@@ -1,6 +1,5 @@
 """The agent's end of a worker's socket: frames with descriptors, without blocking."""
 
-import array
 import asyncio
 import contextlib
 import os
@@ -9,6 +8,8 @@ import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from tierwise.wire import memfd
 
 READ_BYTES = 1 << 18
 FRAME_BYTES_MAX = 160 << 20
@@ -132,11 +133,7 @@ class FramePipe:
         except OSError:
             self._lose("")
             return
-        for level, kind, content in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                fds = array.array("i")
-                fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
-                self._fds.extend(fds)
+        self._fds.extend(memfd.descriptors(ancillary))
         if not data:
             self._lose("")
             return

@@ -27,7 +27,7 @@ import resource
 import select
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -269,6 +269,11 @@ def _keep_only(keep: tuple[int, ...], log: int) -> None:
     os.dup2(null, 0)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    close_others(keep)
+
+
+def close_others(keep: Iterable[int]) -> None:
+    """Close every descriptor from 3 on but these."""
     low = 3
     for descriptor in sorted(keep):
         os.closerange(low, descriptor)

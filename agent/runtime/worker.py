@@ -14,7 +14,6 @@ What is larger than 1 MiB comes and goes as a sealed memfd: arrays as attachment
 length is IN_FILE, or whose value is None. The descriptors ride on the length of the frame.
 """
 
-import array
 import hashlib
 import importlib.abc
 import io
@@ -169,11 +168,7 @@ class _Frames:
         if not count:
             raise EOFError
         self._end += count
-        for level, kind, data in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                fds = array.array("i")
-                fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-                self._fds += fds
+        self._fds += memfd.descriptors(ancillary)
 
 
 class _Imports:

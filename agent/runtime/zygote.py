@@ -1,6 +1,8 @@
 """The clean parent of all workers of one environment. Run as a script, never imported.
 
-    ENV_PYTHON -I zygote.py <control fd> <agent pidfd> <isolation> <group> <payload.py> [module]…
+    ENV_PYTHON -I zygote.py <control fd> <agent> <isolation> <group> <data> <payload.py> [module…]
+
+Agent is a pidfd, data a JSON list of folders that functions may read.
 
 It holds one thread and one socket, so a fork is cheap and safe. Before it imports the modules that
 functions need it goes where they will run: behind private mounts, without the host's files. Over
@@ -10,7 +12,6 @@ control socket of its own, that imports more modules: what some functions were s
 enters the root.
 """
 
-import array
 import dataclasses
 import gc
 import importlib
@@ -126,7 +127,7 @@ class Zygote:
         while True:
             for descriptor, events in self._poll.poll():
                 if descriptor == self._control.fileno():
-                    message, fds = receive(self._control)
+                    message, fds, _, _ = socket.recv_fds(self._control, MESSAGE_MAX, FDS_PER_FORK)
                     if not message:
                         self._end()
                         return
@@ -220,18 +221,6 @@ class Zygote:
         socket.send_fds(self._control, [json.dumps(message).encode()], fds)
 
 
-def receive(control: socket.socket) -> tuple[bytes, list[int]]:
-    """Return one message and the descriptors that came with it; empty when the agent is gone."""
-    fds = array.array("i")
-    message, ancillary, _, _ = control.recvmsg(
-        MESSAGE_MAX, socket.CMSG_SPACE(FDS_PER_FORK * fds.itemsize)
-    )
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-    return message, list(fds)
-
-
 def become_branch(
     modules: list[str], control_fd: int, parent: int, seal: Any, kit: Kit
 ) -> NoReturn:
@@ -239,11 +228,7 @@ def become_branch(
     try:
         os.setsid()
         kit.sandbox.die_with_parent(parent)
-        low = 3
-        for descriptor in sorted({control_fd, *seal.descriptors()}):
-            os.closerange(low, descriptor)
-            low = descriptor + 1
-        os.closerange(low, 65536)
+        kit.sandbox.close_others({control_fd, *seal.descriptors()})
         control = socket.socket(fileno=control_fd)
         prepare(control, modules, seal)
         Zygote(control, seal, kit).serve()

@@ -8,7 +8,6 @@ word for who the other is before anything is said. Small messages and memfds go 
 does not fit or fails here goes over gRPC instead.
 """
 
-import array
 import contextlib
 import os
 import secrets
@@ -17,12 +16,13 @@ import struct
 from collections import OrderedDict
 from collections.abc import Callable
 
-from tierwise.wire.memfd import Memfd
+from tierwise.wire.memfd import Memfd, descriptors
 
 CHANNEL_ID_BYTES = 16
 UNCLAIMED_MAX = 64  # files that came and were not asked for; the oldest go
 READS_MAX = 256  # in one go
 MESSAGE_BYTES_MAX = 64 << 10  # of what goes this way; a socket holds about three times as much
+SHORT_BYTES_MAX = 48 << 10  # of the arguments of a call, or the values of a result, in a message
 BOUND = b"\1"  # what the agent says when the channel belongs to a stream
 ATTACHMENT_LOST = "an array that was handed over beside this call is not here; send it again"
 _U64 = struct.Struct("<Q")
@@ -109,10 +109,7 @@ class Handover:
             except OSError:
                 self.close()
                 return
-            fds = array.array("i")
-            for level, kind, data in ancillary:
-                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                    fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+            fds = descriptors(ancillary)
             if not length:
                 self.close()
                 return
@@ -121,7 +118,7 @@ class Handover:
             else:
                 self.on_message(bytes(self._buffer[:length]))
 
-    def _keep(self, message: bytes, fds: "array.array[int]") -> None:
+    def _keep(self, message: bytes, fds: list[int]) -> None:
         for extra in fds[1:]:
             os.close(extra)
         with contextlib.suppress(ValueError):  # not sealed: it counts as not sent

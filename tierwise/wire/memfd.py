@@ -4,9 +4,11 @@ This file stands alone: workers load it by path. A file is taken over only if it
 writing and shrinking: then nobody can change it under a reader, nor make reading it a bus error.
 """
 
+import array
 import fcntl
 import mmap
 import os
+import socket
 from collections.abc import Iterable
 from typing import Any
 
@@ -50,6 +52,15 @@ class Memfd:
     def __del__(self) -> None:
         if getattr(self, "fd", -1) >= 0:
             self.close()
+
+
+def descriptors(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:
+    """Return the descriptors that came with a message, from what `recvmsg` says beside it."""
+    found = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            found.frombytes(data[: len(data) - len(data) % found.itemsize])
+    return found.tolist()
 
 
 def make(parts: Iterable[Any]) -> Memfd:

@@ -7,11 +7,10 @@ from typing import Any
 import grpc
 
 from tierwise.v1 import invocation_pb2, invocation_pb2_grpc, types_pb2
-from tierwise.wire.handover import BOUND, Handover
+from tierwise.wire.handover import BOUND, SHORT_BYTES_MAX, Handover
 
 BATCH_ITEMS_MAX = 256
 BATCH_BYTES_MAX = 1 << 20
-SHORT_BYTES_MAX = 48 << 10  # of the arguments of a call that goes the short way
 
 Call = Any  # grpc.aio.StreamStreamCall, which is generic in its stubs only
 OnResult = Callable[[types_pb2.InvocationResult | None], None]
