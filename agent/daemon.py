@@ -22,13 +22,13 @@ from agent.peers import PeerStreams
 from agent.policies import PolicySlots
 from agent.preparation import Preparation
 from agent.probe import Probe
-from agent.runtime.environments import Environments, python_version
+from agent.runtime.environments import Environments
 from agent.runtime.runtime import Runtime
 from agent.runtime.sandbox import ISOLATIONS
 from agent.shell import Shell
 from agent.uplink import Uplink
 from tierwise.clock import monotonic_s, wall_s
-from tierwise.config import AgentConfig, load
+from tierwise.config import AgentConfig, load, python_version
 from tierwise.domain.event import CatalogueReceived, DrainAsked, PricesReceived
 from tierwise.domain.ids import NodeId, is_name
 from tierwise.domain.resources import Resources

@@ -21,7 +21,7 @@ from scheduler.store import usage
 from scheduler.store.store import Store
 from scheduler.store.tables import budgets
 from tierwise.clock import wall_s
-from tierwise.domain.budget import SpentBudget, SpentBudgets
+from tierwise.domain.budget import SpentBudget, SpentBudgets, owner
 from tierwise.errors import FailedPrecondition, InvalidArgument, NotFound, TierwiseError
 from tierwise.v1 import budget_pb2, budget_pb2_grpc
 from tierwise.wire import checks
@@ -63,7 +63,7 @@ class Budgets(budget_pb2_grpc.BudgetServiceServicer):
             key = (row.namespace, row.function)
             self._limits[key] = _Limit(row.usd_per_day, row.action, row.set_by)
         if self._limits:
-            day = _today(wall_s())
+            day = usage.day_of(wall_s())
             self._spent_usd = store.read_now(lambda c: self._read(c, day))
             self._compare(day)
 
@@ -122,7 +122,7 @@ class Budgets(budget_pb2_grpc.BudgetServiceServicer):
         key = _key(request.namespace, request.function)
         if key not in self._limits:
             raise NotFound(
-                f"there is no budget of {_name(key)!r}; `tierwise budget list` lists what there is"
+                f"there is no budget of {owner(*key)!r}; `tierwise budget list` lists what there is"
             )
         where = (budgets.c.namespace == key[0]) & (budgets.c.function == key[1])
 
@@ -140,7 +140,7 @@ class Budgets(budget_pb2_grpc.BudgetServiceServicer):
 
     async def _look(self) -> None:
         async with self._check:
-            day = _today(wall_s())
+            day = usage.day_of(wall_s())
             self._spent_usd = await self._store.read(lambda c: self._read(c, day))
             self._compare(day)
 
@@ -189,7 +189,7 @@ class Budgets(budget_pb2_grpc.BudgetServiceServicer):
     def _budget(self, key: _Key) -> budget_pb2.Budget:
         limit = self._limits.get(key)
         if limit is None:  # removed meanwhile
-            raise NotFound(f"there is no budget of {_name(key)!r} any more")
+            raise NotFound(f"there is no budget of {owner(*key)!r} any more")
         return budget_pb2.Budget(
             namespace=key[0],
             function=key[1],
@@ -209,14 +209,6 @@ def _limits_of(spent: "tuple[SpentBudget, ...] | list[SpentBudget]") -> list[tup
 def _key(namespace: str, function: str) -> _Key:
     checks.name(namespace, "namespace")
     return namespace, checks.name(function, "function") if function else ""
-
-
-def _name(key: _Key) -> str:
-    return f"{key[0]}/{key[1]}" if key[1] else key[0]
-
-
-def _today(unix_s: float) -> str:
-    return datetime.datetime.fromtimestamp(unix_s, datetime.UTC).date().isoformat()
 
 
 def _ends_unix_s(day: str) -> float:

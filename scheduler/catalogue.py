@@ -238,16 +238,14 @@ def _check_python(spec: FunctionSpec, nodes: Iterable[Node]) -> None:
     Raises:
         FailedPrecondition: Every node of its tiers has another minor version of Python.
     """
-    there = {n.node_id: n.python_version for n in nodes if n.tier in spec.tiers}
-    versions = sorted({version for version in there.values() if version})
-    if not spec.python_version or not versions or spec.python_version in there.values():
-        return
-    if "" in there.values():  # a node that does not say may have it
+    there = {node.python_version for node in nodes if node.tier in spec.tiers}
+    may_do = {spec.python_version, ""}  # a node that does not say may have it
+    if not spec.python_version or not there or there & may_do:
         return
     raise FailedPrecondition(
         f"{spec.name} was packed by Python {spec.python_version}, which only that minor version "
-        f"can load; the nodes that may run it have {', '.join(versions)}: deploy it with one of "
-        "these"
+        f"can load; the nodes that may run it have {', '.join(sorted(there))}: deploy it with one "
+        "of these"
     )
 
 

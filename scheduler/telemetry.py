@@ -134,7 +134,7 @@ class Telemetry(call_pb2_grpc.CallServiceServicer):
         if row is None:
             return
         usd_per_gb_s = self._table.prices.by_tier[row.node.tier].usd_per_idle_gb_s
-        day = _day(wall_s())
+        day = usage.day_of(wall_s())
         for function, gb_s in idle_gb_s.items():
             try:
                 namespace, name, _ = split_function_id(function)
@@ -305,7 +305,7 @@ class Telemetry(call_pb2_grpc.CallServiceServicer):
                 }
             )
             sums.add(
-                (each.namespace, each.name, _day(each.ended_unix_s)),
+                (each.namespace, each.name, usage.day_of(each.ended_unix_s)),
                 _amounts(outcome),
                 outcome.link,
                 outcome.request_bytes + outcome.response_bytes,
@@ -365,11 +365,6 @@ _KEYS = {
     call_pb2.USAGE_KEY_FUNCTION: "function",
     call_pb2.USAGE_KEY_DAY: "day",
 }
-
-
-def _day(unix_s: float) -> str:
-    """Return the UTC day of a moment, ISO."""
-    return datetime.datetime.fromtimestamp(unix_s, datetime.UTC).date().isoformat()
 
 
 def _iso_day(text: str, field: str) -> str:

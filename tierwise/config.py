@@ -5,6 +5,7 @@ Order of precedence: command-line flag > environment `TIERWISE_<KEY>` > file > d
 
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -143,6 +144,11 @@ def link_table(links: Mapping[str, LinkConfig]) -> LinkTable:
         )
         by_tier[source, target] = by_tier[target, source] = link
     return LinkTable(by_tier=by_tier)
+
+
+def python_version() -> str:
+    """Return the minor version of Python that runs here, "3.11"; no other loads its pickles."""
+    return f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
 USD_MAX = 1e6

@@ -31,7 +31,7 @@ from tierwise.errors import InvalidArgument, TierwiseError
 from tierwise.files import write_atomically
 from tierwise.placement.features import FEATURES
 from tierwise.placement.policies.learned import Network, Price, save, unpack_card
-from tierwise.placement.signals import SIGNALS
+from tierwise.placement.weights import in_order
 from training.export import to_network
 from training.judge import Origin, Range, Validation, as_policy, finish, new_folder, ship, verdict
 from training.network import Residual, ResidualPolicy
@@ -290,7 +290,7 @@ def _prices(settings: Settings) -> dict[str, Price]:
 
 
 def _weights(prices: dict[str, Price]) -> NDArray[np.float64] | None:
-    return np.array([prices[name].weight for name in SIGNALS]) if prices else None
+    return np.array([price.weight for price in in_order(prices)]) if prices else None
 
 
 def _command(settings: Settings) -> str:

@@ -37,11 +37,6 @@ PIP_OPTIONS = ("--quiet", "--disable-pip-version-check", "--no-input", "--only-b
 PIP_PATIENCE = {"PIP_RETRIES": "1", "PIP_TIMEOUT": "10"}  # unless the operator says otherwise
 
 
-def python_version() -> str:
-    """Return the minor version of Python that functions get on this node, "3.11"."""
-    return f"{sys.version_info.major}.{sys.version_info.minor}"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:
     """An interpreter and what its zygote imports before it forks."""

@@ -1,5 +1,6 @@
 """The statements of what was used: sums per namespace, function and UTC day, and what idled."""
 
+import datetime
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,11 @@ KEY_NAMES = ("namespace", "function", "day")
 AMOUNTS = tuple(column.name for column in usage.c if column.name not in KEY_NAMES)
 ROWS_MAX = 100_000  # that one question may bring
 _KEYS_AT_ONCE = 500
+
+
+def day_of(unix_s: float) -> str:
+    """Return the UTC day of a moment, ISO."""
+    return datetime.datetime.fromtimestamp(unix_s, datetime.UTC).date().isoformat()
 
 
 @dataclass(slots=True)

@@ -10,8 +10,10 @@ import torch
 
 from tierwise.placement.policies import learned
 from tierwise.placement.policies.ect import EarliestCompletion
+from tierwise.placement.policies.learned import Card, Network, Price
 from training.evaluate import HELD_OUT, compare, interval, iqm
 from training.export import disagreement, to_network
+from training.judge import as_policy
 from training.network import Residual
 from training.ppo import Settings, main, train
 
@@ -35,6 +37,27 @@ def test_two_short_trainings_from_one_seed_give_equal_weights(tmp_path: Path) ->
         assert train(TINY, folder, is_resumed=False)
     first, second = (np.load(folder / "policy.npz") for folder in folders)
     assert all((first[name] == second[name]).all() for name in first.files)
+
+
+def test_a_network_is_trained_on_top_of_prices_and_the_policy_has_them(tmp_path: Path) -> None:
+    searched, trained = tmp_path / "searched", tmp_path / "trained"
+    for folder in (searched, trained):
+        folder.mkdir()
+    prices = {"wait": Price(weight=0.3, low=0.0, high=9.0)}  # those of other signals are 0
+    weights, card = learned.save(*_tiny_policy(prices))
+    (searched / "policy.npz").write_bytes(weights)
+    (searched / "policy.json").write_bytes(card)
+    assert train(replace(TINY, prices=str(searched)), trained, is_resumed=False)
+    policy = learned.load(
+        (trained / "policy.npz").read_bytes(), (trained / "policy.json").read_bytes()
+    )
+    assert policy.card.prices == prices
+    assert f"--prices {searched}" in policy.card.command
+
+
+def _tiny_policy(prices: dict[str, Price]) -> tuple[Network, Card]:
+    network = learned.initial(8, np.random.default_rng(0))
+    return network, as_policy(network, prices=prices).card
 
 
 def test_a_run_can_be_resumed_and_ends_as_a_loadable_policy(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from tierwise.cli.output import (
     show_value,
     usd,
 )
+from tierwise.domain.budget import owner
 from tierwise.errors import InvalidArgument
 
 KEYS = ("namespace", "function", "day")
@@ -96,7 +97,7 @@ def _split(whose: str) -> tuple[str, str]:
 
 
 def _whose(record: Record) -> str:
-    return "/".join(filter(None, (record["namespace"], record["function"])))
+    return owner(record["namespace"], record["function"])
 
 
 def _print(found: Record, keys: list[str]) -> None:

@@ -5,6 +5,11 @@ from dataclasses import dataclass
 from tierwise.errors import BudgetExceeded
 
 
+def owner(namespace: str, function: str) -> str:
+    """Return whose budget it is, as people write it."""
+    return f"{namespace}/{function}" if function else namespace
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpentBudget:
     """A budget that takes no new calls until its day is over; an empty function means all."""
@@ -18,7 +23,7 @@ class SpentBudget:
     def error(self, now_unix_s: float) -> BudgetExceeded:
         """Return what its callers are told."""
         left_s = max(1.0, self.ends_unix_s - now_unix_s)
-        whose = f"{self.namespace}/{self.function}" if self.function else self.namespace
+        whose = owner(self.namespace, self.function)
         return BudgetExceeded(
             f"{whose} has spent {self.spent_usd:.6g} $ of its {self.usd_per_day:.6g} $ for today: "
             f"raise it (`tierwise budget set {whose} --usd-per-day N`, as an admin), or wait "

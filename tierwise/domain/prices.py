@@ -56,7 +56,7 @@ class CallPrice:
 
     def usd(self, duration_s: float) -> float:
         """Return the price of a run; time is rounded up to whole milliseconds, as Lambda does."""
-        return self.usd_fixed + self.usd_per_s * math.ceil(duration_s * 1000.0 - 1e-9) / 1000.0
+        return self.usd_fixed + self.usd_per_s * billed_s(duration_s)
 
 
 def _default_tiers() -> dict[Tier, TierPrice]:

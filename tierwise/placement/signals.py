@@ -7,8 +7,10 @@ time on a busy node, a place before those who wait) and how far a reading can be
 import numpy as np
 
 from tierwise.cost.estimate import Estimates, Float
+from tierwise.cost.objective import DEFAULT_OBJECTIVE
 from tierwise.domain.request import Request
 from tierwise.domain.view import ClusterView
+from tierwise.placement.features import GAP_MAX
 
 SIGNALS = (
     "path",  # transfer there and back
@@ -27,11 +29,11 @@ SIGNALS = (
     "old_wait",  # age of the reading in seconds, at most 5 × wait
     "overtaken_run",  # seconds of work that the request overtakes, at most 2 × run
 )
-USD_S = 20_000.0  # seconds per US dollar, as in `cost.objective`
+USD_S = DEFAULT_OBJECTIVE.per_usd_s
 MISS_WIDTH = 0.06  # of a deadline: how far latencies scatter around what is predicted
 AGE_S_MAX = 5.0
 OVERTAKEN_S_MAX = 2.0
-BOUND = 50.0  # deadlines; beyond it a candidate is hopeless anyway
+BOUND = GAP_MAX
 _POWER_MAX = 30.0
 
 

@@ -9,6 +9,7 @@ import math
 import struct
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -20,7 +21,7 @@ from tierwise.errors import InvalidArgument
 from tierwise.placement.features import FEATURES, SCHEMA
 from tierwise.placement.network import Float32, Network
 from tierwise.placement.score import ScoreWeights
-from tierwise.placement.signals import SIGNALS
+from tierwise.placement.signals import BOUND, SIGNALS
 
 FILE_BYTES_MAX = 8 << 20  # of the weights, packed and unpacked
 CARD_BYTES_MAX = 1 << 20
@@ -34,6 +35,14 @@ class Price(msgspec.Struct, kw_only=True, frozen=True):
     weight: float
     low: float
     high: float
+
+
+_FREE = Price(weight=0.0, low=0.0, high=BOUND)
+
+
+def in_order(prices: Mapping[str, Price]) -> list[Price]:
+    """Return one price per signal, in the order of SIGNALS; what has none is free."""
+    return [prices.get(name, _FREE) for name in SIGNALS]
 
 
 class Card(msgspec.Struct, kw_only=True, frozen=True):

@@ -4,12 +4,11 @@ import atexit
 import functools
 import inspect
 import operator
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from tierwise.config import parse_duration_s, parse_memory_mib
+from tierwise.config import parse_duration_s, parse_memory_mib, python_version
 from tierwise.domain.function import ALL_TIERS, FunctionSpec, Priority
 from tierwise.domain.ids import is_name
 from tierwise.errors import InvalidArgument
@@ -189,7 +188,7 @@ class App:
                 instances_max=max_instances,
                 instances_min=min_instances,
                 burst_max=burst,
-                python_version=f"{sys.version_info.major}.{sys.version_info.minor}",
+                python_version=python_version(),
                 keep_alive_s=parse_duration_s(keep_alive),
                 budget_usd=budget_usd,
                 retries_max=retries,

@@ -167,27 +167,16 @@ def take(
     return blobs
 
 
-def encode(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
-    """Return the arguments of one call as they travel.
+def encode(
+    args: tuple[Any, ...], kwargs: dict[str, Any], detached: list[Any] | None = None
+) -> bytes:
+    """Return the arguments of one call as they travel; large arrays go to `detached`, if given.
 
     Raises:
         InvalidArgument: They hold something that cannot.
     """
     try:
-        return payload.encode((args, kwargs))
-    except payload.PayloadError as error:
-        raise InvalidArgument(f"the arguments cannot travel: {error}") from None
-
-
-def encode_detached(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bytes, list[Any]]:
-    """Return the arguments of one call, and beside them the large arrays that they hold.
-
-    Raises:
-        InvalidArgument: They hold something that cannot travel.
-    """
-    detached: list[Any] = []
-    try:
-        return payload.encode((args, kwargs), detached=detached), detached
+        return payload.encode((args, kwargs), detached=detached)
     except payload.PayloadError as error:
         raise InvalidArgument(f"the arguments cannot travel: {error}") from None
 

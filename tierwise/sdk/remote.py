@@ -12,7 +12,7 @@ from tierwise.domain.topology import Tier, parse_tier
 from tierwise.errors import InvalidArgument, NotFound, TierwiseError, Unavailable
 from tierwise.sdk.connection import Options, invocation_of
 from tierwise.sdk.handle import Handle
-from tierwise.sdk.mapping import Mapping, Target, encode, encode_detached, take, value_of
+from tierwise.sdk.mapping import Mapping, Target, encode, take, value_of
 from tierwise.sdk.verb import Verb
 from tierwise.v1 import work_pb2
 from tierwise.wire.memfd import Memfd
@@ -192,7 +192,8 @@ class RemoteFunction:
         )
 
     async def _remote(self, *args: Any, **kwargs: Any) -> Any:
-        blob, detached = encode_detached(args, kwargs)
+        detached: list[Any] = []
+        blob = encode(args, kwargs, detached)
         value = await self._call(blob, detached)
         if isinstance(value, NotFound) and self.forget():
             value = await self._call(blob, detached)  # it was deleted: deploy it again

@@ -1,5 +1,7 @@
 """Prices and budgets ⇄ protobuf."""
 
+from dataclasses import fields
+
 from tierwise.domain.budget import SpentBudget
 from tierwise.domain.prices import PriceTable, TierPrice
 from tierwise.domain.topology import Tier
@@ -10,14 +12,7 @@ from tierwise.wire import checks
 SPENT_MAX = 10_000
 USD_MAX = 1e9
 UNIX_S_MAX = 1e11
-_PRICES = (
-    "usd_per_gb_s",
-    "usd_per_request",
-    "usd_per_gb_in",
-    "usd_per_gb_out",
-    "usd_per_gpu_s",
-    "usd_per_idle_gb_s",
-)
+_PRICES = tuple(field.name for field in fields(TierPrice))  # the message has the same
 
 
 def prices_to_pb(table: PriceTable) -> types_pb2.PriceTable:

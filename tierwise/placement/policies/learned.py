@@ -37,10 +37,9 @@ from tierwise.placement.ranking import Ranking, rank_or_place, softmax
 from tierwise.placement.score import ScoreWeights
 from tierwise.placement.weights import Card as Card
 from tierwise.placement.weights import Price as Price
-from tierwise.placement.weights import pack, unpack_network
+from tierwise.placement.weights import in_order, pack, unpack_network
 from tierwise.placement.weights import unpack_card as unpack_card
 
-_FREE = Price(weight=0.0, low=0.0, high=signals.BOUND)
 RANGE_MARGIN = 0.5  # of a column's trained range, on both sides
 DECIMALS = 4  # of a residual: equal rows may differ in the last bits, by the machine's algebra
 
@@ -72,7 +71,7 @@ class LearnedPolicy:
         self._low = (low - margin).astype(np.float32)
         self._high = (high + margin).astype(np.float32)
         self._is_deep = not self.network.is_zero
-        prices = [self.card.prices.get(name, _FREE) for name in signals.SIGNALS]
+        prices = in_order(self.card.prices)
         self._prices = None
         if any(price.weight for price in prices):
             self._prices = np.array([price.weight for price in prices])

@@ -107,12 +107,11 @@ class Rollout:
         rows = self._modelled(view, [candidates[i] for i in tried.tolist()])
         nodes = tuple([row.node for row in rows])
         ground = self._ground
-        is_known = ground is not None and ground.links is view.links
         if (
             ground is None
-            or not is_known
+            or ground.links is not view.links
             or ground.prices is not view.prices
-            or (ground.nodes != nodes)
+            or ground.nodes != nodes
         ):
             ground = self._ground = Ground(view.links, nodes, view.prices)
         model = Model(view, rows, ground, self._habits, self.weights)
