@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -27,6 +27,7 @@ from training.evaluate import HELD_OUT, compare
 from training.export import make_card
 from training.figures import mean_cost_s
 from training.network import BETA
+from training.run import RunSettings
 from training.tune import VALIDATION
 
 LAMBDAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
@@ -45,19 +46,6 @@ EVERYTHING: Range = (
     np.full(len(FEATURES), BOUND, dtype=np.float32),
 )
 NO_PRICES: Mapping[str, Price] = MappingProxyType({})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Origin:
-    """What a policy's card says of where it comes from, and on what it is judged."""
-
-    name: str
-    version: int
-    preset: str
-    seed: int
-    command: str
-    validation_worlds: int
-    evaluation_worlds: int
 
 
 def processes(count: int = PROCESSES) -> ProcessPoolExecutor:
@@ -120,21 +108,31 @@ def as_policy(
 def finish(
     folder: Path,
     network: Network,
-    origin: Origin,
+    settings: RunSettings,
+    command: str,
     trained: Range = EVERYTHING,
     prices: Mapping[str, Price] = NO_PRICES,
 ) -> None:
-    """Choose λ and temperature on validation, judge on held-out worlds, write policy and card."""
+    """Choose λ and temperature on validation, judge on held-out worlds, write policy and card.
+
+    Args:
+        folder: Of the run.
+        network: The deep part.
+        settings: How it was trained, and on what it is judged.
+        command: Which command does it again.
+        trained: Range of the features.
+        prices: The wide part.
+    """
     from tqdm import tqdm
 
     def candidate(lam: float, temperature: float) -> LearnedPolicy:
         return as_policy(network, trained, prices=prices, lam=lam, temperature=temperature)
 
     ratios: dict[tuple[float, float], float] = {}
-    total = len(TEMPERATURES) + len(LAMBDAS) - 1 + 2 * origin.evaluation_worlds
+    total = len(TEMPERATURES) + len(LAMBDAS) - 1 + 2 * settings.evaluation_worlds
     with (
         tqdm(total=total, unit="step", desc="judging", file=sys.stderr) as bar,
-        closing(Validation(origin.preset, origin.validation_worlds)) as validation,
+        closing(Validation(settings.preset, settings.validation_worlds)) as validation,
     ):
 
         def tried(lam: float, temperature: float) -> tuple[float, float]:
@@ -148,18 +146,18 @@ def finish(
         temperature = max(each for each in TEMPERATURES if tried(1.0, each)[0] < lowest + MARGIN)
         lam = min(LAMBDAS, key=lambda each: tried(each, temperature))
         policy = candidate(lam, temperature)
-        seeds = range(HELD_OUT, HELD_OUT + origin.evaluation_worlds)
+        seeds = range(HELD_OUT, HELD_OUT + settings.evaluation_worlds)
         rows = compare(
             {"ect": EarliestCompletion(), "learned": policy},
-            [origin.preset],
+            [settings.preset],
             seeds,
             EVALUATION_REQUESTS,
             on_progress=bar.update,
         )
     judged = next(row for row in rows if row["policy"] == "learned")
     card = make_card(
-        name=origin.name,
-        version=origin.version,
+        name=settings.name,
+        version=settings.version,
         beta=BETA,
         lam=lam,
         temperature=temperature,
@@ -167,12 +165,12 @@ def finish(
         high=policy.card.high,
         score=policy.card.score,
         prices=policy.card.prices,
-        command=origin.command,
-        seed=origin.seed,
-        data=f"simulated worlds of preset {origin.preset}",
+        command=command,
+        seed=settings.seed,
+        data=f"simulated worlds of preset {settings.preset}",
         evaluation={
             "what": "simulated, held-out worlds, paired with the tuned base score (ect)",
-            "worlds": origin.evaluation_worlds,
+            "worlds": settings.evaluation_worlds,
             "cost_vs_ect": judged["versus_ect"],
             "cost_vs_ect_95": [judged["versus_ect_low"], judged["versus_ect_high"]],
             "missed": judged["missed"],
@@ -205,10 +203,9 @@ def ship(folder: Path) -> None:
     write_atomically(target / "shipped.json", json.dumps(card, indent=2).encode())
 
 
-def new_folder(root: Path, name: str) -> Path:
-    """Make and return the next run folder, `name_1`, `name_2` and so on, as rl-zoo does."""
-    endings = [path.name.rpartition("_")[2] for path in root.glob(f"{name}_*")]
-    number = 1 + max((int(ending) for ending in endings if ending.isdigit()), default=0)
-    folder = root / f"{name}_{number}"
-    folder.mkdir(parents=True)
-    return folder
+def conclude(folder: Path, *, is_shipped: bool) -> None:
+    """Tell how a run did and where it is; ship its policy if that was asked for."""
+    print(verdict(folder), file=sys.stderr)
+    if is_shipped:
+        ship(folder)
+    print(folder)

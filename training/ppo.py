@@ -8,11 +8,10 @@ best weights on validation worlds, and at the end policy.npz with its card polic
 
 import argparse
 import json
-import shlex
 import sys
 from contextlib import closing
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,15 @@ from stable_baselines3.common.utils import set_random_seed
 
 from envs.placement import GAP, VALID
 from envs.sharded import ShardedVecEnv
-from envs.world import PRESETS
 from tierwise.errors import InvalidArgument, TierwiseError
 from tierwise.files import write_atomically
 from tierwise.placement.features import FEATURES
 from tierwise.placement.policies.learned import Network, Price, save, unpack_card
 from tierwise.placement.weights import in_order
 from training.export import to_network
-from training.judge import Origin, Range, Validation, as_policy, finish, new_folder, ship, verdict
+from training.judge import Range, Validation, as_policy, conclude, finish
 from training.network import Residual, ResidualPolicy
+from training.run import RunSettings, add_options, new_folder, note
 
 STEPS_PER_ENV = 128
 BATCH = 4096
@@ -48,19 +47,12 @@ AVERAGED = 0.1  # weight of the newest weights in the average that is judged and
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class Settings(RunSettings):
     """Everything that a run depends on, besides the code."""
 
     steps: int = 1_000_000
-    seed: int = 7
-    preset: str = "random"
     env_count: int = 128
     hidden: int = 64
-    request_count: int = 300
-    validation_worlds: int = 48
-    evaluation_worlds: int = 100
-    name: str = "placement"
-    version: int = 1
     prices: str = ""  # run folder of training.search to learn on top of; "" is the base score
 
     @property
@@ -263,16 +255,7 @@ def _resume(folder: Path, environment: ShardedVecEnv, progress: Progress) -> Mas
 def _finish(settings: Settings, folder: Path, progress: Progress) -> None:
     with np.load(folder / "best.npz", allow_pickle=False) as stored:
         network = Network(**{name: stored[name] for name in stored.files})
-    origin = Origin(
-        name=settings.name,
-        version=settings.version,
-        preset=settings.preset,
-        seed=settings.seed,
-        command=_command(settings),
-        validation_worlds=settings.validation_worlds,
-        evaluation_worlds=settings.evaluation_worlds,
-    )
-    finish(folder, network, origin, progress.range, _prices(settings))
+    finish(folder, network, settings, _command(settings), progress.range, _prices(settings))
 
 
 def _prices(settings: Settings) -> dict[str, Price]:
@@ -317,26 +300,15 @@ def main() -> int:
         help=f"decisions to learn from, by default {default.steps}; with --resume: in all, by "
         "default what the run was meant to have",
     )
-    parser.add_argument("--seed", type=int, default=default.seed)
-    parser.add_argument("--preset", choices=PRESETS, default=default.preset)
     parser.add_argument("--env-count", type=int, default=default.env_count)
     parser.add_argument("--hidden", type=int, default=default.hidden)
-    parser.add_argument("--request-count", type=int, default=default.request_count)
-    parser.add_argument("--validation-worlds", type=int, default=default.validation_worlds)
-    parser.add_argument("--evaluation-worlds", type=int, default=default.evaluation_worlds)
-    parser.add_argument("--name", default=default.name, help="of the policy")
-    parser.add_argument("--version", type=int, default=default.version, help="of the policy")
     parser.add_argument(
         "--prices",
         default=default.prices,
         metavar="RUN",
         help="run folder of `tierwise policy search` to learn on top of",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/placement"), help="folder of runs")
-    parser.add_argument("--resume", type=Path, help="run folder to go on with")
-    parser.add_argument(
-        "--ship", action="store_true", help="also replace the policy inside the package"
-    )
+    add_options(parser, Path("runs/placement"))
     flags = vars(parser.parse_args())
     root, resume, is_shipped = flags.pop("out"), flags.pop("resume"), flags.pop("ship")
     steps = flags.pop("steps")
@@ -348,8 +320,7 @@ def main() -> int:
         else:
             settings = Settings(**flags, steps=steps or default.steps)
             folder = new_folder(root, settings.name)
-        write_atomically(folder / "args.json", json.dumps(asdict(settings), indent=2).encode())
-        write_atomically(folder / "command.txt", shlex.join(sys.argv).encode())
+        note(folder, settings)
         print(f"training in {folder}; TensorBoard: tensorboard --logdir {root}", file=sys.stderr)
         if not train(settings, folder, is_resumed=resume is not None):
             print(f"interrupted; go on with --resume {folder}", file=sys.stderr)
@@ -357,10 +328,7 @@ def main() -> int:
     except (TierwiseError, OSError, TypeError) as error:
         print(f"tierwise policy train: {error}", file=sys.stderr)
         return 1
-    print(verdict(folder), file=sys.stderr)
-    if is_shipped:
-        ship(folder)
-    print(folder)
+    conclude(folder, is_shipped=is_shipped)
     return 0
 
 

@@ -13,9 +13,9 @@ with its card policy.json.
 
 import argparse
 import json
-import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from envs.simulator import Simulator
-from envs.world import PRESETS, make_world
+from envs.world import make_world
 from tierwise.cost.estimate import estimate
 from tierwise.domain.decision import Decision
 from tierwise.domain.request import Request
@@ -35,7 +35,8 @@ from tierwise.placement.feasibility import feasible
 from tierwise.placement.policies.learned import LearnedPolicy, Price, initial
 from tierwise.placement.signals import BOUND, SIGNALS, encode
 from training.figures import mean_cost_s
-from training.judge import Origin, as_policy, finish, new_folder, processes, ship, verdict
+from training.judge import as_policy, conclude, finish, processes
+from training.run import RunSettings, add_options, new_folder, note
 
 Array = NDArray[np.float64]
 
@@ -69,19 +70,12 @@ HIDDEN = 8  # of the network that the policy has besides, which is zero
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class Settings(RunSettings):
     """Everything that a run depends on, besides the code."""
 
     generations: int = 12
     population: int = 20
     worlds: int = 40
-    request_count: int = 300
-    seed: int = 7
-    preset: str = "random"
-    validation_worlds: int = 48
-    evaluation_worlds: int = 100
-    name: str = "placement"
-    version: int = 1
 
 
 @dataclass(slots=True)
@@ -147,18 +141,26 @@ def priced(weights: Array, low: Array | None = None, high: Array | None = None) 
 
 
 def log_costs(
-    candidates: Sequence[Array], seeds: range, preset: str, request_count: int
-) -> list[list[float]]:
-    """Return the log cost of each candidate in each world, candidates in rows."""
-    return [
-        [_log_cost(weights, preset, request_count, seed) for seed in seeds]
-        for weights in candidates
-    ]
+    pool: ProcessPoolExecutor,
+    candidates: Sequence[Array],
+    seeds: range,
+    preset: str,
+    request_count: int,
+    on_world: Callable[[], object] = lambda: None,
+) -> Array:
+    """Play every candidate in every world; return log costs, shape (candidates, worlds)."""
+    columns = []
+    for column in pool.map(partial(_play, candidates, preset, request_count), seeds):
+        columns.append(column)
+        on_world()
+    return np.stack(columns, axis=1)
 
 
-def _log_cost(weights: Array, preset: str, request_count: int, seed: int) -> float:
+def _play(candidates: Sequence[Array], preset: str, request_count: int, seed: int) -> Array:
     world = make_world(preset, seed, request_count=request_count)
-    return float(np.log(mean_cost_s(Simulator(world, seed).run(priced(weights)))))
+    costs_s = [mean_cost_s(Simulator(world, seed).run(priced(each))) for each in candidates]
+    logs: Array = np.log(costs_s)
+    return logs
 
 
 class Surveyor:
@@ -213,18 +215,14 @@ def find_prices(settings: Settings, folder: Path, progress: Progress) -> Array |
                 tried = progress.means[-1] + progress.spread * noise
                 candidates = [np.zeros(len(SIGNALS)), progress.means[-1], *tried]
                 start = first + generation * settings.worlds
-                seeds = [range(seed, seed + 1) for seed in range(start, start + settings.worlds)]
-                one = partial(
-                    log_costs,
+                costs = log_costs(
+                    pool,
                     candidates,
-                    preset=settings.preset,
-                    request_count=settings.request_count,
+                    range(start, start + settings.worlds),
+                    settings.preset,
+                    settings.request_count,
+                    bar.update,
                 )
-                columns = []
-                for column in pool.map(one, seeds):
-                    columns.append(np.array(column)[:, 0])
-                    bar.update()
-                costs = np.stack(columns, axis=1)  # candidates × worlds
                 gain = float(np.expm1((costs[1] - costs[0]).mean()))
                 bar.set_postfix_str(f"cost {gain:+.1%} vs ect in the worlds of this generation")
                 progress.follow(tried, costs[2:].mean(axis=1))
@@ -245,16 +243,7 @@ def search(settings: Settings, folder: Path, progress: Progress) -> bool:
         weights, range(first, first + settings.worlds), settings.preset, settings.request_count
     )
     policy = priced(weights, low, high)
-    origin = Origin(
-        name=settings.name,
-        version=settings.version,
-        preset=settings.preset,
-        seed=settings.seed,
-        command=_command(settings),
-        validation_worlds=settings.validation_worlds,
-        evaluation_worlds=settings.evaluation_worlds,
-    )
-    finish(folder, policy.network, origin, prices=policy.card.prices)
+    finish(folder, policy.network, settings, _command(settings), prices=policy.card.prices)
     return True
 
 
@@ -281,18 +270,7 @@ def main() -> int:
         "--population", type=int, default=default.population, help="policies per generation"
     )
     parser.add_argument("--worlds", type=int, default=default.worlds, help="that each is played in")
-    parser.add_argument("--request-count", type=int, default=default.request_count)
-    parser.add_argument("--seed", type=int, default=default.seed)
-    parser.add_argument("--preset", choices=PRESETS, default=default.preset)
-    parser.add_argument("--validation-worlds", type=int, default=default.validation_worlds)
-    parser.add_argument("--evaluation-worlds", type=int, default=default.evaluation_worlds)
-    parser.add_argument("--name", default=default.name, help="of the policy")
-    parser.add_argument("--version", type=int, default=default.version, help="of the policy")
-    parser.add_argument("--out", type=Path, default=Path("runs/search"), help="folder of runs")
-    parser.add_argument("--resume", type=Path, help="run folder to go on with")
-    parser.add_argument(
-        "--ship", action="store_true", help="also replace the policy inside the package"
-    )
+    add_options(parser, Path("runs/search"))
     flags = vars(parser.parse_args())
     root, resume, is_shipped = flags.pop("out"), flags.pop("resume"), flags.pop("ship")
     counts = ("generations", "population", "worlds", "request_count")
@@ -305,8 +283,7 @@ def main() -> int:
         else:
             settings = Settings(**flags)
             folder, progress = new_folder(root, settings.name), Progress.fresh()
-            write_atomically(folder / "args.json", json.dumps(asdict(settings), indent=2).encode())
-            write_atomically(folder / "command.txt", shlex.join(sys.argv).encode())
+            note(folder, settings)
         print(f"searching in {folder}", file=sys.stderr)
         if not search(settings, folder, progress):
             print(f"interrupted; go on with --resume {folder}", file=sys.stderr)
@@ -314,10 +291,7 @@ def main() -> int:
     except (TierwiseError, OSError, TypeError) as error:
         print(f"tierwise policy search: {error}", file=sys.stderr)
         return 1
-    print(verdict(folder), file=sys.stderr)
-    if is_shipped:
-        ship(folder)
-    print(folder)
+    conclude(folder, is_shipped=is_shipped)
     return 0
 
 

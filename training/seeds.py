@@ -11,7 +11,6 @@ import json
 import sys
 import tempfile
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +26,9 @@ BUDGET = Settings(generations=6, population=12, worlds=16, request_count=200)
 def judged(found: list[Array], worlds: int, request_count: int, preset: str) -> Array:
     """Return the log cost of ect and of each policy, shape (1 + policies, worlds)."""
     candidates = [np.zeros_like(found[0]), *found]
-    one = partial(log_costs, candidates, preset=preset, request_count=request_count)
-    seeds = [range(seed, seed + 1) for seed in range(HELD_OUT, HELD_OUT + worlds)]
+    seeds = range(HELD_OUT, HELD_OUT + worlds)
     with processes() as pool:
-        columns = [np.array(column)[:, 0] for column in pool.map(one, seeds)]
-    return np.stack(columns, axis=1)
+        return log_costs(pool, candidates, seeds, preset, request_count)
 
 
 def to_markdown(gains: Array, settings: Settings, worlds: int) -> str:
