@@ -71,8 +71,8 @@ proto-breaking:
 	    $(BIN)/buf breaking --against $$out; code=$$?; rm -r $$out; exit $$code; \
 	  else echo "nothing to compare the protos with"; fi
 
-suite: $(VENV)/dev.stamp ## every policy in the standard suite (simulated), some ten minutes; writes docs/results
-	@$(BIN)/python -m training.suite --seeds 10 --requests 300 --bound-seeds 2 --out docs/results
+suite: $(VENV)/dev.stamp ## every policy in the standard suite (simulated), some twenty minutes; writes docs/results
+	@$(BIN)/python -m training.suite --seeds 16 --requests 300 --bound-seeds 2 --out docs/results
 
 train-policy: $(VENV)/dev.stamp ## train the policy that ships with the package
 	@$(BIN)/python -m training.search --seed 7 --name learned --ship
