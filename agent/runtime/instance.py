@@ -3,10 +3,12 @@
 import asyncio
 import mmap
 import os
+import resource
 import signal
 import socket
 import struct
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -57,7 +59,11 @@ NOT_RUN = ItemResult(ItemKind.NOT_RUN)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunReport:
-    """How one batch went; `items` has one entry per argument set."""
+    """How one batch went; `items` has one entry per argument set.
+
+    `peak_memory_mib` is the most that was resident at a time, beyond what the instance had when
+    its function was loaded: what its limit is compared with.
+    """
 
     items: tuple[ItemResult, ...]
     run_s: float
@@ -96,6 +102,10 @@ class Worker(asyncio.Protocol):
         self._loaded: asyncio.Future[None] = self._loop.create_future()
         self._pid = 0
         self._baseline_mib = 0.0
+        self._baseline_data_bytes = 0
+        self._used_mib = 0.0  # as last seen, of the running batch
+        self._limit_mib = memory_mib  # of the running batch, within what the process started with
+        self._refs_fd = -1
         self._progress = mmap.mmap(-1, 8)
         self._log_fd = -1
         self._log = bytearray()
@@ -150,12 +160,28 @@ class Worker(asyncio.Protocol):
         await self._loop.create_unix_connection(lambda: self, sock=ours)
         await self._loaded
         self._baseline_mib = self.memory_mib()
+        self._baseline_data_bytes = self._statm(5) * PAGE_BYTES
+        with suppress(OSError):
+            self._refs_fd = os.open(f"/proc/{self._pid}/clear_refs", os.O_WRONLY | os.O_CLOEXEC)
 
     def run(
-        self, arguments: Sequence[bytes], timeout_s: float, on_done: Callable[[RunReport], None]
+        self,
+        arguments: Sequence[bytes],
+        timeout_s: float,
+        on_done: Callable[[RunReport], None],
+        memory_mib: int | None = None,
     ) -> None:
-        """Send one batch; the instance must be idle."""
+        """Send one batch; the instance must be idle.
+
+        Args:
+            arguments: One blob per item.
+            timeout_s: When it is killed.
+            on_done: Gets the report, once.
+            memory_mib: What this batch may use, if less than the instance was started with.
+        """
         assert self._on_done is None, "an instance runs one batch at a time"
+        self._resize(min(memory_mib or self._memory_mib, self._memory_mib))
+        self._reset_peak()
         self._on_done = on_done
         self._results = [None] * len(arguments)
         self._log.clear()
@@ -181,22 +207,46 @@ class Worker(asyncio.Protocol):
 
     def memory_mib(self) -> float:
         """Return the resident memory now; 0 if the process is gone."""
+        return self._statm(1) * PAGE_BYTES / 2**20
+
+    def _statm(self, column: int) -> int:
+        """Return a column of the process's statm, in pages; 0 if the process is gone."""
         if not self._pid or self._is_ended:
-            return 0.0
+            return 0
         try:
             with open(f"/proc/{self._pid}/statm", "rb") as file:
-                return int(file.read().split()[1]) * PAGE_BYTES / 2**20
-        except (OSError, IndexError):
-            return 0.0
+                return int(file.read().split()[column])
+        except (OSError, IndexError, ValueError):
+            return 0
+
+    def _resize(self, memory_mib: int) -> None:
+        """Let the process use this much from now on: a warm instance fits any call."""
+        if memory_mib == self._limit_mib or self._is_ended:
+            return
+        self._limit_mib = memory_mib
+        soft_bytes = self._baseline_data_bytes + (memory_mib << 20)
+        with suppress(OSError, ValueError):  # then `check_memory` alone holds it to its limit
+            _, hard_bytes = resource.prlimit(self._pid, resource.RLIMIT_DATA)
+            if hard_bytes != resource.RLIM_INFINITY:
+                soft_bytes = min(soft_bytes, hard_bytes)
+            resource.prlimit(self._pid, resource.RLIMIT_DATA, (soft_bytes, hard_bytes))
+
+    def _reset_peak(self) -> None:
+        """Have the kernel count the peak anew, so that each batch has its own (proc(5), value 5)."""
+        self._used_mib = 0.0
+        if self._refs_fd >= 0:
+            with suppress(OSError):
+                os.write(self._refs_fd, b"5")
 
     def check_memory(self) -> None:
         """Kill the worker if it has outgrown its limit."""
         if self._on_done is not None and self._killed is None:
             used_mib = self.memory_mib() - self._baseline_mib
-            if used_mib > self._memory_mib:
+            self._used_mib = max(self._used_mib, used_mib)
+            if used_mib > self._limit_mib:
                 self.kill(
                     ItemKind.OUT_OF_MEMORY,
-                    f"the function used {used_mib:.0f} MiB; its limit is {self._memory_mib} MiB: "
+                    f"the function used {used_mib:.0f} MiB; its limit is {self._limit_mib} MiB: "
                     f"{MORE_MEMORY}",
                 )
 
@@ -211,6 +261,7 @@ class Worker(asyncio.Protocol):
                 break
             await asyncio.sleep(0.005)
         self._close_log()
+        self._close_refs()
         if not self._loaded.done():
             self._loaded.cancel()
         if self._on_done is not None:
@@ -264,14 +315,15 @@ class Worker(asyncio.Protocol):
         items, done = message
         for index, kind, value, error_type, text, remote_traceback in items:
             if kind == ItemKind.OUT_OF_MEMORY:
-                text += f"; its limit is {self._memory_mib} MiB: {MORE_MEMORY}"
+                text += f"; its limit is {self._limit_mib} MiB: {MORE_MEMORY}"
             self._results[index] = ItemResult(
                 ItemKind(kind), value, error_type, text, remote_traceback
             )
         if done is not None:
             run_s, peak_mib = done
             has_exited = bool(items) and items[-1][1] == ItemKind.WORKER_EXITED
-            self._finish(float(run_s), float(peak_mib), is_alive=not has_exited)
+            used_mib = max(0.0, float(peak_mib) - self._baseline_mib)
+            self._finish(float(run_s), used_mib, is_alive=not has_exited)
 
     def _finish(self, run_s: float, peak_mib: float, *, is_alive: bool) -> None:
         if self._timer is not None:
@@ -308,7 +360,7 @@ class Worker(asyncio.Protocol):
                 "process; `tierwise logs` shows what it printed",
             )
             self._results[running] = ItemResult(kind, message=message)
-        self._finish(self._loop.time() - self._started_s, 0.0, is_alive=False)
+        self._finish(self._loop.time() - self._started_s, self._used_mib, is_alive=False)
 
     def _timed_out(self, timeout_s: float) -> None:
         self.kill(
@@ -335,6 +387,12 @@ class Worker(asyncio.Protocol):
         elif not self._is_closing:
             self.on_idle_death(self._instance_id)
         self._close_log()
+        self._close_refs()
+
+    def _close_refs(self) -> None:
+        if self._refs_fd >= 0:
+            os.close(self._refs_fd)
+            self._refs_fd = -1
 
     # -- what the function prints ---------------------------------------------------------------
 
