@@ -88,6 +88,7 @@ async def serve(config: AgentConfig) -> None:
             group=group,
             slowdown=max(1.0, 1.0 / config.speed) if config.emulate_speed else 1.0,
         )
+        shell.sizings = functions.catalogue.sizings
         uplink = Uplink(
             scheduler=config.scheduler,
             credentials=credentials,

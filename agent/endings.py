@@ -55,6 +55,21 @@ def ran(
     )
 
 
+def charge(ticket: Ticket, now_s: float, node: Node, prices: PriceTable) -> None:
+    """Note what a run that is out of memory has cost; the call's own bill comes on top."""
+    run_s = now_s - ticket.run_at_s
+    spec = ticket.request.spec
+    ticket.retried_gb_s += spec.memory_mib / 1024.0 * run_s
+    ticket.retried_usd += prices.call_usd(
+        node.tier,
+        memory_mib=spec.memory_mib,
+        billed_s=run_s,
+        moved_bytes=0,
+        gpu_slots=spec.gpu_slots,
+        item_count=0,
+    )
+
+
 def answered(
     ticket: Ticket, there: Outcome, latency: LatencySplit, tier: Tier, prices: PriceTable
 ) -> Outcome:
@@ -84,6 +99,7 @@ def answered(
         tried=tuple(ticket.tried),
         policy_id=ticket.policy_id,
         explanation=ticket.explanation,
+        measures=request.measures,
     )
 
 
@@ -250,7 +266,7 @@ def _outcome(
         peak_memory_mib=peak_memory_mib,
         request_bytes=request.request_bytes,
         response_bytes=response_bytes,
-        money_usd=money_usd,
+        money_usd=money_usd + ticket.retried_usd,
         energy_j=energy_j,
         is_cold=ticket.is_cold,
         error_code=error_code,
@@ -260,4 +276,6 @@ def _outcome(
         policy_id=ticket.policy_id,
         explanation=ticket.explanation,
         lease=request.lease,
+        measures=request.measures,
+        retried_gb_s=ticket.retried_gb_s,
     )

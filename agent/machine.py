@@ -57,6 +57,7 @@ from tierwise.domain.event import (
 from tierwise.domain.ids import FunctionId, NodeId, RequestId
 from tierwise.domain.outcome import Outcome, OutcomeState
 from tierwise.domain.request import HOPS_MAX, TRIES_MAX, Request
+from tierwise.domain.sizing import RETRY_FACTOR
 from tierwise.domain.topology import Link, Node, NodeState
 from tierwise.domain.view import ClusterView, NodeReading
 
@@ -302,8 +303,10 @@ class NodeMachine:
                 continue
             if not pool.has_cpu_for(spec):
                 break
-            instance = pool.take_idle(function, ticket.request.request_id)
-            if instance is not None:
+            taken = pool.take_idle(spec, ticket.request.request_id, now_s)
+            if taken is not None:
+                instance, evicted = taken
+                out.extend(StopInstance(instance_id=old.instance_id) for old in evicted)
                 line.leave(ticket)
                 self._run(ticket, instance, now_s, out)
             elif self._coming_count(function, now_s) < line.count_of(function):
@@ -343,6 +346,7 @@ class NodeMachine:
                 instance_id=instance.instance_id,
                 request_id=ticket.request.request_id,
                 timeout_s=min(ticket.request.spec.timeout_s, ticket.ends_at_s - now_s),
+                memory_mib=ticket.request.spec.memory_mib,
             )
         )
 
@@ -355,8 +359,24 @@ class NodeMachine:
         else:
             self.pool.remove(event.instance_id)
         ticket = self._running.pop(event.request_id)
+        if event.is_out_of_memory and self._try_larger(ticket, now_s):
+            self._pump(now_s, out)
+            return
         self._finish(ticket, endings.ran(ticket, event, now_s, self.node, self._prices), now_s, out)
         self._pump(now_s, out)
+
+    def _try_larger(self, ticket: Ticket, now_s: float) -> bool:
+        """Let a call that ran out of the memory chosen for it run once more, with twice as much."""
+        spec = ticket.request.spec
+        larger_mib = min(RETRY_FACTOR * spec.memory_mib, self.node.capacity.memory_mib)
+        is_over = ticket.is_cancelled or ticket.is_late or ticket.ends_at_s <= now_s
+        is_second = ticket.retried_gb_s > 0.0
+        if not spec.is_memory_auto or is_over or is_second or larger_mib <= spec.memory_mib:
+            return False
+        endings.charge(ticket, now_s, self.node, self._prices)
+        ticket.request = ticket.request.with_memory(larger_mib)
+        self._line.join(ticket)
+        return True
 
     def _start_failed(self, event: InstanceFailed, now_s: float, out: list[NodeCommand]) -> None:
         instance = self.pool.remove(event.instance_id)

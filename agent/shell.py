@@ -5,7 +5,7 @@ Payload bytes live here, keyed by request id; the machine never sees them.
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, assert_never
@@ -45,13 +45,15 @@ from tierwise.domain.event import (
     Ticked,
 )
 from tierwise.domain.function import FunctionSpec
-from tierwise.domain.ids import InstanceId, NodeId, RequestId
+from tierwise.domain.ids import FunctionId, InstanceId, NodeId, RequestId
 from tierwise.domain.outcome import Outcome, OutcomeState
 from tierwise.domain.request import Request
+from tierwise.domain.sizing import Sizing
 from tierwise.domain.view import NodeReading
 from tierwise.errors import TierwiseError
 from tierwise.v1 import types_pb2
 from tierwise.wire import convert
+from tierwise.wire.measures import largest
 
 log = structlog.get_logger()
 
@@ -193,6 +195,7 @@ class Shell:
         """
         self.machine = machine
         self.decider = decider
+        self.sizings: Mapping[FunctionId, Sizing] = {}
         self.reports: deque[tuple[Outcome, str, str, float]] = deque()  # and when, monotonic
         self.dropped_report_count = 0
         self._runtime = runtime
@@ -225,7 +228,18 @@ class Shell:
             call.on_reply.append(on_reply)
         else:
             self._calls[request.request_id] = Call(arguments, [on_reply], caller)
+            if request.hops == 0:  # a peer has done so already
+                request = self._sized(request, arguments)
         self.feed(Arrived(request=request))
+
+    def _sized(self, request: Request, arguments: Sequence[bytes]) -> Request:
+        """Measure the input; if the function's memory is chosen per call, choose it."""
+        request = replace(request, measures=largest(arguments))
+        sizing = self.sizings.get(request.function_id) if request.spec.is_memory_auto else None
+        memory_mib = sizing.memory_mib(request.measures) if sizing is not None else None
+        if memory_mib is None:
+            return request
+        return request.with_memory(memory_mib)
 
     def cancel(self, request_id: str) -> None:
         """Cancel an unfinished request; its reply follows. Unknown ids are ignored."""
@@ -332,13 +346,17 @@ class Shell:
             )
 
     async def _start_worker(self, instance_id: str, spec: FunctionSpec) -> None:
+        # Its limit is set anew for each call, within what it starts with.
+        limit_mib = (
+            self.machine.node.capacity.memory_mib if spec.is_memory_auto else spec.memory_mib
+        )
         environment = await self._environments.get(spec.requirements)
         await self._runtime.start(
             instance_id,
             code_digest=spec.code_digest,
             code_path=await self._code.path(spec.code_digest),
             environment=environment,
-            memory_mib=spec.memory_mib,
+            memory_mib=limit_mib,
         )
 
     def _run(self, command: RunOn) -> None:
@@ -353,7 +371,11 @@ class Shell:
                 self._run_finished(command, call, report)
 
         self._runtime.run(
-            command.instance_id, call.arguments, timeout_s=command.timeout_s, on_done=finished
+            command.instance_id,
+            call.arguments,
+            timeout_s=command.timeout_s,
+            on_done=finished,
+            memory_mib=command.memory_mib,
         )
 
     def _hold(self, command: RunOn, call: Call, report: RunReport, wait_s: float) -> None:
@@ -403,6 +425,7 @@ class Shell:
                 response_bytes=sum(len(item.value) for item in report.items),
                 error_code=CODE_BY_KIND[first.kind] if first and is_whole else "",
                 message=_told(first, function) if first else "",
+                is_out_of_memory=any(item.kind is ItemKind.OUT_OF_MEMORY for item in failed),
             )
         )
 

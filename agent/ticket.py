@@ -46,6 +46,8 @@ class Ticket:
     instance: Instance | None = None
     explanation: Explanation | None = None
     policy_id: PolicyId = NO_POLICY
+    retried_gb_s: float = 0.0  # of an attempt that ran out of memory, and what it cost
+    retried_usd: float = 0.0
 
     @property
     def is_host(self) -> bool:

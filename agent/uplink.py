@@ -256,6 +256,7 @@ class Uplink:
             case "catalogue":
                 catalogue = convert.catalogue_from_pb(message.catalogue)
                 self._functions.replace(catalogue)
+                self._shell.sizings = catalogue.sizings
                 self._shell.feed(CatalogueReceived(catalogue=catalogue))
             case "view":
                 self._shell.feed(convert.view_from_pb(message.view))

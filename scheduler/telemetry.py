@@ -56,6 +56,8 @@ class Telemetry(call_pb2_grpc.CallServiceServicer):
         self._taken: list[_Taken] = []
         # Stores more of the calls, in the same transaction.
         self.also_store: Callable[[Connection, Sequence[Outcome]], None] = lambda *_: None
+        # Learns more from a call; `speed` is that of its node, or None.
+        self.also_learn: Callable[[Outcome, float | None], None] = lambda *_: None
         rows = store.read_now(lambda c: c.execute(select(profiles)).mappings().all())
         self._profiles = Profiles(
             {
@@ -208,6 +210,7 @@ class Telemetry(call_pb2_grpc.CallServiceServicer):
         speed = None if row is None else row.node.speed
         if self._profiles.learn(outcome, speed, monotonic_s()):
             self._unstored.add(outcome.function_id)
+        self.also_learn(outcome, speed)
 
     # -- storage --------------------------------------------------------------------------------
 
@@ -290,7 +293,7 @@ def _amounts(outcome: Outcome) -> dict[str, float]:
     return {
         "call_count": 1,
         "item_count": outcome.item_count,
-        "gb_s": outcome.memory_mib / 1024.0 * run_s,
+        "gb_s": outcome.memory_mib / 1024.0 * run_s + outcome.retried_gb_s,
         "cpu_s": run_s,
         "money_usd": outcome.money_usd,
         "missed_count": int(outcome.is_missed),

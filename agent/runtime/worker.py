@@ -8,6 +8,7 @@ zygote loaded by path; never tierwise itself. Frames in both directions are a u3
                      done is None or [run seconds, peak MiB]; first of all one frame for the start
 """
 
+import ctypes
 import hashlib
 import importlib.abc
 import io
@@ -30,6 +31,7 @@ MESSAGE_MAX = 4096
 TRACEBACK_MAX = 16_384
 FLUSH_BYTES = 64 << 10
 FLUSH_S = 0.005
+TRIM_KIB = 4096  # batches that need more leave something to give back
 _U32 = struct.Struct("<I")
 
 
@@ -79,11 +81,27 @@ def run(
         os._exit(1)
     _send(channel, msgspec.msgpack.encode(None))
     read = channel.makefile("rb", buffering=1 << 16).read
+    loaded_kib = _peak_kib()
     while True:
         header = read(4)
         if len(header) < 4:
             os._exit(0)
-        _serve(channel, progress, payload, function, read(_U32.unpack(header)[0]), result_bytes_max)
+        body = read(_U32.unpack(header)[0])
+        _serve(channel, progress, payload, function, body, result_bytes_max, loaded_kib)
+        del body  # before it waits for the next
+
+
+def _peak_kib() -> int:
+    """Return the peak of resident memory; the agent has it counted anew for each batch."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _give_back() -> None:
+    """Return freed memory to the system, or the next batch's peak and limit would include it."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        pass  # another malloc
 
 
 def _serve(
@@ -93,6 +111,7 @@ def _serve(
     function: Any,
     body: bytes,
     result_bytes_max: int,
+    loaded_kib: int,
 ) -> None:
     (count,) = _U32.unpack_from(body)
     offset = 4
@@ -118,7 +137,10 @@ def _serve(
                 items, unsent_bytes, sent_s = [], 0, now_s
     run_s = time.monotonic() - started_s
     _flush_output()
-    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak_kib = _peak_kib()
+    if peak_kib - loaded_kib > TRIM_KIB:
+        _give_back()  # before the agent hears of the end, for it then counts the peak anew
+    peak_mib = peak_kib / 1024
     _send(channel, msgspec.msgpack.encode([items, [run_s, peak_mib]]))
     if has_exited:
         os._exit(0)

@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.functions import graphs, numeric, text
 
-COUNTS = {"train": 32, "interpolate": 16, "extrapolate": 8}
+COUNTS = {"train": 32, "interpolate": 16, "extrapolate": 6}
 BEYOND = (1.15, 1.6)  # of the largest size that was trained on
 
 
@@ -29,8 +29,8 @@ class Workload:
 
 
 WORKLOADS = {
-    "matmul": Workload(numeric.matmul, {"n": (32, 3000)}),
-    "linpack": Workload(numeric.linpack, {"n": (32, 3000), "rhs": (1, 1000)}),
+    "matmul": Workload(numeric.matmul, {"n": (32, 2400)}),
+    "linpack": Workload(numeric.linpack, {"n": (32, 2400), "rhs": (1, 1000)}),
     "aes": Workload(
         numeric.aes,
         {"length": (256, 40_000), "rounds": (1, 4)},

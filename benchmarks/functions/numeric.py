@@ -61,7 +61,7 @@ def _tables(key):
             word[0] ^= rcon
             rcon = (rcon << 1) ^ (0x11B if rcon & 0x80 else 0)
         words.append([a ^ b for a, b in zip(words[i - 4], word, strict=True)])
-    return sbox, [sum(words[i : i + 4], []) for i in range(0, 44, 4)]
+    return sbox, [[b for word in words[i : i + 4] for b in word] for i in range(0, 44, 4)]
 
 
 def _encrypt(block, sbox, keys):

@@ -72,6 +72,7 @@ class RunFinished:
     response_bytes: int = 0
     error_code: str = ""
     message: str = ""
+    is_out_of_memory: bool = False  # the batch, or an item of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ from enum import IntEnum
 
 from tierwise.domain.ids import FunctionId, function_id
 from tierwise.domain.resources import Resources
+from tierwise.domain.sizing import Sizing
 from tierwise.domain.topology import Tier
 
 ALL_TIERS = frozenset(Tier)
@@ -44,6 +45,7 @@ class FunctionSpec:
     budget_usd: float | None = None  # per call
     retries_max: int = 2
     description: str = ""
+    is_memory_auto: bool = False  # `memory_mib` is then for calls of which nothing is known yet
     function_id: FunctionId = field(init=False, compare=False)  # namespace/name@version
 
     def __post_init__(self) -> None:
@@ -81,6 +83,7 @@ class Catalogue:
     revision: int = 0
     functions: dict[FunctionId, FunctionSpec] = field(default_factory=dict)
     profiles: dict[FunctionId, FunctionProfile] = field(default_factory=dict)
+    sizings: dict[FunctionId, Sizing] = field(default_factory=dict)
 
     def profile(self, function: FunctionId) -> FunctionProfile:
         """Return what is known of `function`, the prior if nothing is."""

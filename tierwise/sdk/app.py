@@ -134,7 +134,9 @@ class App:
         Args:
             code: The function, when used without parentheses.
             name: Default: the function's name, with `_` as `-`.
-            memory: What one instance may use; it is killed beyond that.
+            memory: What one call may use; it is killed beyond that. "auto" gives each call what
+                its input needs, learnt from the calls before; one that runs out of memory all the
+                same runs once more with twice as much.
             cpus: What one running call takes.
             gpu: GPU slots that one running call takes.
             deadline: How soon a result should be there; placement works for it, misses count.
@@ -160,7 +162,7 @@ class App:
                 version=1,
                 code_digest="",
                 requirements=_listed(requirements),
-                memory_mib=parse_memory_mib(memory),
+                memory_mib=parse_memory_mib("256MiB" if memory == "auto" else memory),
                 cpus=cpus,
                 gpu_slots=gpu,
                 timeout_s=parse_duration_s(timeout),
@@ -171,6 +173,7 @@ class App:
                 keep_alive_s=parse_duration_s(keep_alive),
                 budget_usd=budget_usd,
                 retries_max=retries,
+                is_memory_auto=memory == "auto",
                 description=(function.__doc__ or "").strip().partition("\n")[0],
             )
             convert.spec_from_pb(convert.spec_to_pb(spec))  # the scheduler's checks, early
