@@ -9,6 +9,7 @@ once more at double the memory. Half a CPU is *emulated* as twice the CPU time.
 """
 
 import argparse
+import copy
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from tierwise.domain.topology import Tier
 
 PROFILES = Path("docs/results/memory_profiles.json")
 SPLITS = ("interpolate", "extrapolate", "skewed")
+FOLDS = 4
 TRAIN_INPUTS = 24  # of those profiled, drawn anew for each seed
 SKEWED_CALLS = 400
 ZIPF = 1.0
@@ -105,23 +107,29 @@ def _oracle(run: Run, deadline_s: float) -> Size:
 
 def tuned(make: type, runs: Sequence[Run], deadline_s: float, seed: int) -> Sizer:
     """Return a sizer trained with the knob that is best in a cross-validation over inputs."""
-    inputs = list(dict.fromkeys(tuple(sorted(r.measures.items())) for r in runs))
-    fold_of = {key: number % 4 for number, key in enumerate(inputs)}
-    folds = np.array([fold_of[tuple(sorted(r.measures.items()))] for r in runs])
-    ranked = []
-    for knob in make.knobs if len(make.knobs) > 1 else ():
-        scores = []
-        for fold in range(4):
+    chosen = make()
+    if len(make.knobs) > 1:
+        inputs = list(dict.fromkeys(tuple(sorted(r.measures.items())) for r in runs))
+        fold_of = {key: number % FOLDS for number, key in enumerate(inputs)}
+        folds = [fold_of[tuple(sorted(r.measures.items()))] for r in runs]
+        tried: dict[float, list[Score]] = {knob: [] for knob in make.knobs}
+        for fold in range(FOLDS):
+            known = [r for r, f in zip(runs, folds, strict=True) if f != fold]
+            held_out = [r for r, f in zip(runs, folds, strict=True) if f == fold]
             sizer = make()
-            sizer.train([r for r, f in zip(runs, folds, strict=True) if f != fold], knob, seed)
-            held = [r for r, f in zip(runs, folds, strict=True) if f == fold]
-            scores.append(judge(sizer, held, deadline_s))
-        oom = float(np.mean([s.oom_share for s in scores]))
-        ranked.append((max(0.0, oom - 0.01), sum(s.usd for s in scores), knob))
-    knob = min(ranked)[2] if ranked else make.knobs[0]
-    sizer = make()
-    sizer.train(runs, knob, seed)
-    return sizer
+            for number, knob in enumerate(make.knobs):
+                sizer.knob = knob
+                if number == 0 or make.trains_with_knob:
+                    sizer.train(known, seed)
+                tried[knob].append(judge(sizer, held_out, deadline_s))
+        chosen.knob = min(tried, key=lambda knob: _rank(tried[knob]))
+    chosen.train(runs, seed)
+    return chosen
+
+
+def _rank(scores: Sequence[Score]) -> tuple[float, float]:
+    oom_share = float(np.mean([score.oom_share for score in scores]))
+    return max(0.0, oom_share - 0.01), sum(score.usd for score in scores)
 
 
 def measure(
@@ -142,9 +150,9 @@ def measure(
             )
             streams = {split: _stream(splits, split, rng) for split in SPLITS}
             for way in ways:
+                made = None if way == "oracle" else tuned(RIVALS[way], runs, deadline_s, seed)
                 for split in SPLITS:
-                    sizer = None if way == "oracle" else tuned(RIVALS[way], runs, deadline_s, seed)
-                    score = judge(sizer, streams[split], deadline_s)
+                    score = judge(copy.deepcopy(made), streams[split], deadline_s)
                     found[way][split][row, seed] = [
                         getattr(score, f) for f in Score.__dataclass_fields__
                     ]

@@ -42,8 +42,10 @@ class Sizer(Protocol):
     """Chooses a size for each call, having seen profiled runs."""
 
     knobs: Sequence[float]
+    knob: float
+    trains_with_knob: bool  # else it may be turned after training
 
-    def train(self, runs: Sequence[Run], knob: float, seed: int) -> None:
+    def train(self, runs: Sequence[Run], seed: int) -> None:
         """Learn from profiled runs."""
 
     def choose(self, measures: Mapping[str, float]) -> Size:
@@ -57,11 +59,13 @@ class Fixed:
     """What does not look at the input, and does not learn."""
 
     knobs: Sequence[float] = MARGINS
+    knob = 1.0
+    trains_with_knob = True
 
     def __init__(self) -> None:
         self.size = Size(FLOOR_MIB)
 
-    def train(self, runs: Sequence[Run], knob: float, seed: int) -> None:
+    def train(self, runs: Sequence[Run], seed: int) -> None:
         raise NotImplementedError
 
     def choose(self, measures: Mapping[str, float]) -> Size:
@@ -74,15 +78,15 @@ class Fixed:
 class StaticMax(Fixed):
     """The largest peak that was profiled, times a margin."""
 
-    def train(self, runs: Sequence[Run], knob: float, seed: int) -> None:
-        self.size = Size(in_steps(knob * max(r.peak_mib for r in runs)))
+    def train(self, runs: Sequence[Run], seed: int) -> None:
+        self.size = Size(in_steps(self.knob * max(r.peak_mib for r in runs)))
 
 
 class StaticP95(Fixed):
     """The 95th percentile of the peaks, times a margin."""
 
-    def train(self, runs: Sequence[Run], knob: float, seed: int) -> None:
-        self.size = Size(in_steps(knob * float(np.quantile([r.peak_mib for r in runs], 0.95))))
+    def train(self, runs: Sequence[Run], seed: int) -> None:
+        self.size = Size(in_steps(self.knob * float(np.quantile([r.peak_mib for r in runs], 0.95))))
 
 
 class PowerTuning(Fixed):
@@ -93,9 +97,9 @@ class PowerTuning(Fixed):
 
     knobs = (0.5, 0.8, 0.9, 0.95, 1.0)
 
-    def train(self, runs: Sequence[Run], knob: float, seed: int) -> None:
+    def train(self, runs: Sequence[Run], seed: int) -> None:
         ordered = sorted(runs, key=lambda r: r.need_mib)
-        payload = ordered[min(len(ordered) - 1, int(knob * len(ordered)))]
+        payload = ordered[min(len(ordered) - 1, int(self.knob * len(ordered)))]
         fitting = [m for m in TUNING_LEVELS_MIB if m >= payload.need_mib] or [TUNING_LEVELS_MIB[-1]]
         self.size = min(
             (Size(m, c) for m in fitting for c in SHARES),
@@ -109,10 +113,10 @@ class Cose(Fixed):
     The knob is how many times its cost a run that is out of memory counts.
     """
 
-    knobs = (1.0, 3.0, 10.0, 30.0)
+    knobs = (3.0, 30.0)
     trials = 25
 
-    def train(self, runs: Sequence[Run], knob: float, seed: int) -> None:
+    def train(self, runs: Sequence[Run], seed: int) -> None:
         from scipy.stats import norm
         from sklearn.gaussian_process import GaussianProcessRegressor
         from sklearn.gaussian_process.kernels import Matern, WhiteKernel
@@ -123,29 +127,37 @@ class Cose(Fixed):
         space = [Size(m, c) for m in sizes for c in SHARES]
         grid = np.array([[math.log2(s.memory_mib), 2.0 * s.share] for s in space])
         picked = [int(i) for i in rng.choice(len(space), min(4, len(space)), replace=False)]
+        # The same runs at every size: what differs is then the size.
+        payloads = sorted(runs, key=lambda r: r.need_mib)[:: max(1, len(runs) // 8)]
+        payloads = [*payloads, max(runs, key=lambda r: r.need_mib)]
         costs: list[float] = []
+        failing: set[int] = set()
 
         def tried(index: int) -> float:
             size = space[index]
             total = 0.0
-            for run in (runs[int(i)] for i in rng.integers(len(runs), size=4)):
+            for run in payloads:
                 cost = size.memory_mib * run.run_s[size.share]
-                total += cost * (1.0 + 2.0 * knob if size.memory_mib < run.need_mib else 1.0)
+                is_short = size.memory_mib < run.need_mib
+                total += cost * (1.0 + 2.0 * self.knob if is_short else 1.0)
+                failing.update([index] if is_short else [])
             return math.log(total)
 
         costs = [tried(i) for i in picked]
         for _ in range(self.trials - len(picked)):
-            model = GaussianProcessRegressor(
-                Matern(nu=2.5, length_scale_bounds=(0.3, 10.0))
-                + WhiteKernel(0.1, noise_level_bounds=(1e-3, 10.0)),
+            model = GaussianProcessRegressor(  # its length is an octave: no search for it
+                Matern(nu=2.5, length_scale=1.0) + WhiteKernel(0.1),
                 normalize_y=True,
+                optimizer=None,
             ).fit(grid[picked], costs)
             mean, deviation = model.predict(grid, return_std=True)
             z = (min(costs) - mean) / np.maximum(deviation, 1e-9)
             gain = (min(costs) - mean) * norm.cdf(z) + deviation * norm.pdf(z)
             picked.append(int(np.argmax(gain)))
             costs.append(tried(picked[-1]))
-        self.size = space[int(np.argmin(model.predict(grid)))]
+        mean = model.predict(grid)
+        sound = [i for i in picked if i not in failing] or list(range(len(space)))
+        self.size = space[min(sound, key=lambda i: mean[i])]
 
 
 class Parrotfish(Fixed):
@@ -155,7 +167,7 @@ class Parrotfish(Fixed):
     and takes the cheapest size at which none of them fails. The knob is a margin on that.
     """
 
-    def train(self, runs: Sequence[Run], knob: float, seed: int) -> None:
+    def train(self, runs: Sequence[Run], seed: int) -> None:
         from scipy.optimize import curve_fit
 
         ordered = sorted(runs, key=lambda r: r.need_mib)
@@ -176,17 +188,18 @@ class Parrotfish(Fixed):
                 costs += sizes * (a * np.exp(-sizes / b) + c)
             except RuntimeError:
                 costs += sizes * times
-        self.size = Size(in_steps(knob * float(sizes[int(np.argmin(costs))])))
+        self.size = Size(in_steps(self.knob * float(sizes[int(np.argmin(costs))])))
 
 
 class _PerInput:
     """What looks at the input, by the measures that all profiled runs have."""
 
     knobs: Sequence[float] = MARGINS
+    knob = 1.0
+    trains_with_knob = True
 
     def __init__(self) -> None:
         self._names: list[str] = []
-        self._knob = 1.0
 
     def _table(self, runs: Sequence[Run]) -> np.ndarray:
         self._names = sorted(set.intersection(*(set(r.measures) for r in runs)))
@@ -202,17 +215,23 @@ class _PerInput:
 class MemFigLess(_PerInput):
     """MemFigLess (2024): a multi-output random forest from input to memory and time."""
 
-    def train(self, runs: Sequence[Run], knob: float, seed: int) -> None:
+    trains_with_knob = False
+
+    def train(self, runs: Sequence[Run], seed: int) -> None:
         from sklearn.ensemble import RandomForestRegressor
 
-        self._knob = knob
         targets = [[r.peak_mib, r.run_s[1.0], r.run_s[0.5]] for r in runs]
         self._forest = RandomForestRegressor(100, random_state=seed, n_jobs=1)
         self._forest.fit(self._table(runs), targets)
+        self._known: dict[tuple[float, ...], np.ndarray] = {}
 
     def choose(self, measures: Mapping[str, float]) -> Size:
-        peak_mib, full_s, half_s = self._forest.predict(self._row(measures))[0]
-        return Size(in_steps(self._knob * peak_mib), 1.0 if full_s <= half_s else 0.5)
+        row = self._row(measures)
+        key = tuple(row[0])
+        if key not in self._known:
+            self._known[key] = self._forest.predict(row)[0]
+        peak_mib, full_s, half_s = self._known[key]
+        return Size(in_steps(self.knob * peak_mib), 1.0 if full_s <= half_s else 0.5)
 
 
 class Shabari(_PerInput):
@@ -226,8 +245,7 @@ class Shabari(_PerInput):
     trusted_after = 10
     rate = 0.3
 
-    def train(self, runs: Sequence[Run], knob: float, seed: int) -> None:
-        self._knob = knob
+    def train(self, runs: Sequence[Run], seed: int) -> None:
         table = np.log1p(np.maximum(0.0, self._table(runs)))
         self._mean, self._scale = table.mean(axis=0), table.std(axis=0) + 1e-9
         top = in_steps(2.0 * max(r.peak_mib for r in runs))
@@ -253,52 +271,57 @@ class Shabari(_PerInput):
         x = self._features(measures)
         levels = np.log2(np.array(self._sizes))
         need = math.log2(in_steps(run.peak_mib))
-        costs = np.where(levels >= need, levels - need, self._knob * (need - levels + 0.5))
+        costs = np.where(levels >= need, levels - need, self.knob * (need - levels + 0.5))
         step = self.rate / (1.0 + float(x @ x))
         self._weights += step * np.outer(costs - self._weights @ x, x)
 
 
 class QuantileForest(_PerInput):
-    """A quantile forest alone, with a split-conformal margin. The knob is the forest's quantile."""
+    """A quantile forest alone, its 0.9-quantile with a cross-fitted conformal margin."""
 
-    knobs = (0.5, 0.9, 0.95)
+    knobs = (0.9,)
+    knob = 0.9
 
-    def train(self, runs: Sequence[Run], knob: float, seed: int) -> None:
+    def train(self, runs: Sequence[Run], seed: int) -> None:
         from quantile_forest import RandomForestQuantileRegressor
 
         from scheduler.advisors.memory import conformal
 
-        self._knob = knob
         table = self._table(runs)
         peaks = np.maximum(FLOOR_MIB / 2, [r.peak_mib for r in runs])
         scores = []
         for fold in range(5):
             out = np.arange(len(runs)) % 5 == fold
-            forest = RandomForestQuantileRegressor(100, random_state=seed, min_samples_leaf=2)
+            forest = RandomForestQuantileRegressor(50, random_state=seed, min_samples_leaf=2)
             forest.fit(table[~out], peaks[~out])
-            scores.append(peaks[out] / forest.predict(table[out], quantiles=[knob]).ravel())
+            scores.append(peaks[out] / forest.predict(table[out], quantiles=[self.knob]).ravel())
         self._margin = conformal(np.concatenate(scores), 0.01)
-        self._forest = RandomForestQuantileRegressor(100, random_state=seed, min_samples_leaf=2)
+        self._forest = RandomForestQuantileRegressor(50, random_state=seed, min_samples_leaf=2)
         self._forest.fit(table, peaks)
+        self._known: dict[tuple[float, ...], float] = {}
 
     def choose(self, measures: Mapping[str, float]) -> Size:
-        found = self._forest.predict(self._row(measures), quantiles=[self._knob])
-        return Size(in_steps(self._margin * float(np.ravel(found)[0])))
+        row = self._row(measures)
+        key = tuple(row[0])
+        if key not in self._known:
+            found = self._forest.predict(row, quantiles=[self.knob])
+            self._known[key] = float(np.ravel(found)[0])
+        return Size(in_steps(self._margin * self._known[key]))
 
 
 class Tierwise(_PerInput):
     """tierwise: growth × conformal margin, as agents evaluate it. It has no knob."""
 
     knobs = (0.01,)
+    knob = 0.01
     is_online = False
     refit_every = 8
 
-    def train(self, runs: Sequence[Run], knob: float, seed: int) -> None:
-        self._knob = knob
+    def train(self, runs: Sequence[Run], seed: int) -> None:
         self._samples = [_sample(run) for run in runs]
         self._default = in_steps(max(r.peak_mib for r in runs))
         self._new = 0
-        self.sizing = fit(self._samples, oom_chance=knob)
+        self.sizing = fit(self._samples, oom_chance=self.knob)
 
     def choose(self, measures: Mapping[str, float]) -> Size:
         found = self.sizing.memory_mib(measures) if self.sizing is not None else None
@@ -311,7 +334,7 @@ class Tierwise(_PerInput):
         self._new += 1
         if has_run_out or self._new >= self.refit_every:
             self._new = 0
-            self.sizing = fit(self._samples, oom_chance=self._knob)
+            self.sizing = fit(self._samples, oom_chance=self.knob)
 
 
 class TierwiseOnline(Tierwise):
