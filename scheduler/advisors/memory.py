@@ -32,7 +32,9 @@ DRIFT_SLACK = 0.05  # of log(peak ÷ prediction) per call
 DRIFT_LIMIT = 2.0
 POWERS = (0.5, 1.0, 1.5, 2.0, 3.0)
 PAIRS = ((1.0, 1.0), (2.0, 1.0), (1.0, 2.0))
+RIDGE = 1e-10  # of normal equations whose columns are scaled to 1
 Array = NDArray[np.float64]
+Shape = tuple[tuple[int, float], ...]  # (column, power) of each factor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,9 +62,7 @@ def fit(samples: Sequence[Sample], *, oom_chance: float = OOM_CHANCE) -> Sizing 
     if len(samples) < SAMPLES_MIN:
         return None
     names = _telling(samples)
-    table = np.array([[s.measures.get(n, 0.0) for n in names] for s in samples]).reshape(
-        len(samples), len(names)
-    )
+    table = _table(samples, names)
     peaks = np.array([s.peak_mib for s in samples])
     ended = np.array([not s.is_out_of_memory for s in samples])
     runs = np.array([s.run_s for s in samples])
@@ -72,7 +72,7 @@ def fit(samples: Sequence[Sample], *, oom_chance: float = OOM_CHANCE) -> Sizing 
         runs = runs[ended]
         run = _grow(table[ended], runs, max(RUN_FLOOR_S, float(np.median(runs)) / 4))
     used = sorted({column for column, _ in memory.used})
-    scores = _scores(table, peaks, memory.shapes, _folds(len(samples)))
+    scores = _scores(table, peaks, memory.shapes, _folds(table))
     tail = _scores(table, peaks, memory.shapes, [_tail(peaks)])
     margin = conformal(scores, oom_chance)
     return Sizing(
@@ -136,7 +136,7 @@ def recommend(samples: Sequence[Sample], declared_mib: int) -> Recommendation | 
     fixed_mib = in_steps(conformal(peaks, OOM_CHANCE))
     fixed = [fixed_mib] * len(samples)
     auto = [fixed_mib] * len(samples)
-    for held_out in _folds(len(samples)):
+    for held_out in _folds(_table(samples, _telling(samples))):
         other = fit([s for s, is_out in zip(samples, held_out, strict=True) if not is_out])
         if other is not None:
             for index in map(int, np.flatnonzero(held_out)):
@@ -208,7 +208,7 @@ def conformal(scores: Array, chance: float) -> float:
 class _Grown:
     """Terms by column of the table; `shapes[i]` has weight `weights[i]`."""
 
-    shapes: tuple[tuple[tuple[int, float], ...], ...]
+    shapes: tuple[Shape, ...]
     weights: Array
 
     @property
@@ -237,6 +237,12 @@ def _telling(samples: Sequence[Sample]) -> list[str]:
     return [name for name, _ in kept[:MEASURES_MAX]]
 
 
+def _table(samples: Sequence[Sample], names: Sequence[str]) -> Array:
+    """Return the measures, a row per sample; without names its rows are empty."""
+    rows = [[sample.measures.get(name, 0.0) for name in names] for sample in samples]
+    return np.array(rows, dtype=np.float64).reshape(len(samples), len(names))
+
+
 def _ranks(values: Array) -> Array:
     return np.argsort(np.argsort(values)).astype(np.float64)
 
@@ -253,28 +259,68 @@ def _grow(table: Array, values: Array, floor: float) -> _Grown:
     Errors are relative to the value, or to `floor` if that is larger: what is below it matters not.
     """
     weights = 1.0 / np.maximum(values, floor)
-    splits = [*_folds(len(values)), _tail(values)]
-    shapes: tuple[tuple[tuple[int, float], ...], ...] = ((),)
-    error = _error(table, values, weights, shapes, splits)
     columns = range(table.shape[1])
-    candidates = [((c, p),) for c in columns for p in POWERS] + [
-        ((a, p), (b, q)) for a in columns for b in columns if a < b for p, q in PAIRS
-    ]
-    while len(shapes) < TERMS_MAX:
-        trials = [(*shapes, shape) for shape in candidates if shape not in shapes]
-        ranked = [(_error(table, values, weights, trial, splits), trial) for trial in trials]
-        best, chosen = min(ranked, default=(math.inf, shapes))
-        if not best < error * (1.0 - GAIN_MIN):
+    candidates: list[Shape] = [()]
+    candidates += [((c, p),) for c in columns for p in POWERS]
+    candidates += [((a, p), (b, q)) for a in columns for b in columns if a < b for p, q in PAIRS]
+    splits = np.array([*_folds(table), _tail(values)])
+    trials = _Trials(_design(table, candidates), values, weights, splits)
+    chosen = [0]
+    error = float(trials.errors(np.array([chosen]))[0])
+    while len(chosen) < min(TERMS_MAX, len(candidates)):
+        rest = [c for c in range(len(candidates)) if c not in chosen]
+        errors = trials.errors(np.array([[*chosen, c] for c in rest]))
+        best = int(np.argmin(errors))
+        if not errors[best] < error * (1.0 - GAIN_MIN):
             break
-        error, shapes = best, chosen
+        error = float(errors[best])
+        chosen.append(rest[best])
+    shapes = tuple(candidates[c] for c in chosen)
     solved = _solve(_design(table, shapes), values, weights)
-    assert solved is not None or len(shapes) > 1
     if solved is None:  # all samples together want a negative weight: the constant does it
         return _Grown(((),), np.array([float(np.average(values, weights=weights))]))
     return _Grown(shapes, solved)
 
 
-def _design(table: Array, shapes: Sequence[tuple[tuple[int, float], ...]]) -> Array:
+class _Trials:
+    """Errors of many sets of terms at once, from the normal equations of each split."""
+
+    def __init__(
+        self, design: Array, values: Array, weights: Array, splits: NDArray[np.bool_]
+    ) -> None:
+        rows = design / np.maximum(np.abs(design).max(axis=0), 1e-300) * weights[:, None]
+        aims = values * weights
+        self._count = splits.sum(axis=1)
+        held = [(rows[out], aims[out]) for out in splits]
+        known = [(rows[~out], aims[~out]) for out in splits]
+        self._gram = np.array([r.T @ r for r, _ in known])
+        self._aim = np.array([r.T @ y for r, y in known])
+        self._held_gram = np.array([r.T @ r for r, _ in held])
+        self._held_aim = np.array([r.T @ y for r, y in held])
+        self._held_square = np.array([y @ y for _, y in held])
+
+    def errors(self, trials: NDArray[np.int_]) -> Array:
+        """Return, for each row of column numbers, the mean error over the splits.
+
+        It is the root mean square of what the held-out samples miss; infinite if any split wants a
+        negative weight.
+        """
+        pairs = (slice(None), trials[:, :, None], trials[:, None, :])
+        gram = self._gram[pairs] + RIDGE * np.eye(trials.shape[1])
+        solved = np.linalg.solve(gram, self._aim[:, trials][..., None])[..., 0]
+        square = (
+            np.einsum("sti,stij,stj->st", solved, self._held_gram[pairs], solved)
+            - 2.0 * np.einsum("sti,sti->st", solved, self._held_aim[:, trials])
+            + self._held_square[:, None]
+        )
+        errors = np.sqrt(np.maximum(square, 0.0) / self._count[:, None]).mean(axis=0)
+        largest = np.abs(solved).max(axis=2, keepdims=True)
+        is_negative = (solved < -1e-9 * np.maximum(largest, 1e-300)).any(axis=(0, 2))
+        mean: Array = np.where(is_negative, np.inf, errors)
+        return mean
+
+
+def _design(table: Array, shapes: Sequence[Shape]) -> Array:
     columns = [
         np.prod([table[:, c] ** p for c, p in shape], axis=0) if shape else np.ones(len(table))
         for shape in shapes
@@ -292,29 +338,10 @@ def _solve(design: Array, values: Array, weights: Array) -> Array | None:
     return weighed
 
 
-def _error(
-    table: Array,
-    values: Array,
-    weights: Array,
-    shapes: Sequence[tuple[tuple[int, float], ...]],
-    splits: Sequence[NDArray[np.bool_]],
-) -> float:
-    """Return the mean of the root mean squared relative errors over the splits."""
-    design = _design(table, shapes)
-    errors = []
-    for held_out in splits:
-        solved = _solve(design[~held_out], values[~held_out], weights[~held_out])
-        if solved is None:
-            return math.inf
-        misses = (design[held_out] @ solved - values[held_out]) * weights[held_out]
-        errors.append(math.sqrt(float(np.mean(misses**2))))
-    return float(np.mean(errors))
-
-
 def _scores(
     table: Array,
     peaks: Array,
-    shapes: Sequence[tuple[tuple[int, float], ...]],
+    shapes: Sequence[Shape],
     splits: Sequence[NDArray[np.bool_]],
 ) -> Array:
     """Return peak ÷ prediction of samples that the prediction did not see; small ones count less.
@@ -334,9 +361,16 @@ def _scores(
     return np.concatenate(scores)
 
 
-def _folds(count: int) -> list[NDArray[np.bool_]]:
-    """Return FOLDS masks of held-out samples, each of every FOLDS-th."""
-    return [np.arange(count) % FOLDS == fold for fold in range(FOLDS)]
+def _folds(table: Array) -> list[NDArray[np.bool_]]:
+    """Return FOLDS masks of held-out samples; equal inputs are held out together.
+
+    Otherwise a sample would be predicted from its own repetitions.
+    """
+    seen: dict[tuple[float, ...], int] = {}
+    groups = np.array([seen.setdefault(tuple(row), len(seen)) for row in table.tolist()])
+    if len(seen) < FOLDS:
+        groups = np.arange(len(table))
+    return [groups % FOLDS == fold for fold in range(FOLDS)]
 
 
 def _tail(values: Array) -> NDArray[np.bool_]:

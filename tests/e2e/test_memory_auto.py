@@ -114,7 +114,9 @@ def test_one_that_needs_more_than_double_fails_with_the_reason(ask: Operator) ->
         greedy.remote(700)
 
 
-def test_recommend_says_why_and_apply_deploys_it(ask: Operator, command: Any, tmp_path: Path) -> None:
+def test_recommend_says_why_and_apply_deploys_it(
+    ask: Operator, command: Any, tmp_path: Path
+) -> None:
     inputs = tmp_path / "inputs.jsonl"
     sizes = [1, 2, 3, 5, 8, 13, 21, 34, 55, 89]
     inputs.write_text("\n".join(json.dumps({"mib": mib}) for mib in sizes), "utf-8")

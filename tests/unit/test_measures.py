@@ -3,6 +3,7 @@
 import random
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -94,10 +95,8 @@ def test_hostile_and_huge_inputs_cost_less_than_their_decoding(make: Callable[[]
     def cost_s(read: Callable[[bytes], object]) -> float:
         def once() -> float:
             started_s = time.perf_counter()
-            try:
+            with suppress(payload.PayloadError):
                 read(blob)
-            except payload.PayloadError:
-                pass
             return time.perf_counter() - started_s
 
         return min(once() for _ in range(3))
@@ -106,7 +105,8 @@ def test_hostile_and_huge_inputs_cost_less_than_their_decoding(make: Callable[[]
     assert len(found) <= MEASURES_MAX
     assert all(len(name) <= 60 for name in found)
     # A text or array costs nothing to decode; the floor is what any payload may cost.
-    floor_s = cost_s(lambda _: payload.decode(payload.encode((list(range(HEAD_BYTES_MAX // 4)), {}))))
+    usual = payload.encode((list(range(HEAD_BYTES_MAX // 4)), {}))
+    floor_s = cost_s(lambda _: payload.decode(usual))
     assert cost_s(measures) <= max(2.0 * cost_s(payload.decode), floor_s)
 
 

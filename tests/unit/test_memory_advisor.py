@@ -125,9 +125,7 @@ def test_an_input_that_lacks_what_the_formula_needs_gets_no_answer() -> None:
 
 def test_calls_that_ran_out_count_and_their_times_do_not() -> None:
     known = samples(LAWS["square"], 40, noise=0.0)
-    killed = Sample(
-        measures=known[0].measures, peak_mib=5000.0, run_s=1e6, is_out_of_memory=True
-    )
+    killed = Sample(measures=known[0].measures, peak_mib=5000.0, run_s=1e6, is_out_of_memory=True)
     with_killed, without = fit([*known, killed]), fit(known)
     assert with_killed is not None
     assert without is not None
