@@ -6,7 +6,7 @@ export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 PROTOS := $(wildcard protos/tierwise/v1/*.proto)
 
-.PHONY: help demo check test bench bench-breaker bench-sim2real suite protos train-policy clean format lint
+.PHONY: help demo check test bench bench-sizing bench-breaker bench-sim2real suite protos train-policy clean format lint
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -31,6 +31,9 @@ bench: $(VENV)/dev.stamp ## speed and size, as ratios against rivals in the same
 	@$(BIN)/python -m benchmarks.bench_decision
 	@$(BIN)/python -m benchmarks.bench_guard
 	@$(BIN)/python -m benchmarks.bench_simulator
+
+bench-sizing: $(VENV)/dev.stamp ## memory for each input beside its rivals, some minutes; writes docs/results
+	@$(BIN)/python -W ignore -m benchmarks.bench_memory_sizing --seeds 10 --out docs/results
 
 bench-breaker: $(VENV)/dev.stamp ## for which policies the circuit breaker would open (simulated)
 	@$(BIN)/python -m benchmarks.bench_breaker

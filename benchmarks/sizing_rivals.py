@@ -117,10 +117,6 @@ class Cose(Fixed):
     trials = 25
 
     def train(self, runs: Sequence[Run], seed: int) -> None:
-        from scipy.stats import norm
-        from sklearn.gaussian_process import GaussianProcessRegressor
-        from sklearn.gaussian_process.kernels import Matern, WhiteKernel
-
         rng = np.random.default_rng(seed)
         top = 1.5 * max(r.need_mib for r in runs)
         sizes = sorted({in_steps(m) for m in np.geomspace(FLOOR_MIB, max(top, 32), 24)})
@@ -145,19 +141,36 @@ class Cose(Fixed):
 
         costs = [tried(i) for i in picked]
         for _ in range(self.trials - len(picked)):
-            model = GaussianProcessRegressor(  # its length is an octave: no search for it
-                Matern(nu=2.5, length_scale=1.0) + WhiteKernel(0.1),
-                normalize_y=True,
-                optimizer=None,
-            ).fit(grid[picked], costs)
-            mean, deviation = model.predict(grid, return_std=True)
-            z = (min(costs) - mean) / np.maximum(deviation, 1e-9)
-            gain = (min(costs) - mean) * norm.cdf(z) + deviation * norm.pdf(z)
+            mean, deviation = _gaussian_process(grid, picked, np.array(costs))
+            z = (min(costs) - mean) / deviation
+            gain = (min(costs) - mean) * _normal(z) + deviation * _density(z)
             picked.append(int(np.argmax(gain)))
             costs.append(tried(picked[-1]))
-        mean = model.predict(grid)
+        mean, _ = _gaussian_process(grid, picked, np.array(costs))
         sound = [i for i in picked if i not in failing] or list(range(len(space)))
         self.size = space[min(sound, key=lambda i: mean[i])]
+
+
+def _gaussian_process(
+    grid: np.ndarray, picked: Sequence[int], costs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and deviation over the grid: Matérn 5/2 over octaves of memory, noise 0.1."""
+    far = math.sqrt(5.0) * np.linalg.norm(grid[:, None] - grid[None], axis=2)
+    kernel = (1.0 + far + far**2 / 3.0) * np.exp(-far)
+    centre, scale = costs.mean(), costs.std() + 1e-9
+    known = kernel[np.ix_(picked, picked)] + 0.1 * np.eye(len(picked))
+    weights = np.linalg.solve(known, kernel[picked])
+    variance = 1.0 - np.einsum("ij,ij->j", weights, kernel[picked])
+    mean = centre + scale * (weights.T @ ((costs - centre) / scale))
+    return mean, scale * np.sqrt(np.maximum(variance, 1e-9))
+
+
+def _density(z: np.ndarray) -> np.ndarray:
+    return np.exp(-(z**2) / 2.0) / math.sqrt(2.0 * math.pi)
+
+
+def _normal(z: np.ndarray) -> np.ndarray:
+    return np.array([0.5 * (1.0 + math.erf(each / math.sqrt(2.0))) for each in z])
 
 
 class Parrotfish(Fixed):
@@ -221,7 +234,7 @@ class MemFigLess(_PerInput):
         from sklearn.ensemble import RandomForestRegressor
 
         targets = [[r.peak_mib, r.run_s[1.0], r.run_s[0.5]] for r in runs]
-        self._forest = RandomForestRegressor(100, random_state=seed, n_jobs=1)
+        self._forest = RandomForestRegressor(60, random_state=seed, n_jobs=1)
         self._forest.fit(self._table(runs), targets)
         self._known: dict[tuple[float, ...], np.ndarray] = {}
 
@@ -292,11 +305,11 @@ class QuantileForest(_PerInput):
         scores = []
         for fold in range(5):
             out = np.arange(len(runs)) % 5 == fold
-            forest = RandomForestQuantileRegressor(50, random_state=seed, min_samples_leaf=2)
+            forest = RandomForestQuantileRegressor(30, random_state=seed, min_samples_leaf=2)
             forest.fit(table[~out], peaks[~out])
             scores.append(peaks[out] / forest.predict(table[out], quantiles=[self.knob]).ravel())
         self._margin = conformal(np.concatenate(scores), 0.01)
-        self._forest = RandomForestQuantileRegressor(50, random_state=seed, min_samples_leaf=2)
+        self._forest = RandomForestQuantileRegressor(30, random_state=seed, min_samples_leaf=2)
         self._forest.fit(table, peaks)
         self._known: dict[tuple[float, ...], float] = {}
 
