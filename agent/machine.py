@@ -54,6 +54,7 @@ from tierwise.domain.event import (
     Ticked,
     ViewReceived,
 )
+from tierwise.domain.function import FunctionSpec
 from tierwise.domain.ids import FunctionId, NodeId, RequestId
 from tierwise.domain.outcome import Outcome, OutcomeState
 from tierwise.domain.request import HOPS_MAX, TRIES_MAX, Request
@@ -315,7 +316,7 @@ class NodeMachine:
                     new, evicted = started
                     out.extend(StopInstance(instance_id=old.instance_id) for old in evicted)
                     out.append(StartInstance(instance_id=new.instance_id, spec=spec))
-                elif pool.free.memory_mib < spec.memory_mib and not self._has_own(function):
+                elif pool.free.memory_mib < spec.memory_mib and not self._frees_own(spec):
                     break
         line.restore()
 
@@ -333,8 +334,14 @@ class NodeMachine:
                     count += -ticket.work_s <= left_s < soon_s
         return count
 
-    def _has_own(self, function: FunctionId) -> bool:
-        return any(i.spec.function_id == function for i in self.pool.instances())
+    def _frees_own(self, spec: FunctionSpec) -> bool:
+        """Return whether a request may wait for an instance of its own function to come free.
+
+        One that is idle but cannot grow to what the request needs will not do: memory must.
+        """
+        function = spec.function_id
+        can_grow = not (spec.is_memory_auto and function in self.pool.warm)
+        return can_grow and self.pool.has(function)
 
     def _run(
         self, ticket: Ticket, instance: Instance, now_s: float, out: list[NodeCommand]

@@ -50,7 +50,10 @@ class _Record:
 
 
 class Sizings(advisor_pb2_grpc.AdvisorServiceServicer):
-    """Learns how the memory of functions follows their input."""
+    """Learns how the memory of functions follows their input.
+
+    Only those whose memory is chosen per call are fitted as calls come in.
+    """
 
     def __init__(self, store: Store, functions: FunctionCatalogue) -> None:
         """Learn from the newest stored calls.
@@ -70,8 +73,10 @@ class Sizings(advisor_pb2_grpc.AdvisorServiceServicer):
                 continue
             self.learn(outcome, 1.0)  # the speed of a node then is not stored
         for record in self._records.values():
-            record.sizing = fit(record.samples) or guess(record.samples)
-            record.is_due, record.new_count = False, 0
+            if record.is_due:  # agents that connect are told at once
+                samples = list(record.samples)
+                record.sizing = fit(samples) or guess(samples)
+                record.is_due, record.new_count = False, 0
 
     def learn(self, outcome: Outcome, speed: float | None) -> None:
         """Take in one call that has ended; those that tell nothing are ignored.
@@ -108,7 +113,8 @@ class Sizings(advisor_pb2_grpc.AdvisorServiceServicer):
         record.new_count += 1
         has_run_out = is_out_of_memory or outcome.retried_gb_s > 0.0
         enough = max(NEW_MIN, NEW_SHARE * len(record.samples))
-        record.is_due |= has_run_out or record.new_count >= enough
+        if spec.is_memory_auto:  # what is declared is looked at when somebody asks
+            record.is_due |= has_run_out or record.new_count >= enough
 
     def sizing(self, function: FunctionId) -> Sizing | None:
         """Return what agents may know of a function; None if its memory is declared."""
@@ -117,6 +123,8 @@ class Sizings(advisor_pb2_grpc.AdvisorServiceServicer):
             return None
         record = self._records.get(_key(spec))
         found = record.sizing if record is not None else None
+        if record is not None and found is None and record.samples:
+            record.is_due = True  # its memory was declared until now
         if found is not None and not found.highest:  # the same for all inputs: a first guess
             return found if (found.memory_mib({}) or 0) > spec.memory_mib else None
         return found
@@ -131,6 +139,7 @@ class Sizings(advisor_pb2_grpc.AdvisorServiceServicer):
                 samples = list(record.samples)
                 found = await asyncio.to_thread(fit, samples)
                 record.sizing = found or guess(samples)
+                record.drift = Drift()  # its errors are those of another prediction now
             if due:
                 self._functions.sizings_changed()
 

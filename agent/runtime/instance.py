@@ -232,7 +232,10 @@ class Worker(asyncio.Protocol):
             resource.prlimit(self._pid, resource.RLIMIT_DATA, (soft_bytes, hard_bytes))
 
     def _reset_peak(self) -> None:
-        """Have the kernel count the peak anew: each batch has its own (proc(5), value 5)."""
+        """Have the kernel count the peak anew: each batch has its own (proc(5), value 5).
+
+        Where it cannot, the peak is that of all batches so far: too high, never too low.
+        """
         self._used_mib = 0.0
         if self._refs_fd >= 0:
             with suppress(OSError):

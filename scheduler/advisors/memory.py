@@ -173,6 +173,9 @@ class Drift:
     """Notices that peaks have moved away from what is predicted (Page–Hinkley, both ways)."""
 
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
         self._count = 0
         self._mean = 0.0
         self._up = self._down = 0.0
@@ -186,7 +189,7 @@ class Drift:
         self._down = max(0.0, self._down + self._mean - error - DRIFT_SLACK)
         if max(self._up, self._down) <= DRIFT_LIMIT:
             return False
-        self.__init__()  # type: ignore[misc]
+        self._begin()
         return True
 
 

@@ -708,3 +708,16 @@ def test_the_retry_takes_at_most_what_the_node_has_and_nothing_if_that_is_no_mor
     full.step(started(start.instance_id), 0.0)
     commands = full.step(finished(start.instance_id, "r", is_out_of_memory=True), 1.0)
     assert any(isinstance(c, Reply) for c in commands)
+
+
+def test_small_calls_of_others_do_not_starve_one_whose_warm_instance_cannot_grow() -> None:
+    machine = NodeMachine(node(cpus=4, memory=512))
+    warm(machine, sized(50))
+    [start, *_] = run_here(machine, "long", spec("long", memory_mib=300), 1.0)
+    assert isinstance(start, StartInstance)
+    machine.step(started(start.instance_id), 1.0)
+    assert run_here(machine, "large", sized(400), 2.0) == []
+    assert run_here(machine, "small", spec("small", memory_mib=100), 3.0) == []  # it is behind
+    commands = machine.step(finished(start.instance_id, "long"), 4.0)
+    first = next(c for c in commands if isinstance(c, RunOn))
+    assert first.request_id == "large"
