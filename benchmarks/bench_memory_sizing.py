@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.report import make_table, show
+from benchmarks.report import make_table, show, where
 from benchmarks.sizing_rivals import RIVALS, SHARES, Run, Size, Sizer
 from tierwise.cost.money import PriceTable
 from tierwise.domain.sizing import RETRY_FACTOR, in_steps
@@ -232,7 +232,16 @@ def main() -> None:
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "memory_sizing.json").write_text(
-            json.dumps({"verdicts": verdicts, "splits": summary}, indent=1) + "\n", "utf-8"
+            json.dumps(
+                {
+                    "run": f"{where()}, {options.seeds} seeds",
+                    "verdicts": verdicts,
+                    "splits": summary,
+                },
+                indent=1,
+            )
+            + "\n",
+            "utf-8",
         )
 
 
