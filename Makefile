@@ -6,7 +6,7 @@ export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 PROTOS := $(wildcard protos/tierwise/v1/*.proto)
 
-.PHONY: help demo check test bench bench-sizing bench-breaker bench-sim2real suite protos train-policy clean format lint
+.PHONY: help demo check test bench bench-breaker bench-runtime bench-sim2real bench-sizing suite protos train-policy seeds clean format lint
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -34,6 +34,14 @@ bench: $(VENV)/dev.stamp ## speed and size, as ratios against rivals in the same
 
 bench-sizing: $(VENV)/dev.stamp ## memory for each input beside its rivals, some minutes; writes docs/results
 	@$(BIN)/python -W ignore -m benchmarks.bench_memory_sizing --seeds 10 --out docs/results
+
+bench-runtime: $(VENV)/dev.stamp .venv-rivals/stamp ## calls, starts and arrays beside Ray, Parsl and Dask; some minutes
+	@$(BIN)/python -m benchmarks.bench_runtime
+
+.venv-rivals/stamp:
+	@echo "== installing the rivals into .venv-rivals (a minute or two)"
+	@$(PYTHON) -m venv .venv-rivals && .venv-rivals/bin/pip install -q --disable-pip-version-check \
+	  'ray>=2.40' 'parsl>=2025.1' 'distributed>=2025.1' 'numpy>=1.26' && touch $@
 
 bench-breaker: $(VENV)/dev.stamp ## for which policies the circuit breaker would open (simulated)
 	@$(BIN)/python -m benchmarks.bench_breaker
@@ -69,7 +77,10 @@ suite: $(VENV)/dev.stamp ## every policy in the standard suite (simulated), some
 	@$(BIN)/python -m training.suite --seeds 10 --requests 300 --bound-seeds 2 --out docs/results
 
 train-policy: $(VENV)/dev.stamp ## train the policy that ships with the package
-	@$(BIN)/python -m training.ppo --preset random --seed 7 --steps 900000 --name learned --ship
+	@$(BIN)/python -m training.search --seed 7 --name learned --ship
+
+seeds: $(VENV)/dev.stamp ## ten short searches, judged on the same worlds (simulated); writes docs/results
+	@$(BIN)/python -m training.seeds --seeds 10 --out docs/results
 
 $(VENV)/pip.stamp:
 	@echo "== making $(VENV)"; $(PYTHON) -m venv $(VENV) && touch $@
@@ -85,4 +96,4 @@ $(VENV)/dev.stamp: pyproject.toml | $(VENV)/pip.stamp
 	  touch $@ $(VENV)/demo.stamp
 
 clean: ## remove the environment and everything generated at run time
-	@rm -rf $(VENV) .tierwise runs dist
+	@rm -rf $(VENV) .venv-rivals .tierwise runs dist

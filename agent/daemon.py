@@ -14,21 +14,23 @@ import uvloop
 from agent import memory
 from agent.catalogue import CodeFolder, FunctionIndex
 from agent.decider import Decider
+from agent.door import Door
 from agent.ingress import Ingress
 from agent.machine import NodeMachine
 from agent.peers import PeerStreams
 from agent.policies import PolicySlots
+from agent.preparation import Preparation
 from agent.probe import Probe
-from agent.runtime.environments import Environments
+from agent.runtime.environments import Environments, python_version
 from agent.runtime.runtime import Runtime
 from agent.shell import Shell
 from agent.uplink import Uplink
 from tierwise.clock import monotonic_s, wall_s
 from tierwise.config import AgentConfig, load
-from tierwise.domain.event import DrainAsked
+from tierwise.domain.event import CatalogueReceived, DrainAsked
 from tierwise.domain.ids import NodeId, is_name
 from tierwise.domain.resources import Resources
-from tierwise.domain.topology import Node, parse_tier
+from tierwise.domain.topology import PYTHON_LABEL, Node, parse_tier
 from tierwise.errors import FailedPrecondition, InvalidArgument, TierwiseError
 from tierwise.files import write_atomically
 from tierwise.placement.policy import create
@@ -69,7 +71,7 @@ async def serve(config: AgentConfig) -> None:
         bound_port = server.add_secure_port(f"{host}:{port}", server_credentials(credentials))
         node = _node(config, probe, f"{host}:{bound_port}")
         machine = NodeMachine(node, queue_max=config.queue_max, first_sequence=int(wall_s() * 1000))
-        runtime = Runtime(state_dir=state / "runtime")
+        runtime = Runtime(state_dir=state / "runtime", imports=state / "imports.json")
         await runtime.open()
         policies = PolicySlots(state / "policy")
         functions = FunctionIndex(state / "catalogue.pb")
@@ -89,6 +91,10 @@ async def serve(config: AgentConfig) -> None:
             slowdown=max(1.0, 1.0 / config.speed) if config.emulate_speed else 1.0,
         )
         shell.sizings = functions.catalogue.sizings
+        # Floors hold from the start, also when the scheduler is away.
+        shell.feed(CatalogueReceived(catalogue=functions.catalogue))
+        preparation = Preparation(shell.environments, node, group)
+        preparation.follow(functions.catalogue)
         uplink = Uplink(
             scheduler=config.scheduler,
             credentials=credentials,
@@ -97,8 +103,11 @@ async def serve(config: AgentConfig) -> None:
             policies=policies,
             probe=probe,
             group=group,
+            on_catalogue=preparation.follow,
         )
-        ingress = Ingress(shell, functions, uplink.pull_function, node.node_id, group)
+        door = Door(node.node_id, node.address)
+        door.open()
+        ingress = Ingress(shell, functions, uplink.pull_function, node.node_id, group, door)
         invocation_pb2_grpc.add_InvocationServiceServicer_to_server(ingress, server)
         add_health_and_reflection(server, "tierwise.v1.InvocationService")
         await server.start()
@@ -118,6 +127,7 @@ async def serve(config: AgentConfig) -> None:
         await uplink.leave()
         for task in background:
             task.cancel()
+        door.close()
         await runtime.close()
         await peers.close()
         await uplink.close()
@@ -147,7 +157,7 @@ def _node(config: AgentConfig, probe: Probe, address: str) -> Node:
         speed=config.speed,
         address=config.advertise or address,
         zone=config.zone,
-        labels=tuple(sorted(config.labels.items())),
+        labels=tuple(sorted({**config.labels, PYTHON_LABEL: python_version()}.items())),
     )
 
 

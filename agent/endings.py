@@ -214,7 +214,21 @@ def untaken(ticket: Ticket, now_s: float, *, is_pin_known: bool) -> Outcome:
         message = f"no node can ever run {function} as it is asked for: {summary(reasons)}"
     else:
         code = "unplaceable"
+        if any(reason is Reason.QUARANTINED for _, reason in reasons):
+            message += (
+                "; where it is quarantined it has killed its workers: deploy a corrected version, "
+                "or wait and send it again"
+            )
     return _outcome(ticket, state, now_s, error_code=code, message=message)
+
+
+def put_out(left_s: float) -> str:
+    """Return what is said of a function that has killed its workers too often."""
+    return (
+        f"it has killed its workers here again and again, and is not run on this node for "
+        f"{left_s:.0f} s: `tierwise logs` shows what it printed; deploy a corrected version, which "
+        "runs at once"
+    )
 
 
 def _masked(ticket: Ticket) -> tuple[tuple[NodeId, Reason], ...]:

@@ -2,23 +2,40 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 
 import grpc
+import structlog
+from google.protobuf.message import DecodeError
 
 from agent.catalogue import FunctionIndex
+from agent.door import Door
 from agent.shell import Shell
 from tierwise.domain.function import FunctionSpec
 from tierwise.domain.ids import NodeId
-from tierwise.errors import NotFound, Overloaded, PayloadTooLarge, TierwiseError
+from tierwise.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    Overloaded,
+    PayloadTooLarge,
+    TierwiseError,
+)
 from tierwise.v1 import invocation_pb2, invocation_pb2_grpc, types_pb2
 from tierwise.wire import convert
+from tierwise.wire.channel import MESSAGE_BYTES_MAX
 from tierwise.wire.errors import item_from_error
+from tierwise.wire.handover import ATTACHMENT_LOST, BOUND, Handover
 from tierwise.wire.identity import Role, peer_identity
+from tierwise.wire.memfd import ATTACHMENTS_MAX, Memfd
+
+log = structlog.get_logger()
 
 STREAM_IN_FLIGHT_MAX = 8192
 ITEMS_MAX = 4096
 BATCH_RESULTS_MAX = 256
 BATCH_BYTES_MAX = 4 << 20
+SHORT_BYTES_MAX = 48 << 10  # of the values in a result that goes the short way
 _Request = invocation_pb2.InvokeStreamRequest
 
 
@@ -32,6 +49,7 @@ class Ingress(invocation_pb2_grpc.InvocationServiceServicer):
         pull: Callable[[str], Awaitable[FunctionSpec | None]],
         node_id: NodeId,
         group: asyncio.TaskGroup,
+        door: Door,
     ) -> None:
         """Serve calls.
 
@@ -41,12 +59,14 @@ class Ingress(invocation_pb2_grpc.InvocationServiceServicer):
             pull: Asks the scheduler for a function that is not in `functions` yet.
             node_id: This node.
             group: Owns the tasks that wait for `pull`.
+            door: Where clients on this machine hand over large arrays.
         """
         self._shell = shell
         self._functions = functions
         self._pull = pull
         self._node_id = node_id
         self._group = group
+        self._door = door
 
     async def Invoke(
         self,
@@ -84,7 +104,32 @@ class Ingress(invocation_pb2_grpc.InvocationServiceServicer):
             open_ids.discard(result.request_id)
             replies.put(result)
 
-        def take(message: invocation_pb2.InvokeStreamRequest) -> None:
+        lane: Handover | None = None
+
+        def replied_short(result: types_pb2.InvocationResult) -> None:
+            open_ids.discard(result.request_id)
+            is_small = sum(len(item.value) for item in result.items) < SHORT_BYTES_MAX
+            answer = invocation_pb2.InvokeStreamResponse(results=[result])
+            if not (lane is not None and is_small and lane.post(answer.SerializeToString())):
+                replies.put(result)
+
+        def came_short(message: bytes) -> None:
+            try:
+                take(_Request.FromString(message), replied_short)
+            except DecodeError:
+                log.warning("channel.sent_nonsense", caller=caller.name)
+
+        def bind(channel_id: bytes) -> None:
+            nonlocal lane
+            lane = self._door.find(channel_id)
+            if lane is not None and not caller.is_node:
+                lane.on_message = came_short
+                lane.post(BOUND)
+
+        def take(
+            message: invocation_pb2.InvokeStreamRequest,
+            replied: Callable[[types_pb2.InvocationResult], None],
+        ) -> None:
             for invocation in message.invocations:
                 if len(open_ids) >= STREAM_IN_FLIGHT_MAX:
                     error = Overloaded(
@@ -104,11 +149,15 @@ class Ingress(invocation_pb2_grpc.InvocationServiceServicer):
             try:
                 # Not `async for`, which would hold a large message until the next one comes.
                 while isinstance(message := await context.read(), _Request):
-                    take(message)
+                    if message.channel_id:
+                        bind(message.channel_id)
+                    take(message, replied)
                     del message
                 await replies.flushed(lambda: not open_ids)  # the caller has said all
             finally:
                 writer.cancel()
+                if lane is not None:
+                    lane.on_message = _ignore
                 for request_id in list(open_ids):
                     self._shell.cancel(request_id)
 
@@ -161,10 +210,50 @@ class Ingress(invocation_pb2_grpc.InvocationServiceServicer):
                 invocation.ClearField("expected_wait_s")
             origin = NodeId(invocation.origin) if caller.is_node else self._node_id
             request = convert.request_from_invocation(invocation, spec, origin=origin)
+            channel: Handover | None = None
+            files: tuple[Memfd, ...] = ()
+            if invocation.channel_id and not caller.is_node:
+                channel = self._door.find(invocation.channel_id)
+            if invocation.attachments:
+                files = _handed_over(invocation, channel)
+                beside_bytes = sum(file.nbytes for file in files)
+                request = replace(request, request_bytes=request.request_bytes + beside_bytes)
         except TierwiseError as error:
             replied(_refusal(invocation, error))
             return
-        self._shell.invoke(request, invocation.arguments, replied, caller=caller.name)
+        self._shell.invoke(
+            request,
+            invocation.arguments,
+            replied,
+            caller=caller.name,
+            attachments=files,
+            channel=channel,
+        )
+
+
+def _handed_over(invocation: types_pb2.Invocation, channel: Handover | None) -> tuple[Memfd, ...]:
+    """Return the files that came beside a call.
+
+    Raises:
+        InvalidArgument: There are too many, or more than one argument set.
+        FailedPrecondition: One is not there: the client must send the bytes instead.
+        PayloadTooLarge: Together they are larger than a message may be.
+    """
+    numbers = invocation.attachments
+    if len(numbers) > ATTACHMENTS_MAX or len(invocation.arguments) != 1:
+        raise InvalidArgument(f"attachments: at most {ATTACHMENTS_MAX}, of one argument set")
+    found = [channel.take(number) for number in numbers] if channel is not None else []
+    files = tuple(file for file in found if file is not None)
+    if len(files) < len(numbers):
+        raise FailedPrecondition(ATTACHMENT_LOST)
+    size_bytes = sum(file.nbytes for file in files)
+    if size_bytes > MESSAGE_BYTES_MAX:
+        raise PayloadTooLarge(f"{size_bytes} bytes in one call; send at most {MESSAGE_BYTES_MAX}")
+    return files
+
+
+def _ignore(_: bytes) -> None:
+    """Take what comes over a channel whose stream has ended."""
 
 
 class _Caller:

@@ -19,7 +19,10 @@ from typing import assert_never
 
 from agent import endings
 from agent.beliefs import Beliefs
+from agent.floors import Floors
+from agent.outlook import Outlook
 from agent.pool import Instance, InstancePool, InstanceState
+from agent.quarantine import Quarantine
 from agent.ticket import Phase, Ticket
 from agent.waiting import WaitingLine
 from tierwise.cost.estimate import DEFAULT_PRICES, predict_wait_s, wait_of
@@ -47,6 +50,7 @@ from tierwise.domain.event import (
     InstanceDied,
     InstanceFailed,
     InstanceStarted,
+    KeepAliveSet,
     NodeEvent,
     PeerFailed,
     PeerReplied,
@@ -58,15 +62,16 @@ from tierwise.domain.function import FunctionSpec
 from tierwise.domain.ids import FunctionId, NodeId, RequestId
 from tierwise.domain.outcome import Outcome, OutcomeState
 from tierwise.domain.request import HOPS_MAX, TRIES_MAX, Request
-from tierwise.domain.sizing import RETRY_FACTOR
 from tierwise.domain.topology import Link, Node, NodeState
 from tierwise.domain.view import ClusterView, NodeReading
+from tierwise.placement.feasibility import hard_limit
 
 STALE_MAX = 3  # decisions on stale views that are taken back, per request
 STALE_MARGIN_S = 0.01  # a node may be busier by this much, and this share of the deadline
 STALE_SHARE = 0.1
-PATIENCE = 2.0  # cold starts that a request waits for an instance that runs: a start takes a CPU
 RECALL_S = 1.0  # how long a host may take to say what it ran of a call that was stopped
+RETRY_AFTER_S_MIN, RETRY_AFTER_S_MAX = 0.05, 5.0
+RETRY_BACKLOG_SHARE = 0.1  # by then so much of the queue has gone
 ANSWERED_MAX = 4096  # finished requests that are remembered against duplicates
 
 
@@ -91,6 +96,9 @@ class NodeMachine:
         self._running: dict[RequestId, Ticket] = {}
         self._answered: OrderedDict[tuple[RequestId, int], None] = OrderedDict()
         self._beliefs = Beliefs(node)
+        self._outlook = Outlook(node, self.pool, self._line, self._running, self._beliefs)
+        self._floors = Floors(node)
+        self._quarantine = Quarantine()
         self._sequence = first_sequence
         self._ticket_count = 0
 
@@ -113,6 +121,7 @@ class NodeMachine:
                 instance = self.pool.get(event.instance_id)
                 if instance is not None and instance.state is InstanceState.STARTING:
                     instance.cold_start_s = event.cold_start_s
+                    self._floors.started(instance.spec.function_id)
                     self.pool.release(instance, now_s)
                     self._pump(now_s, out)
             case InstanceFailed():
@@ -134,6 +143,10 @@ class NodeMachine:
                     if is_idle and instance.spec.function_id not in event.catalogue.functions:
                         self._stop(instance, out)
                 self._beliefs.learn(event.catalogue.profiles)
+                self._floors.replace(event.catalogue)
+                self._keep_floors(now_s, out)
+            case KeepAliveSet():
+                self.pool.set_keep_alive(event.function_id, event.keep_alive_s)
             case ViewReceived():
                 self._beliefs.received(event, now_s)
             case DrainAsked():
@@ -198,6 +211,9 @@ class NodeMachine:
         match event.decision:
             case Placed() as placed:
                 ticket.explanation = placed.explanation
+                if placed.keep_alive_s is not None:
+                    function = ticket.request.spec.function_id
+                    self.pool.set_keep_alive(function, placed.keep_alive_s)
                 ticket.next_nodes = list(placed.node_ids[:TRIES_MAX])
                 self._try_next(ticket, now_s, out)
             case NotPlaced() as not_placed:
@@ -259,15 +275,12 @@ class NodeMachine:
     def _admit(self, ticket: Ticket, now_s: float, out: list[NodeCommand]) -> Reason | None:
         """Queue the request here, or return why not."""
         spec = ticket.request.spec
-        capacity = self.node.capacity
         if self.is_draining:
             return Reason.NODE_DRAINING
-        if spec.memory_mib > capacity.memory_mib:
-            return Reason.TOO_LITTLE_MEMORY
-        if spec.cpus > capacity.cpus:
-            return Reason.TOO_FEW_CPUS
-        if spec.gpu_slots > capacity.gpu_slots:
-            return Reason.NO_GPU
+        if (reason := hard_limit(self.node, spec, self.pool.reserved_mib)) is not None:
+            return reason
+        if self._quarantine.left_s(spec.function_id, now_s):
+            return Reason.QUARANTINED
         if len(self._line) >= self._queue_max:
             return Reason.QUEUE_FULL
         if ticket.request.expected_wait_s is not None and self._is_stale(ticket.request, now_s):
@@ -295,7 +308,7 @@ class NodeMachine:
         enough of them should come free within the time that two starts take.
         """
         line, pool = self._line, self.pool
-        while (ticket := line.next()) is not None:
+        while (ticket := line.next(now_s)) is not None:
             spec = ticket.request.spec
             function = spec.function_id
             if ticket.ends_at_s <= now_s:
@@ -310,38 +323,57 @@ class NodeMachine:
                 out.extend(StopInstance(instance_id=old.instance_id) for old in evicted)
                 line.leave(ticket)
                 self._run(ticket, instance, now_s, out)
-            elif self._coming_count(function, now_s) < line.count_of(function):
-                started = pool.start(spec, now_s)
-                if started is not None:
-                    new, evicted = started
-                    out.extend(StopInstance(instance_id=old.instance_id) for old in evicted)
-                    out.append(StartInstance(instance_id=new.instance_id, spec=spec))
-                elif pool.free.memory_mib < spec.memory_mib and not self._frees_own(spec):
+            elif self._outlook.coming_count(function, now_s) < line.count_of(function):
+                if self._start(spec, now_s, out):
+                    continue
+                if pool.free.memory_mib < spec.memory_mib and not pool.may_free(spec):
                     break
         line.restore()
 
-    def _coming_count(self, function: FunctionId, now_s: float) -> int:
-        """Return how many instances should soon be free: they start, or their run is nearly over.
+    def _keep_floors(self, now_s: float, out: list[NodeCommand]) -> None:
+        """Start what `instances_min` asks for, as far as there is room for it now."""
+        if self.is_draining:
+            return
+        for spec in self._floors.wanted(now_s):
+            is_out = self._quarantine.left_s(spec.function_id, now_s) > 0.0
+            while self.pool.count(spec.function_id) < spec.instances_min and not is_out:
+                if not self.pool.has_cpu_for(spec) or not self._start(spec, now_s, out):
+                    break
 
-        A run that takes twice as long as expected says nothing any more of its end.
-        """
-        count = self.pool.starting_count(function)
-        if self.pool.engaged.get(function, 0) > count:
-            soon_s = PATIENCE * self._beliefs.cold_start_s(function) / self.node.speed
-            for ticket in self._running.values():
-                if ticket.request.spec.function_id == function:
-                    left_s = ticket.work_s - (now_s - ticket.run_at_s)
-                    count += -ticket.work_s <= left_s < soon_s
-        return count
+    def _start(self, spec: FunctionSpec, now_s: float, out: list[NodeCommand]) -> bool:
+        """Start an instance if there is room for it; return whether there was."""
+        started = self.pool.start(spec, now_s)
+        if started is None:
+            return False
+        new, evicted = started
+        out.extend(StopInstance(instance_id=old.instance_id) for old in evicted)
+        out.append(StartInstance(instance_id=new.instance_id, spec=spec))
+        return True
 
-    def _frees_own(self, spec: FunctionSpec) -> bool:
-        """Return whether a request may wait for an instance of its own function to come free.
+    def _died(
+        self, event: RunFinished, function: FunctionId, now_s: float, out: list[NodeCommand]
+    ) -> RunFinished:
+        """Count a death; if the function is put out by it, say so and send elsewhere what waits."""
+        if not self._quarantine.died(function, now_s):
+            return event
+        left_s = self._quarantine.left_s(function, now_s)
+        for ticket in list(self._tickets.values()):
+            if ticket.phase is not Phase.QUEUED or ticket.request.spec.function_id != function:
+                continue
+            self._line.leave(ticket)
+            if ticket.is_host:
+                self._refuse(ticket, Reason.QUARANTINED, now_s, out)
+            else:
+                ticket.phase = Phase.ASKED
+                ticket.tried.append((self.node.node_id, Reason.QUARANTINED))
+                self._try_next(ticket, now_s, out)
+        return replace(event, message=f"{event.message}; {endings.put_out(left_s)}")
 
-        One that is idle but cannot grow to what the request needs will not do: memory must.
-        """
-        function = spec.function_id
-        can_grow = not (spec.is_memory_auto and function in self.pool.warm)
-        return can_grow and self.pool.has(function)
+    def retry_after_s(self, function: FunctionId, now_s: float) -> float:
+        """Return when a caller that was turned away should come again."""
+        soon_s = RETRY_BACKLOG_SHARE * self._outlook.backlog_s(now_s)[0]
+        soon_s = min(RETRY_AFTER_S_MAX, max(RETRY_AFTER_S_MIN, soon_s))
+        return max(soon_s, self._quarantine.left_s(function, now_s))
 
     def _run(
         self, ticket: Ticket, instance: Instance, now_s: float, out: list[NodeCommand]
@@ -366,30 +398,24 @@ class NodeMachine:
         else:
             self.pool.remove(event.instance_id)
         ticket = self._running.pop(event.request_id)
-        if event.is_out_of_memory and self._try_larger(ticket, now_s):
+        larger_mib = ticket.larger_mib(self.node.capacity.memory_mib, now_s)
+        if event.is_out_of_memory and larger_mib:
+            endings.charge(ticket, now_s, self.node, self._prices)
+            ticket.request = ticket.request.with_memory(larger_mib)
+            self._line.join(ticket)
             self._pump(now_s, out)
             return
+        if event.error_code == "function_died" and not event.is_instance_alive:
+            event = self._died(event, instance.spec.function_id, now_s, out)
         self._finish(ticket, endings.ran(ticket, event, now_s, self.node, self._prices), now_s, out)
         self._pump(now_s, out)
-
-    def _try_larger(self, ticket: Ticket, now_s: float) -> bool:
-        """Let a call that ran out of the memory chosen for it run once more, with twice as much."""
-        spec = ticket.request.spec
-        larger_mib = min(RETRY_FACTOR * spec.memory_mib, self.node.capacity.memory_mib)
-        is_over = ticket.is_cancelled or ticket.is_late or ticket.ends_at_s <= now_s
-        is_second = ticket.retried_gb_s > 0.0
-        if not spec.is_memory_auto or is_over or is_second or larger_mib <= spec.memory_mib:
-            return False
-        endings.charge(ticket, now_s, self.node, self._prices)
-        ticket.request = ticket.request.with_memory(larger_mib)
-        self._line.join(ticket)
-        return True
 
     def _start_failed(self, event: InstanceFailed, now_s: float, out: list[NodeCommand]) -> None:
         instance = self.pool.remove(event.instance_id)
         if instance is None:
             return
         function = instance.spec.function_id
+        self._floors.failed(function, now_s)
         waiting = [t for t in self._tickets.values() if t.phase is Phase.QUEUED]
         oldest = next((t for t in waiting if t.request.spec.function_id == function), None)
         if oldest is not None:  # each failed start costs one request: no loop of starts
@@ -527,6 +553,7 @@ class NodeMachine:
     def _tick(self, now_s: float, out: list[NodeCommand]) -> None:
         for instance in self.pool.stale(now_s):
             self._stop(instance, out)
+        self._keep_floors(now_s, out)
         self._beliefs.forgive(now_s)
         for ticket in [t for t in self._tickets.values() if t.over_at_s <= now_s]:
             self._time_over(ticket, now_s, out)
@@ -552,7 +579,7 @@ class NodeMachine:
         out.append(StopInstance(instance_id=instance.instance_id))
 
     def _reading_now(self, now_s: float) -> NodeReading:
-        backlog_s, overtaken_s = self._backlog_s(now_s)
+        backlog_s, overtaken_s = self._outlook.backlog_s(now_s)
         return NodeReading(
             sequence=self._sequence,
             free=self.pool.free,
@@ -563,21 +590,5 @@ class NodeMachine:
             warm=MappingProxyType(self.pool.warm),
             engaged=MappingProxyType(self.pool.engaged),
             eviction_price_s_per_mib=self.pool.eviction_price_s_per_mib(now_s),
+            reserved_mib=self.pool.reserved_mib,
         )
-
-    def _backlog_s(self, now_s: float) -> tuple[float, tuple[float, ...]]:
-        """Estimate `NodeReading.backlog_s` and `NodeReading.overtaken_s`."""
-        cpus = self.node.capacity.cpus
-        if not self._line and self.pool.free.cpus >= min(1.0, cpus):
-            return 0.0, ()
-        work_s = 0.0
-        for ticket in self._running.values():
-            work_s += max(0.0, ticket.work_s - (now_s - ticket.run_at_s))
-        for instance in self.pool.starting():
-            start_s = self._beliefs.cold_start_s(instance.spec.function_id) / self.node.speed
-            work_s += max(0.0, start_s - (now_s - instance.started_at_s))
-        low_s, normal_s, high_s, critical_s = self._line.work_s
-        servers = max(1.0, cpus)
-        overtaken_s = (0.0, low_s, low_s + normal_s, low_s + normal_s + high_s)
-        backlog_s = (work_s + overtaken_s[3] + critical_s) / servers
-        return backlog_s, tuple([each_s / servers for each_s in overtaken_s])

@@ -10,6 +10,7 @@ from tierwise.domain.ids import FunctionId, InstanceId, NodeId, RequestId
 from tierwise.domain.resources import Resources
 
 RATE_WINDOW_S = 60.0
+REMEMBERED_MAX = 10_000  # functions whose keep-alive was set, or that have a burst cap
 
 
 class InstanceState(Enum):
@@ -64,6 +65,9 @@ class InstancePool:
         self._starting: dict[FunctionId, int] = {}
         self._rates: dict[FunctionId, _Rate] = {}
         self._started_count = 0
+        self._floored_count = 0  # instances of functions that have a floor
+        self._bursts: dict[FunctionId, tuple[float, float]] = {}  # starts left, at a time
+        self._keep_alives_s: dict[FunctionId, float] = {}
         self.warm: dict[FunctionId, int] = {}  # idle instances per function, kept current
         self.engaged: dict[FunctionId, int] = {}  # those that start or run
 
@@ -85,6 +89,32 @@ class InstancePool:
         """Return an instance, or None if it is gone."""
         return self._instances.get(instance_id)
 
+    def count(self, function: FunctionId) -> int:
+        """Return how many instances of `function` there are, whatever they do."""
+        return self._count.get(function, 0)
+
+    @property
+    def reserved_mib(self) -> int:
+        """Return the memory of the instances that floors keep here."""
+        if not self._floored_count:  # asked for at every decision
+            return 0
+        kept: dict[FunctionId, int] = {}
+        held_mib = 0
+        for instance in self._instances.values():
+            spec = instance.spec
+            if spec.instances_min and kept.get(spec.function_id, 0) < spec.instances_min:
+                kept[spec.function_id] = kept.get(spec.function_id, 0) + 1
+                held_mib += spec.memory_mib
+        return held_mib
+
+    def set_keep_alive(self, function: FunctionId, keep_alive_s: float | None) -> None:
+        """Keep idle instances so long; None goes back to what the function's author said."""
+        self._keep_alives_s.pop(function, None)
+        if keep_alive_s is not None:
+            while len(self._keep_alives_s) >= REMEMBERED_MAX:
+                del self._keep_alives_s[next(iter(self._keep_alives_s))]
+            self._keep_alives_s[function] = keep_alive_s
+
     def starting_count(self, function: FunctionId) -> int:
         """Return how many instances of `function` are on their way."""
         return self._starting.get(function, 0)
@@ -99,6 +129,14 @@ class InstancePool:
             for instance in self._instances.values():
                 if instance.state is InstanceState.STARTING:
                     yield instance
+
+    def may_free(self, spec: FunctionSpec) -> bool:
+        """Return whether a call may wait for an instance of its own function to come free.
+
+        One that is idle but could not grow to what the call needs will not do: memory must.
+        """
+        is_stuck = spec.is_memory_auto and spec.function_id in self.warm
+        return self.has(spec.function_id) and not is_stuck
 
     def has_cpu_for(self, spec: FunctionSpec) -> bool:
         """Return whether CPU and GPU are free for one more running instance."""
@@ -157,14 +195,23 @@ class InstancePool:
 
         Returns:
             The new instance and the evicted ones (removed already), or None if the function is
-            at its instance limit or evicting every idle instance would not free enough.
+            at its instance limit or its burst cap, or evicting every idle instance that no floor
+            keeps would not free enough.
         """
         function = spec.function_id
         if self._count.get(function, 0) >= spec.instances_max:
             return None
+        starts_left = self._starts_left(spec, now_s)
+        if starts_left < 1.0:
+            return None
         evicted = self._make_room(spec.memory_mib, now_s)
         if evicted is None:
             return None
+        if spec.burst_max:
+            self._bursts.pop(function, None)
+            while len(self._bursts) >= REMEMBERED_MAX:
+                del self._bursts[next(iter(self._bursts))]
+            self._bursts[function] = starts_left - 1.0, now_s
         self._started_count += 1
         instance = Instance(InstanceId(f"{self._node_id}-{self._started_count}"), spec)
         instance.started_at_s = now_s
@@ -175,6 +222,7 @@ class InstancePool:
         self._free_cpus -= spec.cpus
         self._free_gpu_slots -= spec.gpu_slots
         self._free_memory_mib -= spec.memory_mib
+        self._floored_count += spec.instances_min > 0
         return instance, evicted
 
     def _make_room(
@@ -229,6 +277,7 @@ class InstancePool:
             if instance.state is InstanceState.STARTING:
                 self._starting[function] -= 1
         self._free_memory_mib += instance.spec.memory_mib
+        self._floored_count -= instance.spec.instances_min > 0
         self._count[function] -= 1
         if self._count[function] == 0:
             for table in (self._count, self._starting, self._idle):
@@ -236,13 +285,42 @@ class InstancePool:
         return instance
 
     def stale(self, now_s: float) -> list[Instance]:
-        """Return idle instances that have outlived their function's keep-alive."""
-        return [
-            instance
-            for instance in self._instances.values()
-            if instance.state is InstanceState.IDLE
-            and now_s - instance.idle_since_s >= instance.spec.keep_alive_s
-        ]
+        """Return idle instances that have outlived their function's keep-alive and its floor."""
+        return self._beyond_floors(
+            [
+                instance
+                for instance in self._instances.values()
+                if instance.state is InstanceState.IDLE
+                and now_s - instance.idle_since_s >= self._keep_alive_s(instance.spec)
+            ]
+        )
+
+    def _keep_alive_s(self, spec: FunctionSpec) -> float:
+        if not self._keep_alives_s:
+            return spec.keep_alive_s
+        return self._keep_alives_s.get(spec.function_id, spec.keep_alive_s)
+
+    def _beyond_floors(self, idle: list[Instance]) -> list[Instance]:
+        """Return those that may go, in the given order, with every floor held."""
+        gone: dict[FunctionId, int] = {}
+        found = []
+        for instance in idle:
+            spec = instance.spec
+            if spec.instances_min:
+                gone_count = gone.get(spec.function_id, 0)
+                if self._count[spec.function_id] - gone_count <= spec.instances_min:
+                    continue
+                gone[spec.function_id] = gone_count + 1
+            found.append(instance)
+        return found
+
+    def _starts_left(self, spec: FunctionSpec, now_s: float) -> float:
+        """Return how many instances may start now: a bucket that fills in a second."""
+        burst = self._bursts.get(spec.function_id)
+        if not spec.burst_max or burst is None:
+            return float(spec.burst_max or 1)
+        left, at_s = burst
+        return min(float(spec.burst_max), left + (now_s - at_s) * spec.burst_max)
 
     def eviction_price_s_per_mib(self, now_s: float) -> float:
         """Return the price of the cheapest idle memory; 0 if nothing is idle."""
@@ -262,7 +340,8 @@ class InstancePool:
 
     def _by_eviction_price(self, now_s: float) -> list[Instance]:
         idle = [i for i in self._instances.values() if i.state is InstanceState.IDLE]
-        return sorted(idle, key=lambda i: (self._price_s_per_mib(i, now_s), i.idle_since_s))
+        idle.sort(key=lambda i: (self._price_s_per_mib(i, now_s), i.idle_since_s))
+        return self._beyond_floors(idle)
 
     def _engage(self, function: FunctionId, change: int) -> None:
         count = self.engaged.get(function, 0) + change

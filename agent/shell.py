@@ -52,8 +52,10 @@ from tierwise.domain.sizing import Sizing
 from tierwise.domain.view import NodeReading
 from tierwise.errors import TierwiseError
 from tierwise.v1 import types_pb2
-from tierwise.wire import convert
+from tierwise.wire import convert, payload
+from tierwise.wire.handover import Handover
 from tierwise.wire.measures import largest
+from tierwise.wire.memfd import Memfd
 
 log = structlog.get_logger()
 
@@ -87,6 +89,9 @@ NAMELESS = frozenset(
         ItemKind.WORKER_DIED,
     }
 )
+
+# Ends after which the same request may come again, and is told when.
+RETRIED = frozenset({"overloaded", "unplaceable"})
 
 OnReply = Callable[[types_pb2.InvocationResult], None]
 
@@ -125,6 +130,8 @@ class Call:
     caller: str
     items: Sequence[types_pb2.Item] = ()
     log: str = ""
+    attachments: Sequence[Memfd] = ()  # the detached arrays of its arguments
+    channel: Handover | None = None  # where those of its result may go
 
 
 @dataclass(slots=True)
@@ -139,7 +146,8 @@ class _Answers:
         if result.request_id in self.results:
             self._drop(result.request_id)
         size_bytes = _size_bytes(result)
-        if size_bytes > ANSWERS_BYTES_MAX // 8:
+        is_elsewhere = any(item.attachments for item in result.items)
+        if is_elsewhere or size_bytes > ANSWERS_BYTES_MAX // 8:
             return
         self.results[result.request_id] = result
         self.put_at_s[result.request_id] = now_s
@@ -199,7 +207,7 @@ class Shell:
         self.reports: deque[tuple[Outcome, str, str, float]] = deque()  # and when, monotonic
         self.dropped_report_count = 0
         self._runtime = runtime
-        self._environments = environments
+        self.environments = environments
         self._code = code
         self._peers = peers
         self._group = group
@@ -221,13 +229,26 @@ class Shell:
         on_reply: OnReply,
         *,
         caller: str = "",
+        attachments: Sequence[Memfd] = (),
+        channel: Handover | None = None,
     ) -> None:
-        """Take a request; `on_reply` gets its result once, perhaps before this returns."""
+        """Take a request; `on_reply` gets its result once, perhaps before this returns.
+
+        Args:
+            request: What is asked for.
+            arguments: Encoded argument sets.
+            on_reply: Gets the result.
+            caller: Who asks.
+            attachments: Files with the arrays that the only argument set lacks.
+            channel: Takes the files of the result, if the caller is on this machine.
+        """
         call = self._calls.get(request.request_id)
         if call is not None:
             call.on_reply.append(on_reply)
         else:
-            self._calls[request.request_id] = Call(arguments, [on_reply], caller)
+            self._calls[request.request_id] = Call(
+                arguments, [on_reply], caller, attachments=attachments, channel=channel
+            )
             if request.hops == 0:  # a peer has done so already
                 request = self._sized(request, arguments)
         self.feed(Arrived(request=request))
@@ -350,7 +371,7 @@ class Shell:
         limit_mib = (
             self.machine.node.capacity.memory_mib if spec.is_memory_auto else spec.memory_mib
         )
-        environment = await self._environments.get(spec.requirements)
+        environment = await self.environments.get(spec.requirements)
         await self._runtime.start(
             instance_id,
             code_digest=spec.code_digest,
@@ -375,6 +396,7 @@ class Shell:
             call.arguments,
             timeout_s=command.timeout_s,
             on_done=finished,
+            attachments=call.attachments,
             memory_mib=command.memory_mib,
         )
 
@@ -408,7 +430,7 @@ class Shell:
             self._group.create_task(self._runtime.stop(command.instance_id))
         instance = self.machine.pool.get(command.instance_id)
         function = instance.spec.function_id if instance is not None else "the function"
-        call.items = [_item(result, function) for result in report.items]
+        call.items = [_item(result, function, call.channel) for result in report.items]
         call.log = report.log
         failed = [item for item in report.items if item.kind is not ItemKind.OK]
         # A batch fails as a whole only if its worker went, or if it is a single call.
@@ -422,7 +444,7 @@ class Shell:
                 is_instance_alive=report.instance_alive,
                 failed_item_count=len(failed),
                 peak_memory_mib=report.peak_memory_mib,
-                response_bytes=sum(len(item.value) for item in report.items),
+                response_bytes=sum(item.size_bytes for item in report.items),
                 error_code=CODE_BY_KIND[first.kind] if first and is_whole else "",
                 message=_told(first, function) if first else "",
                 is_out_of_memory=any(item.kind is ItemKind.OUT_OF_MEMORY for item in failed),
@@ -449,6 +471,8 @@ class Shell:
                 outcome = convert.outcome_from_pb(result.outcome)
                 has_reading = result.HasField("reading")
                 reading = convert.reading_from_pb(result.reading) if has_reading else None
+                if outcome.state is OutcomeState.REFUSED:
+                    call.items = ()  # somebody else may take it, or we say why nobody did
             except TierwiseError:
                 log.exception("peer.sent_nonsense", node_id=command.node_id)
                 self.feed(PeerFailed(request_id=request_id, node_id=command.node_id))
@@ -462,19 +486,35 @@ class Shell:
                 )
             )
 
-        invocation = convert.invocation_from_request(command.request, call.arguments)
+        arguments = call.arguments
+        if call.attachments:
+            try:
+                views = [file.view() for file in call.attachments]
+                arguments = [payload.inline(arguments[0], views)]
+            except ValueError as error:  # the function's worker would say so, too
+                log.warning("call.damaged", request_id=request_id, cause=str(error))
+        invocation = convert.invocation_from_request(command.request, arguments)
         self._peers.send(command.node_id, invocation, replied)
 
     def _reply(self, outcome: Outcome, reading: NodeReading | None) -> None:
         call = self._ended = self._calls.pop(outcome.request_id)
         items = call.items
         if len(items) != outcome.item_count:
+            retry_after_s = 0.0
+            if outcome.error_code in RETRIED:
+                retry_after_s = self.machine.retry_after_s(outcome.function_id, monotonic_s())
             items = [
-                types_pb2.Item(error_code=outcome.error_code or "internal", message=outcome.message)
+                types_pb2.Item(
+                    error_code=outcome.error_code or "internal",
+                    message=outcome.message,
+                    retry_after_s=retry_after_s,
+                )
             ] * outcome.item_count
         elif outcome.state is OutcomeState.EXPIRED:  # its own words, not those of the killed worker
             late = types_pb2.Item(error_code=outcome.error_code, message=outcome.message)
             items = [late if item.error_code else item for item in items]
+        elif outcome.error_code == "function_died":  # the machine knows what follows from it
+            items = [_with_message(item, outcome) for item in items]
         result = types_pb2.InvocationResult(
             request_id=outcome.request_id,
             items=items,
@@ -487,7 +527,9 @@ class Shell:
         for on_reply in call.on_reply:
             on_reply(result)
         self._memory.freed(sum(map(len, call.arguments)) + _size_bytes(result))
-        call.arguments = call.items = ()  # may be large; what its report needs stays
+        call.arguments = call.items = (
+            call.attachments
+        ) = ()  # may be large; what its report needs stays
 
     def _reply_again(self, request_id: RequestId) -> None:
         call = self._calls.pop(request_id)
@@ -520,12 +562,33 @@ def _told(result: ItemResult, function: str) -> str:
     return f"{function}: {result.message}" if result.kind in NAMELESS else result.message
 
 
-def _item(result: ItemResult, function: str) -> types_pb2.Item:
+def _item(result: ItemResult, function: str, channel: Handover | None = None) -> types_pb2.Item:
     if result.kind is ItemKind.OK:
-        return types_pb2.Item(value=result.value)
+        if not result.attachments:
+            return types_pb2.Item(value=result.value)
+        return _large_item(result, channel)
     return types_pb2.Item(
         error_code=CODE_BY_KIND[result.kind],
         message=_told(result, function),
         remote_type=result.error_type,
         remote_traceback=result.remote_traceback,
     )
+
+
+def _with_message(item: types_pb2.Item, outcome: Outcome) -> types_pb2.Item:
+    if item.error_code == outcome.error_code and outcome.message:
+        item.message = outcome.message
+    return item
+
+
+def _large_item(result: ItemResult, channel: Handover | None) -> types_pb2.Item:
+    """Hand the arrays of a result over, or put them back into it."""
+    if channel is not None and channel.is_open:
+        numbers = [channel.send(file) for file in result.attachments]
+        if None not in numbers:
+            return types_pb2.Item(value=result.value, attachments=filter(None, numbers))
+    try:
+        views = [file.view() for file in result.attachments]
+        return types_pb2.Item(value=payload.inline(result.value, views))
+    except ValueError as error:  # only a worker that was tampered with says such things
+        return types_pb2.Item(error_code="result_rejected", message=f"the result is none: {error}")

@@ -13,10 +13,11 @@ import structlog
 from agent.catalogue import FunctionIndex
 from agent.policies import PolicySlots
 from agent.probe import Probe
+from agent.runtime.environments import EnvironmentReading
 from agent.shell import Shell
 from tierwise.clock import monotonic_s, wall_s
 from tierwise.domain.event import CatalogueReceived, DrainAsked
-from tierwise.domain.function import FunctionSpec
+from tierwise.domain.function import Catalogue, FunctionSpec
 from tierwise.errors import NotFound, TierwiseError
 from tierwise.v1 import (
     function_pb2,
@@ -75,6 +76,7 @@ class Uplink:
         policies: PolicySlots,
         probe: Probe,
         group: asyncio.TaskGroup,
+        on_catalogue: Callable[[Catalogue], None] = lambda catalogue: None,
     ) -> None:
         self.revoked: frozenset[str] = frozenset()
         self.is_connected = False
@@ -86,6 +88,8 @@ class Uplink:
         self._policies = policies
         self._probe = probe
         self._group = group
+        self._on_catalogue = on_catalogue
+        self._told_environments: list[EnvironmentReading] = []
         self._assigning = asyncio.Lock()  # the newest assignment must win
         self._outbox = _Outbox()
         self._interval_s = 1.0
@@ -168,6 +172,7 @@ class Uplink:
 
     async def _session(self) -> None:
         call = node_pb2_grpc.NodeServiceStub(self._channel).Session()
+        self._told_environments = []
         try:
             await call.write(node_pb2.SessionRequest(hello=self._hello()))
             self._outbox.unsent = list(self._outbox.results.values())
@@ -242,7 +247,23 @@ class Uplink:
             dropped_call_count=dropped_count,
             policy_id=shell.decider.active_id,
             policies=shell.decider.health(),
+            environments=self._environments(),
         )
+
+    def _environments(self) -> list[node_pb2.EnvironmentReading]:
+        """Return how far the environments are, if the scheduler has not been told."""
+        now = self._shell.environments.readings()
+        if now == self._told_environments:
+            return []
+        self._told_environments = now
+        return [
+            node_pb2.EnvironmentReading(
+                requirements_digest=reading.requirements_digest,
+                state=reading.state.value,
+                message=reading.message,
+            )
+            for reading in now
+        ]
 
     def _receive(self, message: node_pb2.SessionResponse) -> None:
         match message.WhichOneof("body"):
@@ -258,6 +279,7 @@ class Uplink:
                 self._functions.replace(catalogue)
                 self._shell.sizings = catalogue.sizings
                 self._shell.feed(CatalogueReceived(catalogue=catalogue))
+                self._on_catalogue(catalogue)
             case "view":
                 self._shell.feed(convert.view_from_pb(message.view))
             case "dispatch":

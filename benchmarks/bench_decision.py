@@ -24,9 +24,10 @@ from tierwise.domain.request import Request
 from tierwise.domain.resources import Resources
 from tierwise.domain.topology import LinkTable, Node, Tier
 from tierwise.domain.view import ClusterView, NodeReading, NodeView
+from tierwise.placement import signals
 from tierwise.placement.features import BOUND, CANDIDATES_MAX, FEATURES, SCHEMA, encode
 from tierwise.placement.policies.ect import EarliestCompletion
-from tierwise.placement.policies.learned import Card, LearnedPolicy, Network, initial
+from tierwise.placement.policies.learned import Card, LearnedPolicy, Network, Price, initial
 from tierwise.placement.policy import Policy
 from tierwise.placement.ranking import Ranking, rank
 from tierwise.placement.score import DEFAULT_WEIGHTS
@@ -37,7 +38,7 @@ CALLS = 50  # per round and row
 HIDDEN = 64
 NODE_COUNTS = (1, 4, 16, 64)
 TARGET_US = {1: 10.0, 16: 100.0}
-STEPS = ("estimate", "encode", "forward")
+STEPS = ("estimate", "signals", "encode", "forward")
 
 SPEC = FunctionSpec(namespace="bench", name="f", version=1, code_digest="d")
 REQUEST = Request(request_id=RequestId("r"), spec=SPEC, origin=NodeId("n-00"), request_bytes=50_000)
@@ -71,11 +72,18 @@ def make_view(node_count: int, rng: np.random.Generator) -> ClusterView:
     )
 
 
-def make_learned(rng: np.random.Generator) -> LearnedPolicy:
-    """Return a policy with random weights that trusts itself everywhere."""
-    start = initial(HIDDEN, rng)
-    last = (rng.standard_normal(HIDDEN) * 0.1).astype(np.float32)
-    network = Network(**(start.arrays() | {"w4": last}))
+def make_learned(rng: np.random.Generator, *, is_deep: bool) -> LearnedPolicy:
+    """Return a policy with random prices, and random weights if deep, that trusts itself."""
+    network = initial(HIDDEN, rng)
+    if is_deep:
+        last = (rng.standard_normal(HIDDEN) * 0.1).astype(np.float32)
+        network = Network(**(network.arrays() | {"w4": last}))
+    prices = {
+        name: Price(weight=float(weight), low=0.0, high=signals.BOUND)
+        for name, weight in zip(
+            signals.SIGNALS, rng.uniform(0.0, 0.3, len(signals.SIGNALS)), strict=True
+        )
+    }
     card = Card(
         name="bench",
         version=1,
@@ -85,6 +93,7 @@ def make_learned(rng: np.random.Generator) -> LearnedPolicy:
         score=asdict(DEFAULT_WEIGHTS),
         low=[-BOUND] * len(FEATURES),
         high=[BOUND] * len(FEATURES),
+        prices=prices,
     )
     return LearnedPolicy(network, card)
 
@@ -96,6 +105,7 @@ def pieces(view: ClusterView, policy: LearnedPolicy) -> dict[str, Callable[[], o
     features = encode(view, REQUEST, ranking.estimates, ranking.scores)
     return {
         "estimate": lambda: estimate(view, REQUEST, view.nodes),
+        "signals": lambda: signals.encode(view, REQUEST, ranking.estimates),
         "encode": lambda: encode(view, REQUEST, ranking.estimates, ranking.scores),
         "forward": lambda: policy.network.forward(features),
     }
@@ -108,23 +118,28 @@ def calls_of(policy: Policy, view: ClusterView, rng: np.random.Generator) -> Cal
 
 def main() -> None:
     rng = np.random.default_rng(SEED)
-    learned, ect = make_learned(rng), EarliestCompletion()
+    deep, ect = make_learned(rng, is_deep=True), EarliestCompletion()
+    learned = make_learned(rng, is_deep=False)
     calls: dict[tuple[int, str], Callable[[], object]] = {}
     for node_count in NODE_COUNTS:
         view = make_view(node_count, rng)
         calls[node_count, "ect"] = calls_of(ect, view, rng)
         calls[node_count, "learned"] = calls_of(learned, view, rng)
+        calls[node_count, "deep"] = calls_of(deep, view, rng)
         if node_count > 1:
-            calls |= {(node_count, name): call for name, call in pieces(view, learned).items()}
+            calls |= {(node_count, name): call for name, call in pieces(view, deep).items()}
     figures = interleaved(calls, rounds=ROUNDS, count=CALLS, warm_up=2)
 
     caption = (
-        f"Seed {SEED}; {ROUNDS} rounds of {CALLS} calls. Ratio: learned ÷ ect; target: for learned."
-        " The last columns are steps of learned; a sole candidate needs no features and no "
-        f"network, and of many the best {CANDIDATES_MAX} by base score are compared."
+        f"Seed {SEED}; {ROUNDS} rounds of {CALLS} calls. Learned: prices "
+        "alone, as shipped; deep: a network on top. Ratio: learned ÷ ect; target: for learned. The "
+        "last columns are steps of deep; a sole candidate needs neither signals nor features, and "
+        f"of many the best {CANDIDATES_MAX} by base score are compared."
     )
     title = "One placement decision: µs, median [10 % … 90 %] over rounds"
-    table = make_table(title, ("nodes", "ect", "learned", "ratio", "target", *STEPS), caption)
+    table = make_table(
+        title, ("nodes", "ect", "learned", "ratio", "target", "deep", *STEPS), caption
+    )
     for node_count in NODE_COUNTS:
         one = {name: figures[n, name] for n, name in figures if n == node_count}
         target = TARGET_US.get(node_count)
@@ -134,6 +149,7 @@ def main() -> None:
             spread(one["learned"]),
             f"{np.median(one['learned'] / one['ect']):.1f}",
             "" if target is None else at_most(float(np.median(one["learned"])), target),
+            spread(one["deep"]),
             *(f"{np.median(one[name]):.1f}" if name in one else "–" for name in STEPS),
         )
     show(table)

@@ -16,6 +16,7 @@ from tierwise.cost.objective import DEFAULT_OBJECTIVE
 from tierwise.domain.decision import NotPlaced, Placed
 from tierwise.domain.ids import PolicyId, RequestId
 from tierwise.domain.outcome import Outcome
+from tierwise.placement import signals
 from tierwise.placement.features import BOUND, CANDIDATES_MAX, FEATURES, GAP_MAX, encode, gaps
 from tierwise.placement.policies.ect import EarliestCompletion
 from tierwise.placement.ranking import Ranking, rank
@@ -31,6 +32,7 @@ POLICY_ID = PolicyId("environment@1")
 
 Observation = NDArray[np.float32]
 Mask = NDArray[np.bool_]
+Prices = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,11 @@ class Episode:
     """
 
     def __init__(
-        self, world: World, seed: int, base_s: Mapping[RequestId, float] | None = None
+        self,
+        world: World,
+        seed: int,
+        base_s: Mapping[RequestId, float] | None = None,
+        prices: Prices | None = None,
     ) -> None:
         """Start a trace.
 
@@ -66,7 +72,9 @@ class Episode:
             world: The cluster and its workload.
             seed: Of the simulation.
             base_s: What each request costs under the base score; None simulates that first.
+            prices: Of `placement.signals`, shape (15,), to learn on top of; they are in the gap.
         """
+        self._prices = prices
         if base_s is None:
             heuristic = Simulator(world, seed).run(EarliestCompletion())
             base_s = {outcome.request_id: _cost_s(outcome) for outcome in heuristic}
@@ -90,7 +98,7 @@ class Episode:
 
     def again(self) -> "Episode":
         """Return the same trace from its start; the base score is not simulated anew."""
-        return Episode(self._world, self._seed, self._base_s)
+        return Episode(self._world, self._seed, self._base_s, self._prices)
 
     def advance(self) -> bool:
         """Run to the next decision with a choice; return False when the trace has ended."""
@@ -110,14 +118,19 @@ class Episode:
     def observe(self, out: Observation) -> None:
         """Write the open decision into `out`, shape (16, ≥ 26), zero-padded.
 
-        After the features come the base score's gap to the best one ÷ deadline, and 1 for valid.
+        After the features come the base score's gap to the best one ÷ deadline (with the prices,
+        if there are any), and 1 for valid.
         """
         assert self._question is not None and self._ranking is not None
         ask, ranking = self._question.ask, self._ranking
         k = len(ranking.scores)
         out[k:] = 0.0
         out[:k, :GAP] = encode(ask.view, ask.request, ranking.estimates, ranking.scores)
-        out[:k, GAP] = gaps(ranking.scores, ask.request.deadline_s)
+        gap = gaps(ranking.scores, ask.request.deadline_s)
+        if self._prices is not None:
+            gap += signals.encode(ask.view, ask.request, ranking.estimates) @ self._prices
+            gap = np.minimum(gap - gap.min(), GAP_MAX)
+        out[:k, GAP] = gap
         out[:k, VALID] = 1.0
 
     def decide(self, action: int) -> None:
@@ -291,14 +304,17 @@ class PlacementEnv(gymnasium.Env[Observation, np.int64]):
         }
 
 
-def new_episode(preset: str, world_seed: int, request_count: int) -> Episode:
+def new_episode(
+    preset: str, world_seed: int, request_count: int, prices: Prices | None = None
+) -> Episode:
     """Return an episode that stands at its first decision.
 
     Worlds without any choice (all requests have one candidate) are passed over.
     """
     for offset in range(100):
         seed = world_seed + offset
-        episode = Episode(make_world(preset, seed, request_count=request_count), seed)
+        world = make_world(preset, seed, request_count=request_count)
+        episode = Episode(world, seed, prices=prices)
         if episode.advance():
             return episode
     raise ValueError(f"100 worlds of preset {preset!r} in a row hold no decision")

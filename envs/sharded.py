@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from envs.placement import Prices
 from envs.vector import PlacementVecEnv, Rewards, VectorEnv
 
 
@@ -24,6 +25,7 @@ class ShardedVecEnv(VectorEnv):
         preset: str = "random",
         request_count: int = 400,
         process_count: int = 2,
+        prices: Prices | None = None,
     ) -> None:
         """Start the processes.
 
@@ -33,6 +35,7 @@ class ShardedVecEnv(VectorEnv):
             preset: See `envs.world`.
             request_count: Requests per episode.
             process_count: At most as many as environments.
+            prices: See `envs.placement.Episode`.
         """
         super().__init__(env_count)
         context = multiprocessing.get_context("spawn")  # torch may have threads here: no fork
@@ -42,7 +45,7 @@ class ShardedVecEnv(VectorEnv):
             here, there = context.Pipe()
             part = range(int(index[0]), int(index[-1]) + 1)
             process = context.Process(
-                target=_serve, args=(there, env_count, seed, preset, request_count, part)
+                target=_serve, args=(there, env_count, seed, preset, request_count, part, prices)
             )
             process.daemon = True  # ends with this one, however that ends
             process.start()
@@ -93,11 +96,17 @@ class ShardedVecEnv(VectorEnv):
 
 
 def _serve(
-    pipe: Connection, env_count: int, seed: int, preset: str, request_count: int, part: range
+    pipe: Connection,
+    env_count: int,
+    seed: int,
+    preset: str,
+    request_count: int,
+    part: range,
+    prices: Prices | None,
 ) -> None:
     """Answer until the other end closes."""
     environment = PlacementVecEnv(
-        env_count, seed=seed, preset=preset, request_count=request_count, part=part
+        env_count, seed=seed, preset=preset, request_count=request_count, part=part, prices=prices
     )
     try:
         while True:

@@ -8,7 +8,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
-from envs.placement import COLUMNS, VALID, Episode, new_episode
+from envs.placement import COLUMNS, VALID, Episode, Prices, new_episode
 from tierwise.placement.features import BOUND, CANDIDATES_MAX, GAP_MAX
 
 Rewards = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -84,6 +84,7 @@ class PlacementVecEnv(VectorEnv):
         preset: str = "random",
         request_count: int = 400,
         part: range | None = None,
+        prices: Prices | None = None,
     ) -> None:
         """Make `env_count` episodes of a preset.
 
@@ -93,6 +94,7 @@ class PlacementVecEnv(VectorEnv):
             preset: See `envs.world`.
             request_count: Requests per episode.
             part: Which of them are made here; None is all.
+            prices: See `Episode`.
         """
         part = range(env_count) if part is None else part
         children = np.random.SeedSequence(seed).spawn(env_count)[part.start : part.stop]
@@ -100,6 +102,7 @@ class PlacementVecEnv(VectorEnv):
         super().__init__(env_count)
         self._preset = preset
         self._request_count = request_count
+        self._prices = prices
         self._streams = [np.random.default_rng(child) for child in children]
         self._episodes: list[Episode] = []
         self._actions: NDArray[np.int64] = np.zeros(env_count, dtype=np.int64)
@@ -181,7 +184,7 @@ class PlacementVecEnv(VectorEnv):
             episode.advance()
         else:
             seed = int(self._streams[index].integers(2**31))
-            episode = new_episode(self._preset, seed, self._request_count)
+            episode = new_episode(self._preset, seed, self._request_count, self._prices)
             self._plays_left[index] = PLAYS
         self._plays_left[index] -= 1
         self._observe(index, episode)

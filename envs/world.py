@@ -78,7 +78,7 @@ NO_SHIFT = Shift()
 NAMED = ("small", "campus", "factory", "city", "flash-crowd", "link-cut", "heterogeneous", "azure")
 PRESETS = (*NAMED, "random")
 PRESET_SHARE = 0.4  # of random worlds that are one of the named ones
-LOADS = (0.08, 0.5)  # mean CPU demand ÷ capacity; bursts and crowds are several times that
+LOADS = (0.08, 0.9)  # mean CPU demand ÷ capacity; bursts and crowds are several times that
 
 
 def make_world(

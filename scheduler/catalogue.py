@@ -4,7 +4,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from tierwise.clock import wall_s
 from tierwise.domain.function import FunctionProfile, FunctionSpec
 from tierwise.domain.ids import FunctionId, function_id, split_function_id
 from tierwise.domain.sizing import Sizing
+from tierwise.domain.topology import Node
 from tierwise.errors import FailedPrecondition, InvalidArgument, NotFound, PayloadTooLarge
 from tierwise.v1 import function_pb2, function_pb2_grpc, types_pb2
 from tierwise.wire import convert
@@ -46,6 +47,8 @@ class FunctionCatalogue(function_pb2_grpc.FunctionServiceServicer):
         self.on_changed: Callable[[], None] = lambda: None
         # How a function's memory follows its input, if that is known.
         self.sizing: Callable[[FunctionId], Sizing | None] = lambda _: None
+        self.nodes: Callable[[], Iterable[Node]] = tuple
+        self.environments: Callable[[str], list[function_pb2.NodeEnvironment]] = lambda digest: []
         for row in store.read_now(lambda c: c.execute(select(functions)).mappings().all()):
             try:
                 spec = convert.spec_from_pb(types_pb2.FunctionSpec.FromString(row["spec"]))
@@ -126,6 +129,7 @@ class FunctionCatalogue(function_pb2_grpc.FunctionServiceServicer):
         wanted.code_digest = await asyncio.to_thread(lambda: hashlib.sha256(content).hexdigest())
         wanted.version = 1
         asked = convert.spec_from_pb(wanted)  # checks every field
+        _check_python(asked, self.nodes())
         async with self._deploying:
             for known in self._versions(asked.namespace, asked.name):
                 if replace(asked, version=known.version) == known:
@@ -256,6 +260,7 @@ class FunctionCatalogue(function_pb2_grpc.FunctionServiceServicer):
             spec=convert.spec_to_pb(spec),
             profile=convert.profile_to_pb(self._profile(spec.function_id)),
             created_unix_s=self._created.get(spec.function_id, 0.0),
+            environments=self.environments(spec.requirements_digest) if spec.requirements else (),
         )
 
     def _versions(self, namespace: str, name: str) -> list[FunctionSpec]:
@@ -264,6 +269,25 @@ class FunctionCatalogue(function_pb2_grpc.FunctionServiceServicer):
     def _changed(self) -> None:
         self.revision += 1
         self.on_changed()
+
+
+def _check_python(spec: FunctionSpec, nodes: Iterable[Node]) -> None:
+    """Refuse code that no node there is can load.
+
+    Raises:
+        FailedPrecondition: Every node of its tiers has another minor version of Python.
+    """
+    there = {n.node_id: n.python_version for n in nodes if n.tier in spec.tiers}
+    versions = sorted({version for version in there.values() if version})
+    if not spec.python_version or not versions or spec.python_version in there.values():
+        return
+    if "" in there.values():  # a node that does not say may have it
+        return
+    raise FailedPrecondition(
+        f"{spec.name} was packed by Python {spec.python_version}, which only that minor version "
+        f"can load; the nodes that may run it have {', '.join(versions)}: deploy it with one of "
+        "these"
+    )
 
 
 def _split(function: str) -> tuple[str, str, int | None]:

@@ -158,6 +158,8 @@ async def _serve(
     )
     dispatcher.work, dispatcher.nodes = window, sessions
     functions.on_changed = sessions.catalogue_changed
+    functions.nodes = lambda: [row.node for row in plane.table.rows()]
+    functions.environments = sessions.environments
 
     def policy_changed() -> None:
         dispatcher.policy = policies.active()

@@ -20,7 +20,7 @@ from tierwise.domain.function import FunctionProfile
 from tierwise.domain.ids import FunctionId, NodeId, RequestId
 from tierwise.domain.topology import NodeState
 from tierwise.errors import DeadlineExceeded, InvalidArgument, PermissionDenied, TierwiseError
-from tierwise.v1 import node_pb2, node_pb2_grpc, types_pb2
+from tierwise.v1 import function_pb2, node_pb2, node_pb2_grpc, types_pb2
 from tierwise.wire import convert
 from tierwise.wire.identity import Role, peer_identity
 
@@ -30,6 +30,7 @@ VIEW_INTERVAL_S = 0.2
 HELLO_TIMEOUT_S = 10.0
 LEASES_MAX = 20_000  # that one agent may claim
 POLICIES_MAX = 8  # on duty on one node
+ENVIRONMENTS_MAX = 256  # that one node may tell of
 
 
 class NodeSession:
@@ -41,6 +42,7 @@ class NodeSession:
         self.policy_id = hello.policy_id
         self.host = types_pb2.HostReading()
         self.policies: Sequence[types_pb2.PolicyHealth] = ()
+        self.environments: dict[str, node_pb2.EnvironmentReading] = {}  # by requirements
         self.has_left = False
         self.outbox = Outbox()
 
@@ -97,6 +99,19 @@ class Sessions(node_pb2_grpc.NodeServiceServicer):
         for node_id, session in self._sessions.items():
             for health in session.policies:
                 yield node_id, health
+
+    def environments(self, requirements_digest: str) -> list[function_pb2.NodeEnvironment]:
+        """Return how far each connected node is with the environment of some requirements."""
+        found = []
+        for node_id, session in sorted(self._sessions.items()):
+            reading = session.environments.get(requirements_digest)
+            if reading is not None:
+                found.append(
+                    function_pb2.NodeEnvironment(
+                        node_id=node_id, state=reading.state, message=reading.message
+                    )
+                )
+        return found
 
     def dispatch(self, node_id: NodeId, invocation: types_pb2.Invocation) -> None:
         """Send leased work; if the session is gone the lease is retried when the node is lost."""
@@ -230,6 +245,8 @@ class Sessions(node_pb2_grpc.NodeServiceServicer):
                 session.host = beat.host
                 session.policy_id = beat.policy_id
                 session.policies = beat.policies[:POLICIES_MAX]
+                if told := beat.environments[:ENVIRONMENTS_MAX]:  # all of them, or no news
+                    session.environments = {r.requirements_digest: r for r in told}
                 reading = convert.reading_from_pb(beat.reading)
                 self._dispatcher.feed(HeartbeatReceived(node_id=session.node_id, reading=reading))
                 self.changed()

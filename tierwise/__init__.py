@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from tierwise.sdk.client import Client, connect, handle
     from tierwise.sdk.handle import Handle
     from tierwise.sdk.local import LocalCluster
+    from tierwise.sdk.shared import SharedArray, share
 
     __version__: str
 
@@ -41,6 +42,7 @@ _ROOMS = {
     "tierwise.sdk.client": ("Client", "connect", "handle"),
     "tierwise.sdk.handle": ("Handle",),
     "tierwise.sdk.local": ("LocalCluster",),
+    "tierwise.sdk.shared": ("SharedArray", "share"),
     "tierwise.errors": (
         "AlreadyExists",
         "CallerError",
@@ -93,6 +95,7 @@ __all__ = [
     "PermissionDenied",
     "ResultRejected",
     "RetryLater",
+    "SharedArray",
     "StartFailed",
     "TierwiseError",
     "Unauthenticated",
@@ -101,6 +104,7 @@ __all__ = [
     "__version__",
     "connect",
     "handle",
+    "share",
 ]
 
 

@@ -39,8 +39,7 @@ from tierwise.placement.policies.defdrel import (
 )
 from tierwise.placement.ranking import Ranking, rank_or_place
 from training.export import TOLERANCE, commit, write_pair
-from training.teacher import TRAINING
-from training.tune import VALIDATION, cost_of
+from training.tune import TRAINING, VALIDATION, cost_of
 
 HIDDEN = 32
 REWARD_MAX = 5.0  # of one step, so that one outlier does not drown the others

@@ -12,7 +12,7 @@ import torch
 
 from tierwise.files import write_atomically
 from tierwise.placement.features import BOUND, FEATURES
-from tierwise.placement.policies.learned import Card, Network
+from tierwise.placement.policies.learned import Card, Network, Price
 from training.network import Residual
 
 TOLERANCE = 1e-5
@@ -69,6 +69,7 @@ def make_card(
     low: list[float],
     high: list[float],
     score: dict[str, float],
+    prices: dict[str, Price],
     command: str,
     seed: int,
     data: str,
@@ -85,6 +86,7 @@ def make_card(
         score=score,
         low=low,
         high=high,
+        prices=prices,
         command=command,
         seed=seed,
         commit=commit(),

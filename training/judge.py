@@ -2,11 +2,13 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +17,9 @@ from envs.simulator import Simulator
 from envs.world import make_world
 from tierwise.files import write_atomically
 from tierwise.placement import policies
-from tierwise.placement.features import BOUND
+from tierwise.placement.features import BOUND, FEATURES
 from tierwise.placement.policies.ect import EarliestCompletion
-from tierwise.placement.policies.learned import Card, LearnedPolicy, Network, save
+from tierwise.placement.policies.learned import Card, LearnedPolicy, Network, Price, save
 from tierwise.placement.policy import Policy
 from tierwise.placement.score import DEFAULT_WEIGHTS
 from training.evaluate import HELD_OUT, compare
@@ -33,6 +35,11 @@ VALIDATION_REQUESTS = 400
 EVALUATION_REQUESTS = 600
 
 Range = tuple[NDArray[np.float32], NDArray[np.float32]]
+EVERYTHING: Range = (
+    np.full(len(FEATURES), -BOUND, dtype=np.float32),
+    np.full(len(FEATURES), BOUND, dtype=np.float32),
+)
+NO_PRICES: Mapping[str, Price] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +83,12 @@ def _cost_s(policy: Policy, preset: str, seed: int) -> float:
 
 
 def as_policy(
-    network: Network, trained: Range, *, lam: float = 1.0, temperature: float = 1.0
+    network: Network,
+    trained: Range = EVERYTHING,
+    *,
+    prices: Mapping[str, Price] = NO_PRICES,
+    lam: float = 1.0,
+    temperature: float = 1.0,
 ) -> LearnedPolicy:
     """Return weights as the policy that agents would run; `trained` is the range of features."""
     low, high = trained
@@ -90,13 +102,23 @@ def as_policy(
         score=asdict(DEFAULT_WEIGHTS),
         low=np.where(np.isfinite(low), low, -BOUND).tolist(),
         high=np.where(np.isfinite(high), high, BOUND).tolist(),
+        prices=dict(prices),
     )
     return LearnedPolicy(network, card)
 
 
-def finish(folder: Path, network: Network, trained: Range, origin: Origin) -> None:
+def finish(
+    folder: Path,
+    network: Network,
+    origin: Origin,
+    trained: Range = EVERYTHING,
+    prices: Mapping[str, Price] = NO_PRICES,
+) -> None:
     """Choose λ and temperature on validation, judge on held-out worlds, write policy and card."""
     from tqdm import tqdm
+
+    def candidate(lam: float, temperature: float) -> LearnedPolicy:
+        return as_policy(network, trained, prices=prices, lam=lam, temperature=temperature)
 
     ratios: dict[tuple[float, float], float] = {}
     total = len(TEMPERATURES) + len(LAMBDAS) - 1 + 2 * origin.evaluation_worlds
@@ -107,14 +129,14 @@ def finish(folder: Path, network: Network, trained: Range, origin: Origin) -> No
 
         def tried(lam: float, temperature: float) -> tuple[float, float]:
             if (lam, temperature) not in ratios:
-                policy = as_policy(network, trained, lam=lam, temperature=temperature)
+                policy = candidate(lam, temperature)
                 ratios[lam, temperature] = validation.ratio(policy)
                 bar.update()
             return ratios[lam, temperature], lam
 
         temperature = min(TEMPERATURES, key=lambda each: tried(1.0, each))
         lam = min(LAMBDAS, key=lambda each: tried(each, temperature))
-        policy = as_policy(network, trained, lam=lam, temperature=temperature)
+        policy = candidate(lam, temperature)
         seeds = range(HELD_OUT, HELD_OUT + origin.evaluation_worlds)
         rows = compare(
             {"ect": EarliestCompletion(), "learned": policy},
@@ -133,6 +155,7 @@ def finish(folder: Path, network: Network, trained: Range, origin: Origin) -> No
         low=policy.card.low,
         high=policy.card.high,
         score=policy.card.score,
+        prices=policy.card.prices,
         command=origin.command,
         seed=origin.seed,
         data=f"simulated worlds of preset {origin.preset}",

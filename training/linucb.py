@@ -21,7 +21,7 @@ from tierwise.placement import policies
 from tierwise.placement.features import SCHEMA
 from tierwise.placement.policies.linucb import INPUTS, LinUCB
 from training.export import commit, write_pair
-from training.teacher import TRAINING
+from training.tune import TRAINING
 
 
 class Collector(LinUCB):

@@ -30,7 +30,8 @@ from envs.world import PRESETS
 from tierwise.errors import InvalidArgument, TierwiseError
 from tierwise.files import write_atomically
 from tierwise.placement.features import FEATURES
-from tierwise.placement.policies.learned import Network, save
+from tierwise.placement.policies.learned import Network, Price, save, unpack_card
+from tierwise.placement.signals import SIGNALS
 from training.export import to_network
 from training.judge import Origin, Range, Validation, as_policy, finish, new_folder, ship, verdict
 from training.network import Residual, ResidualPolicy
@@ -60,6 +61,7 @@ class Settings:
     evaluation_worlds: int = 100
     name: str = "placement"
     version: int = 1
+    prices: str = ""  # run folder of training.search to learn on top of; "" is the base score
 
     @property
     def whole_steps(self) -> int:
@@ -100,6 +102,7 @@ class Watch(BaseCallback):
         self._bar = bar
         self._rollout_count = 0
         self._average: Residual | None = None
+        self._prices = _prices(settings)
 
     def _on_step(self) -> bool:
         return True
@@ -155,7 +158,7 @@ class Watch(BaseCallback):
             self._follow()
         assert self._average is not None
         network = to_network(self._average)
-        policy = as_policy(network, self._progress.range, temperature=0.0)
+        policy = as_policy(network, self._progress.range, prices=self._prices, temperature=0.0)
         ratio = self._validation.ratio(policy)
         self.logger.record("validation/cost_ratio", ratio)
         self._bar.set_postfix_str(f"cost {ratio - 1.0:+.1%} vs ect on validation")
@@ -190,6 +193,7 @@ def train(settings: Settings, folder: Path, *, is_resumed: bool) -> bool:
         seed=settings.seed,
         preset=settings.preset,
         request_count=settings.request_count,
+        prices=_weights(_prices(settings)),
     )
     try:
         return _train(settings, folder, environment, is_resumed=is_resumed)
@@ -268,14 +272,32 @@ def _finish(settings: Settings, folder: Path, progress: Progress) -> None:
         validation_worlds=settings.validation_worlds,
         evaluation_worlds=settings.evaluation_worlds,
     )
-    finish(folder, network, progress.range, origin)
+    finish(folder, network, origin, progress.range, _prices(settings))
+
+
+def _prices(settings: Settings) -> dict[str, Price]:
+    """Return the prices to learn on top of, none for the base score itself.
+
+    Raises:
+        InvalidArgument: The folder holds no usable policy.
+    """
+    if not settings.prices:
+        return {}
+    try:
+        return unpack_card((Path(settings.prices) / "policy.json").read_bytes()).prices
+    except OSError as error:
+        raise InvalidArgument(f"--prices {settings.prices}: {error}") from None
+
+
+def _weights(prices: dict[str, Price]) -> NDArray[np.float64] | None:
+    return np.array([prices[name].weight for name in SIGNALS]) if prices else None
 
 
 def _command(settings: Settings) -> str:
     default = Settings()
     changed = [
         f"--{name.replace('_', '-')} {getattr(settings, name)}"
-        for name in ("preset", "seed", "steps", "env_count", "hidden", "request_count")
+        for name in ("preset", "seed", "steps", "env_count", "hidden", "request_count", "prices")
         if name in ("preset", "seed", "steps") or getattr(settings, name) != getattr(default, name)
     ]
     return "tierwise policy train " + " ".join(changed)
@@ -304,6 +326,12 @@ def main() -> int:
     parser.add_argument("--evaluation-worlds", type=int, default=default.evaluation_worlds)
     parser.add_argument("--name", default=default.name, help="of the policy")
     parser.add_argument("--version", type=int, default=default.version, help="of the policy")
+    parser.add_argument(
+        "--prices",
+        default=default.prices,
+        metavar="RUN",
+        help="run folder of `tierwise policy search` to learn on top of",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/placement"), help="folder of runs")
     parser.add_argument("--resume", type=Path, help="run folder to go on with")
     parser.add_argument(

@@ -38,6 +38,7 @@ from training.figures import mean_cost_s
 
 VALIDATION = 500_000  # seeds of validation worlds
 CONFIRMATION = 550_000  # seeds of the worlds that the winner is confirmed on
+TRAINING = 2_000_000  # first seed of the worlds that rivals learn from
 SEED = 3  # of the search
 
 

@@ -1,6 +1,7 @@
 """One worker process as the agent sees it: its socket, its log, its memory, its current call."""
 
 import asyncio
+import contextlib
 import mmap
 import os
 import resource
@@ -12,19 +13,25 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import cast
 
 import msgspec
 
 from agent.runtime.parent import ZygoteProcess
+from agent.runtime.pipe import FRAME_BYTES_MAX, FramePipe
+from tierwise.wire import memfd
+from tierwise.wire.memfd import Memfd
 
 LOG_BYTES_MAX = 8000  # with the note of what was dropped it stays within 8 KiB
 LOG_READ_MAX = 4 << 20  # how much is read and dropped in one go before the loop gets its turn
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 DEATH_WAIT_S = 1.0
 MORE_MEMORY = "raise memory= or send smaller inputs"
-FRAME_BYTES_MAX = 128 << 20
+IN_FILE = 0xFFFFFFFF  # see worker.py
+IN_FILE_BYTES_MIN = 1 << 20
+EXIT_TIMEOUT_S = 2.0  # for a function's own exit()
+IMPORTS_MAX = 400
 _U32 = struct.Struct("<I")
+_ITEM = struct.Struct("<II")
 
 
 class ItemKind(IntEnum):
@@ -52,6 +59,12 @@ class ItemResult:
     error_type: str = ""
     message: str = ""
     remote_traceback: str = ""
+    attachments: tuple[Memfd, ...] = ()  # the detached arrays of `value`
+
+    @property
+    def size_bytes(self) -> int:
+        """Return how much there is to move."""
+        return len(self.value) + sum(file.nbytes for file in self.attachments)
 
 
 NOT_RUN = ItemResult(ItemKind.NOT_RUN)
@@ -87,18 +100,19 @@ class StartFailure(Exception):
         self.remote_traceback = remote_traceback
 
 
-class Worker(asyncio.Protocol):
+class Worker:
     """Speaks the frames of worker.py; knows at most one running batch."""
 
     def __init__(self, instance_id: str, memory_mib: int, folder: Path) -> None:
         self.folder = folder
         self.on_idle_death: Callable[[str], None] = lambda instance_id: None
+        self.on_imports: Callable[[list[str]], None] = lambda names: None
         self._instance_id = instance_id
         self._memory_mib = memory_mib
         self._zygote: ZygoteProcess | None = None
-        self._transport: asyncio.Transport | None = None
+        self._pipe: FramePipe | None = None
         self._loop = asyncio.get_running_loop()
-        self._buffer = bytearray()
+        self._has_exit = False  # its function wants to be told of the end
         self._loaded: asyncio.Future[None] = self._loop.create_future()
         self._pid = 0
         self._baseline_mib = 0.0
@@ -155,9 +169,8 @@ class Worker(asyncio.Protocol):
             theirs.close()
             os.close(log_write_fd)
             os.close(progress_fd)
-        ours.setblocking(False)
         self._loop.add_reader(self._log_fd, self._read_log)
-        await self._loop.create_unix_connection(lambda: self, sock=ours)
+        self._pipe = FramePipe(ours, self._received, self._lost)
         await self._loaded
         self._baseline_mib = self.memory_mib()
         self._baseline_data_bytes = self._statm(5) * PAGE_BYTES
@@ -169,6 +182,7 @@ class Worker(asyncio.Protocol):
         arguments: Sequence[bytes],
         timeout_s: float,
         on_done: Callable[[RunReport], None],
+        attachments: Sequence[Memfd] = (),
         memory_mib: int | None = None,
     ) -> None:
         """Send one batch; the instance must be idle.
@@ -177,6 +191,7 @@ class Worker(asyncio.Protocol):
             arguments: One blob per item.
             timeout_s: When it is killed.
             on_done: Gets the report, once.
+            attachments: The detached arrays of the only item.
             memory_mib: What this batch may use, if less than the instance was started with.
         """
         assert self._on_done is None, "an instance runs one batch at a time"
@@ -187,15 +202,20 @@ class Worker(asyncio.Protocol):
         self._log.clear()
         self._dropped_bytes = 0
         self._started_s = self._loop.time()
-        if self._transport is None or self._is_ended:
+        if self._pipe is None or not self._pipe.is_open or self._is_ended:
             self._loop.call_soon(self._finish_dead)
             return
         _U32.pack_into(self._progress, 0, 0)
-        parts = [_U32.pack(len(arguments))]
+        parts: list[bytes] = [_U32.pack(len(arguments))]
+        files: list[Memfd] = []
         for blob in arguments:
-            parts += (_U32.pack(len(blob)), blob)
-        body = b"".join(parts)
-        self._transport.write(_U32.pack(len(body)) + body)
+            if len(blob) > IN_FILE_BYTES_MIN and len(files) < memfd.ATTACHMENTS_MAX:
+                with contextlib.suppress(OSError):  # without memory for it the socket will do
+                    files.append(memfd.make([blob]))
+                    parts.append(_ITEM.pack(IN_FILE, len(attachments)))
+                    continue
+            parts += (_ITEM.pack(len(blob), len(attachments)), blob)
+        self._pipe.send(parts, [file.fd for file in (*files, *attachments)])
         self._timer = self._loop.call_later(timeout_s, self._timed_out, timeout_s)
 
     def kill(self, kind: ItemKind, message: str) -> None:
@@ -204,6 +224,11 @@ class Worker(asyncio.Protocol):
             self._killed = (kind, message)
         if self._zygote is not None:
             self._zygote.kill(self._instance_id)
+
+    @property
+    def pid(self) -> int:
+        """Return the process id; 0 before the fork."""
+        return self._pid
 
     def memory_mib(self) -> float:
         """Return the resident memory now; 0 if the process is gone."""
@@ -254,15 +279,16 @@ class Worker(asyncio.Protocol):
                 )
 
     async def close(self) -> None:
-        """Kill the process and wait until it is gone."""
+        """End the process and wait until it is gone; an idle one may run its exit() first."""
         self._is_closing = True
+        pipe = self._pipe
+        if pipe is not None and self._has_exit and self._on_done is None and not self._killed:
+            pipe.finish()
+            await self._end_within(EXIT_TIMEOUT_S)
         self.kill(ItemKind.CANCELLED, "stopped")
-        if self._transport is not None:
-            self._transport.close()
-        for _ in range(200):
-            if self._is_ended or self._zygote is None or not self._zygote.is_alive:
-                break
-            await asyncio.sleep(0.005)
+        if pipe is not None:
+            pipe.close()
+        await self._end_within(DEATH_WAIT_S)
         self._close_log()
         self._close_refs()
         if not self._loaded.done():
@@ -271,34 +297,22 @@ class Worker(asyncio.Protocol):
             self._finish_dead()
         self._progress.close()
 
-    # -- asyncio.Protocol -----------------------------------------------------------------------
+    async def _end_within(self, limit_s: float) -> None:
+        for _ in range(int(limit_s / 0.005)):
+            if self._is_ended or self._zygote is None or not self._zygote.is_alive:
+                break
+            await asyncio.sleep(0.005)
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Remember the way to the worker."""
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's does not inherit from it
+    def _received(self, body: bytes) -> None:
+        try:
+            self._frame(body)
+        except (ValueError, TypeError, IndexError) as error:
+            self.kill(ItemKind.WORKER_DIED, f"the worker sent nonsense: {error}")
 
-    def data_received(self, data: bytes) -> None:
-        """Collect frames."""
-        buffer = self._buffer
-        buffer += data
-        while len(buffer) >= 4:
-            (length,) = _U32.unpack_from(buffer)
-            if length > FRAME_BYTES_MAX:
-                self.kill(ItemKind.WORKER_DIED, "the worker sent a frame beyond all bounds")
-                return
-            if len(buffer) < 4 + length:
-                return
-            body = bytes(memoryview(buffer)[4 : 4 + length])
-            del buffer[: 4 + length]
-            try:
-                self._frame(body)
-            except (ValueError, TypeError, IndexError) as error:
-                self.kill(ItemKind.WORKER_DIED, f"the worker sent nonsense: {error}")
-                return
-
-    def connection_lost(self, error: Exception | None) -> None:
+    def _lost(self, offence: str) -> None:
         """The worker ended: its exit code follows from the zygote, or never."""
-        self._transport = None
+        if offence:
+            self.kill(ItemKind.WORKER_DIED, offence)
         if not self._is_ended:
             self._loop.call_later(DEATH_WAIT_S, self._ended, None)
 
@@ -307,7 +321,8 @@ class Worker(asyncio.Protocol):
     def _frame(self, body: bytes) -> None:
         message = msgspec.msgpack.decode(body)
         if not self._loaded.done():
-            if message is None:
+            if message is None or isinstance(message, dict):
+                self._has_exit = message is not None
                 self._loaded.set_result(None)
             else:
                 kind, text, remote_traceback = message
@@ -315,18 +330,32 @@ class Worker(asyncio.Protocol):
                     StartFailure(f"the code could not be loaded: {kind}: {text}", remote_traceback)
                 )
             return
+        if isinstance(message, dict):
+            names = message["imports"][:IMPORTS_MAX]
+            self.on_imports([name for name in names if isinstance(name, str)])
+            return
         items, done = message
-        for index, kind, value, error_type, text, remote_traceback in items:
+        for index, kind, value, error_type, text, remote_traceback, attachment_count in items:
             if kind == ItemKind.OUT_OF_MEMORY:
                 text += f"; its limit is {self._limit_mib} MiB: {MORE_MEMORY}"
+            if value is None:
+                value = self._file().view()
+            attachments = tuple(self._file() for _ in range(attachment_count))
             self._results[index] = ItemResult(
-                ItemKind(kind), value, error_type, text, remote_traceback
+                ItemKind(kind), bytes(value), error_type, text, remote_traceback, attachments
             )
         if done is not None:
             run_s, peak_mib = done
             has_exited = bool(items) and items[-1][1] == ItemKind.WORKER_EXITED
             used_mib = max(0.0, float(peak_mib) - self._baseline_mib)
             self._finish(float(run_s), used_mib, is_alive=not has_exited)
+
+    def _file(self) -> Memfd:
+        assert self._pipe is not None
+        file = Memfd(self._pipe.take_fd())
+        if file.nbytes > FRAME_BYTES_MAX:
+            raise ValueError(f"a file of {file.nbytes} bytes")
+        return file
 
     def _finish(self, run_s: float, peak_mib: float, *, is_alive: bool) -> None:
         if self._timer is not None:

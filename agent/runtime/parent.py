@@ -5,7 +5,7 @@ import json
 import os
 import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from agent.runtime.environments import Environment
@@ -26,11 +26,14 @@ CLOSE_TIMEOUT_S = 2.0
 
 
 class ZygoteProcess:
-    """Forks instances on request and tells when they end."""
+    """Forks instances on request and tells when they end; a root also branches into more."""
 
     def __init__(self, environment: Environment) -> None:
         self.environment = environment
         self.is_alive = False
+        self.private_mib = 0.0  # memory that it shares with nobody, when it was ready
+        self.thread_count = 1
+        self.on_idle: Callable[[], None] = lambda: None  # its last instance has ended
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._ready: asyncio.Future[None] | None = None
@@ -61,13 +64,49 @@ class ZygoteProcess:
                 cwd="/",
                 start_new_session=True,
             )
-        ours.setblocking(False)
-        self._control = ours
+        await self._listen(ours)
+
+    async def branch(self, name: str, modules: Sequence[str]) -> "ZygoteProcess":
+        """Return a new zygote, forked from this one, that has imported `modules` as well.
+
+        Those that cannot be imported are left out.
+
+        Raises:
+            OSError: This zygote is gone, or the new one ended before it was ready.
+        """
+        child = ZygoteProcess(self.environment)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs:
+                self._order({"branch": name, "modules": list(modules)}, [theirs.fileno()])
+        except OSError:
+            ours.close()
+            raise
+        try:
+            await child._listen(ours)
+        except BaseException:
+            await child.close()
+            raise
+        return child
+
+    @property
+    def instance_count(self) -> int:
+        """Return how many instances it has that are not known to have ended."""
+        return len(self._ended)
+
+    async def _listen(self, control: socket.socket) -> None:
+        control.setblocking(False)
+        self._control = control
         loop = asyncio.get_running_loop()
         self._ready = loop.create_future()
-        loop.add_reader(ours.fileno(), self._receive)
+        loop.add_reader(control.fileno(), self._receive)
         await self._ready
         self.is_alive = True
+
+    def _order(self, order: dict[str, object], fds: Sequence[int]) -> None:
+        if self._control is None:
+            raise OSError("the zygote is gone")
+        socket.send_fds(self._control, [json.dumps(order).encode()], fds)
 
     def fork(
         self,
@@ -83,13 +122,10 @@ class ZygoteProcess:
         Raises:
             OSError: The zygote is gone.
         """
-        if self._control is None:
-            raise OSError("the zygote is gone")
         self._forked[instance_id] = on_forked
         self._ended[instance_id] = on_ended
-        message = json.dumps({"fork": instance_id, **order}).encode()
         try:
-            socket.send_fds(self._control, [message], fds)
+            self._order({"fork": instance_id, **order}, fds)
         except OSError:
             self._forked.pop(instance_id)
             self._ended.pop(instance_id)
@@ -131,7 +167,11 @@ class ZygoteProcess:
             self._forked.pop(event["forked"], _ignore)(event["pid"])
         elif "ended" in event:
             self._ended.pop(event["ended"], _ignore)(event["code"])
+            if not self._ended:
+                self.on_idle()
         elif self._ready is not None and not self._ready.done():
+            self.private_mib = event["private_kib"] / 1024
+            self.thread_count = event["thread_count"]
             self._ready.set_result(None)
 
     def _lost(self) -> None:

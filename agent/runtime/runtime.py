@@ -1,6 +1,7 @@
 """Workers as the agent sees them: start, run, stop. One loop, no thread, no task per call."""
 
 import asyncio
+import functools
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,13 +10,14 @@ import structlog
 
 from agent.runtime.environments import Environment
 from agent.runtime.instance import ItemKind, ItemResult, RunReport, StartFailure, Worker
-from agent.runtime.parent import ZygoteProcess
+from agent.runtime.nursery import Nursery
+from tierwise.wire.memfd import Memfd
 
 log = structlog.get_logger()
 
 START_TIMEOUT_S = 60.0
 MEMORY_CHECK_S = 0.1
-RESULT_BYTES_MAX = 60 << 20
+RESULT_BYTES_MAX = 120 << 20
 
 __all__ = ["InstanceStartError", "ItemKind", "ItemResult", "RunReport", "Runtime"]
 
@@ -31,11 +33,23 @@ class InstanceStartError(Exception):
 class Runtime:
     """All workers of one agent."""
 
-    def __init__(self, *, state_dir: Path, result_bytes_max: int = RESULT_BYTES_MAX) -> None:
+    def __init__(
+        self,
+        *,
+        state_dir: Path,
+        result_bytes_max: int = RESULT_BYTES_MAX,
+        imports: Path | None = None,
+    ) -> None:
+        """Make a runtime that is not open yet.
+
+        Args:
+            state_dir: Its own folder, emptied at every start.
+            result_bytes_max: Larger results are refused.
+            imports: File that remembers what functions import.
+        """
         self._folder = state_dir
         self._result_bytes_max = result_bytes_max
-        self._zygotes: dict[str, ZygoteProcess] = {}
-        self._locks: dict[str, asyncio.Lock] = {}
+        self.nursery = Nursery(imports)
         self._workers: dict[str, Worker] = {}
         self._memory_check: asyncio.TimerHandle | None = None
         self.on_died: Callable[[str], None] = lambda instance_id: None
@@ -50,11 +64,8 @@ class Runtime:
         """Kill every worker and zygote; no process and no file remains."""
         if self._memory_check is not None:
             self._memory_check.cancel()
-        for instance_id in list(self._workers):
-            await self.stop(instance_id)
-        for zygote in self._zygotes.values():
-            await zygote.close()
-        self._zygotes.clear()
+        await asyncio.gather(*(self.stop(instance_id) for instance_id in list(self._workers)))
+        await self.nursery.close()
         await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
 
     async def start(
@@ -75,10 +86,14 @@ class Runtime:
         folder.mkdir(parents=True)
         worker = Worker(instance_id, memory_mib, folder)
         worker.on_idle_death = self._died
+        worker.on_imports = functools.partial(self.nursery.learn, environment, code_digest)
         self._workers[instance_id] = worker
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                zygote = await self._zygote(environment)
+                try:
+                    zygote = await self.nursery.zygote(environment, code_digest)
+                except OSError as error:
+                    raise StartFailure(f"{environment.python} did not start: {error}") from None
                 await worker.fork(
                     zygote,
                     code_path=code_path,
@@ -97,6 +112,10 @@ class Runtime:
             await self.stop(instance_id)
             raise
 
+    def workers(self) -> dict[str, Worker]:
+        """Return every instance, whatever it does, in the order of their starts."""
+        return dict(self._workers)
+
     def run(
         self,
         instance_id: str,
@@ -104,17 +123,19 @@ class Runtime:
         *,
         timeout_s: float,
         on_done: Callable[[RunReport], None],
+        attachments: Sequence[Memfd] = (),
         memory_mib: int | None = None,
     ) -> None:
         """Run one batch on an idle instance; `on_done` is called once, from the loop.
 
-        `memory_mib` is what it may use, if less than the instance was started with.
+        Attachments are the detached arrays of a batch of one item; `memory_mib` is what it may
+        use, if less than the instance was started with.
         """
         worker = self._workers.get(instance_id)
         if worker is None:
             asyncio.get_running_loop().call_soon(on_done, RunReport.never_ran(len(arguments)))
         else:
-            worker.run(arguments, timeout_s, on_done, memory_mib)
+            worker.run(arguments, timeout_s, on_done, attachments, memory_mib)
 
     def cancel(self, instance_id: str) -> None:
         """Kill an instance because its call is not wanted; its report says CANCELLED."""
@@ -128,22 +149,6 @@ class Runtime:
         if worker is not None:
             await worker.close()
             await asyncio.to_thread(shutil.rmtree, worker.folder, ignore_errors=True)
-
-    async def _zygote(self, environment: Environment) -> ZygoteProcess:
-        name = environment.environment_id
-        async with self._locks.setdefault(name, asyncio.Lock()):
-            zygote = self._zygotes.get(name)
-            if zygote is None or not zygote.is_alive:
-                if zygote is not None:
-                    log.warning("zygote.restarted", environment_id=name)
-                    await zygote.close()
-                zygote = ZygoteProcess(environment)
-                try:
-                    await zygote.open()
-                except OSError as error:
-                    raise StartFailure(f"{environment.python} did not start: {error}") from None
-                self._zygotes[name] = zygote
-            return zygote
 
     def _died(self, instance_id: str) -> None:
         self.on_died(instance_id)

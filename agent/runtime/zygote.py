@@ -3,7 +3,9 @@
     ENV_PYTHON -I zygote.py <control fd> <agent pid> <payload.py> [module to pre-import]…
 
 It holds one thread and one socket, so a fork is cheap and safe. Over the control socket
-(SOCK_SEQPACKET, JSON) it is told to fork or kill instances, and tells when one has ended.
+(SOCK_SEQPACKET, JSON) it is told to fork or kill instances, and tells when one has ended. Told to
+branch, it forks a zygote like itself, with a control socket of its own, that imports more modules:
+what some functions were seen to import never enters the root.
 """
 
 import array
@@ -42,15 +44,34 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     payload = load("tierwise_payload", sys.argv[3])
     worker = load("tierwise_worker", f"{here}/worker.py")
-    for name in sys.argv[4:]:
+    vars(worker)["memfd"] = load(
+        "tierwise_memfd",
+        f"{os.path.dirname(sys.argv[3])}/memfd.py",  # noqa: PTH120
+    )
+    prepare(control, sys.argv[4:])
+    serve(control, sandbox, payload, worker)
+
+
+def prepare(control: socket.socket, modules: list[str]) -> None:
+    """Import what the instances will want, and say that this zygote is ready."""
+    for name in modules:
         try:
             importlib.import_module(name)
-        except Exception:  # a module that cannot be imported here fails later, in its function
+        except BaseException:  # what cannot be imported here fails later, in its function
             continue
     gc.collect()
     gc.freeze()
-    control.send(json.dumps({"ready": os.getpid()}).encode())
-    serve(control, sandbox, payload, worker)
+    with open("/proc/self/smaps_rollup") as file:
+        rollup = file.read()
+    private_kib = sum(
+        int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Private_")
+    )
+    ready = {
+        "ready": os.getpid(),
+        "thread_count": len(os.listdir("/proc/self/task")),  # noqa: PTH208
+        "private_kib": private_kib,
+    }
+    control.send(json.dumps(ready).encode())
 
 
 def serve(
@@ -80,16 +101,46 @@ def serve(
             if "kill" in order:
                 kill(pids.get(order["kill"]))
                 continue
+            parent_pid = os.getpid()
             pid = os.fork()
             if pid == 0:
+                if "branch" in order:
+                    control.detach()  # the number is closed below, and may be given out again
+                    branch(order, fds[0], parent_pid, sandbox, payload, worker)
                 run_child(order, fds, sandbox, payload, worker)
             for fd in fds:
                 os.close(fd)
-            pids[order["fork"]] = pid
+            name = order.get("fork") or order["branch"]
+            pids[name] = pid
             pidfd = os.pidfd_open(pid)
-            names[pidfd] = order["fork"]
+            names[pidfd] = name
             poll.register(pidfd, select.POLLIN)
-            control.send(json.dumps({"forked": order["fork"], "pid": pid}).encode())
+            control.send(json.dumps({"forked": name, "pid": pid}).encode())
+
+
+def branch(
+    order: dict[str, object],
+    control_fd: int,
+    parent_pid: int,
+    sandbox: ModuleType,
+    payload: ModuleType,
+    worker: ModuleType,
+) -> None:
+    """Become a zygote that has imported more; never returns."""
+    try:
+        os.setsid()
+        sandbox.die_with_parent(parent_pid)
+        os.closerange(3, control_fd)
+        os.closerange(control_fd + 1, 65536)
+        control = socket.socket(fileno=control_fd)
+        modules = order["modules"]
+        assert isinstance(modules, list)
+        prepare(control, modules)
+        serve(control, sandbox, payload, worker)
+    except BaseException as error:
+        os.write(2, f"zygote could not start: {error!r}\n".encode())
+    finally:
+        os._exit(0)
 
 
 def receive(control: socket.socket) -> tuple[bytes, list[int]]:

@@ -37,7 +37,7 @@ def behave(how: str, value: object = None) -> object:
     if how == "unencodable":
         return object()
     if how == "large":
-        return bytes(70 << 20)
+        return bytes(121 << 20)
     if how == "pid":
         return os.getpid()
     return value
@@ -92,7 +92,11 @@ def test_an_exception_arrives_with_its_remote_traceback() -> None:
     ("how", "error", "words"),
     [
         ("hang", tierwise.FunctionTimedOut, "longer than"),
-        ("exit", tierwise.FunctionDied, "default/behave@.* exited with code 3 .* must not end"),
+        (
+            "exit",
+            tierwise.FunctionDied,
+            "default/behave-exit@.* exited with code 3 .* must not end",
+        ),
         ("sys.exit", tierwise.FunctionDied, "SystemExit"),
         ("segfault", tierwise.FunctionDied, "SIGSEGV"),
         ("allocate", tierwise.FunctionOutOfMemory, "limit is 300 MiB: raise memory="),
@@ -107,9 +111,28 @@ def test_an_exception_arrives_with_its_remote_traceback() -> None:
 def test_a_function_that_misbehaves_gives_a_typed_error_and_harms_nobody(
     how: str, error: type[Exception], words: str
 ) -> None:
+    # Each under its own name: who kills two workers is quarantined.
+    name = f"behave-{how.replace('.', '-')}"
+    memory = "512MiB" if how == "large" else "300MiB"
+    function = app.function(behave.code, name=name, memory=memory, timeout="1s")
     with pytest.raises(error, match=words):
-        behave.remote(how)
-    assert behave.remote("echo", 1) == 1
+        function.remote(how)
+    assert function.remote("echo", 1) == 1
+
+
+def test_a_function_that_kills_two_workers_is_kept_off_the_node_until_it_is_mended() -> None:
+    fragile = app.function(behave.code, name="fragile", timeout="2s")
+    there = fragile.options(node="edge-1")
+    with pytest.raises(tierwise.FunctionDied):
+        there.remote("segfault")
+    with pytest.raises(tierwise.FunctionDied, match=r"not run on this node .* deploy a corrected"):
+        there.remote("segfault")
+    with pytest.raises(tierwise.Unplaceable, match="edge-1: quarantined") as caught:
+        there.remote("echo", 1)
+    assert caught.value.retry_after_s > 1.0
+    assert fragile.options(node="fog-1").remote("echo", 1) == 1
+    mended = app.function(behave.code, name="fragile", timeout="3s")
+    assert mended.options(node="edge-1").remote("echo", 2) == 2
 
 
 def test_megabytes_of_output_are_cut_and_the_end_is_kept(ask: Operator) -> None:
@@ -141,7 +164,7 @@ def test_arguments_that_cannot_travel_are_refused_before_they_leave() -> None:
 
 def test_a_payload_beyond_the_limit_is_refused_with_a_typed_error() -> None:
     with pytest.raises(tierwise.TierwiseError):
-        behave.remote("echo", bytes(80 << 20))
+        behave.remote("echo", bytes(140 << 20))
     assert behave.remote("echo", 1) == 1
 
 

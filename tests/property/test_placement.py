@@ -17,9 +17,10 @@ from tierwise.domain.topology import Link, LinkTable, Node, NodeState, Tier
 from tierwise.domain.view import ClusterView, NodeReading, NodeView
 from tierwise.placement.feasibility import feasible
 from tierwise.placement.features import BOUND, FEATURES, SCHEMA, encode
-from tierwise.placement.policies.learned import Card, LearnedPolicy, Network
+from tierwise.placement.policies.learned import Card, LearnedPolicy, Network, Price
 from tierwise.placement.policy import Policy, create, names
 from tierwise.placement.score import base_score, sole_score
+from tierwise.placement.signals import SIGNALS
 
 SPEC = FunctionSpec(namespace="default", name="f", version=1, code_digest="d")
 F = len(FEATURES)
@@ -53,6 +54,7 @@ def learned(*, lam: float = 1.0, bound: float = 8.0) -> LearnedPolicy:
         score={},
         low=[-bound] * F,
         high=[bound] * F,
+        prices={name: Price(weight=0.3, low=0.0, high=50.0) for name in SIGNALS[::2]},
     )
     return LearnedPolicy(network(), card)
 
@@ -258,21 +260,3 @@ def test_the_score_of_a_sole_candidate_is_the_base_score_of_its_row(
     estimates = estimate(view, request, view.nodes)
     rows = [sole_score(terms, request) for terms in estimates.terms.tolist()]
     np.testing.assert_allclose(rows, base_score(estimates, request), rtol=1e-9)
-
-
-@given(
-    features=st.lists(
-        st.lists(st.floats(-8.0, 8.0, width=32), min_size=F, max_size=F), min_size=1, max_size=16
-    ),
-    padding=st.integers(0, 5),
-)
-@settings(max_examples=100, deadline=None)
-def test_padding_does_not_change_a_batch(features: list[list[float]], padding: int) -> None:
-    rows = np.array(features, dtype=np.float32)
-    k = len(rows)
-    padded = np.full((1, k + padding, F), 8.0, dtype=np.float32)
-    padded[0, :k] = rows
-    mask = (np.arange(k + padding) < k)[None, :]
-    batch = network().forward_batch(padded, mask)
-    np.testing.assert_allclose(batch[0, :k], network().forward(rows), rtol=1e-4, atol=1e-4)
-    assert (batch[0, k:] == 0.0).all()

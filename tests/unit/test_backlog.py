@@ -1,6 +1,7 @@
 """NodeMachine: what a reading says of the wait, and when another instance is started."""
 
-from agent.machine import PATIENCE, NodeMachine
+from agent.machine import NodeMachine
+from agent.outlook import PATIENCE
 from tests.unit.test_node_machine import (
     EDGE,
     decided,

@@ -104,16 +104,10 @@ def test_numpy_and_torch_agree_to_five_digits(hidden: int) -> None:
     out = torch.relu(torch.cat([h, context], dim=2) @ w["w3"] + w["b3"]) @ w["w4"] + w["b4"]
     expected = out.masked_fill(~valid[..., 0], 0.0).numpy()
 
-    np.testing.assert_allclose(net.forward_batch(features, mask), expected, rtol=1e-5, atol=1e-5)
     for i, k in enumerate(mask.sum(axis=1)):
         residual = net.forward(features[i, :k])
         assert residual.dtype == np.float32
         np.testing.assert_allclose(residual, expected[i, :k], rtol=1e-5, atol=1e-5)
-
-
-def test_a_batch_row_without_candidates_gives_zeros() -> None:
-    features = np.ones((1, 4, F), dtype=np.float32)
-    assert network().forward_batch(features, np.zeros((1, 4), dtype=np.bool_)).tolist() == [[0] * 4]
 
 
 def test_forward_leaves_its_input_and_weights_alone() -> None:

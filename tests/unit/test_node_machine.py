@@ -717,7 +717,7 @@ def test_small_calls_of_others_do_not_starve_one_whose_warm_instance_cannot_grow
     assert isinstance(start, StartInstance)
     machine.step(started(start.instance_id), 1.0)
     assert run_here(machine, "large", sized(400), 2.0) == []
-    assert run_here(machine, "small", spec("small", memory_mib=100), 3.0) == []  # it is behind
-    commands = machine.step(finished(start.instance_id, "long"), 4.0)
+    assert run_here(machine, "small", spec("small", memory_mib=100), 2.1) == []  # it is behind
+    commands = machine.step(finished(start.instance_id, "long"), 2.2)
     first = next(c for c in commands if isinstance(c, RunOn))
     assert first.request_id == "large"

@@ -115,7 +115,7 @@ def test_options_narrow_one_call_and_leave_the_function_alone() -> None:
 
 def test_a_call_too_large_for_a_message_is_refused_before_it_is_sent() -> None:
     with pytest.raises(PayloadTooLarge, match="limit of one call"):
-        invocation_of("f", [bytes(61 << 20)], Options())
+        invocation_of("f", [bytes(121 << 20)], Options())
 
 
 # -- shipping -----------------------------------------------------------------------------------

@@ -143,6 +143,12 @@ def delete(
     print_table(["deleted", "versions"], [[function, count]])
 
 
+def environment_words(environments: list[Record]) -> str:
+    """Return on how many nodes the requirements are in which state: "1 building, 2 ready"."""
+    states = [environment["state"] for environment in environments]
+    return ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
+
+
 def _function(record: Record) -> str:
     name = f"{record['namespace']}/{record.get('name', record.get('function'))}"
     return f"{name}@{record['version']}" if "version" in record else name
@@ -247,6 +253,7 @@ FUNCTION_COLUMNS = [
     ("calls", lambda r: r["profile"]["call_count"]),
     ("run", lambda r: ms(r["profile"]["run_s"])),
     ("cold start", lambda r: ms(r["profile"]["cold_start_s"])),
+    ("environment", lambda r: environment_words(r["environments"])),
     ("age", lambda r: age(wall_s() - r["created_unix_s"])),
 ]
 CALL_COLUMNS = [

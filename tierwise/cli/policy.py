@@ -18,7 +18,7 @@ _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opti
 
 @app.command(context_settings=_PASS_ON)
 def train(context: typer.Context) -> None:
-    """Train a policy in the simulator; --help lists the options."""
+    """Train a policy in the simulator, decision by decision; --help lists the options."""
     _train("training.ppo", context.args)
 
 
@@ -39,15 +39,12 @@ def tune(context: typer.Context) -> None:
 
 
 @app.command(context_settings=_PASS_ON)
-def label(context: typer.Context) -> None:
-    """Label simulated decisions with what each candidate leads to; --help lists the options."""
-    _train("training.teacher", context.args)
+def search(context: typer.Context) -> None:
+    """Search what a placement should pay for, by whole simulated worlds; --help lists options.
 
-
-@app.command(context_settings=_PASS_ON)
-def improve(context: typer.Context) -> None:
-    """Train a policy on the labels of `label`; --help lists the options."""
-    _train("training.improve", context.args)
+    Its run folder can be published as it is, or trained on: `policy train --prices RUN`.
+    """
+    _train("training.search", context.args)
 
 
 @app.command(context_settings=_PASS_ON)

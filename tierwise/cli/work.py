@@ -6,13 +6,21 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tierwise.cli.common import complete_functions, complete_nodes
 from tierwise.cli.output import Format, Output, say, show_value
-from tierwise.errors import InvalidArgument, NotFound
+from tierwise.clock import monotonic_s, pause
+from tierwise.errors import InvalidArgument, NotFound, StartFailed
+
+if TYPE_CHECKING:
+    from tierwise.sdk.operator import Operator
+
+PREPARE_TIMEOUT_S = 300.0  # they go on building; only the command stops waiting
+PREPARE_SEEN_S = 5.0
+PREPARE_POLL_S = 0.3
 
 Arguments = Annotated[list[str] | None, typer.Argument(help="JSON values, or plain text")]
 Name = Annotated[str, typer.Argument(help="function", autocompletion=complete_functions)]
@@ -41,18 +49,27 @@ def add_to(app: typer.Typer) -> None:
 
 
 def deploy(
-    target: Annotated[str, typer.Argument(help="FILE.py, or FILE.py:app if there are several")],
+    target: Annotated[
+        str,
+        typer.Argument(help="FILE.py, or FILE.py:app if there are several; FILE.wasm:export"),
+    ],
+    wait: Annotated[
+        bool, typer.Option(help="until the nodes have built what the functions require")
+    ] = True,
     output: Output = Format.TABLE,
 ) -> None:
-    """Deploy every function of the app in a Python file."""
+    """Deploy every function of the app in a Python file, or one of a WebAssembly module."""
     from tierwise.cli.output import show
     from tierwise.sdk.client import Client
+    from tierwise.sdk.operator import Operator
 
     with Client() as client:
         specs = []
         for app in _apps(target):
             app.use(client)
             specs += app.deploy()
+        names = [spec.function_id for spec in specs if spec.requirements]
+        failed = _prepared(Operator(client), names) if wait and names else []
     records = [{"function": s.function_id, "code_digest": s.code_digest} for s in specs]
     show(
         records,
@@ -61,6 +78,27 @@ def deploy(
         name=lambda r: str(r["function"]),
         empty="the app declares no function",
     )
+    if failed:
+        raise StartFailed("\n".join(failed))
+
+
+def _prepared(ask: "Operator", names: list[str]) -> list[str]:
+    """Wait until no node builds an environment any more; return what went wrong where."""
+    ends_s = monotonic_s() + PREPARE_TIMEOUT_S
+    seen_s = monotonic_s() + PREPARE_SEEN_S
+    while True:
+        found = {name: ask.function(name)["environments"] for name in names}
+        states = [env["state"] for envs in found.values() for env in envs]
+        is_unseen = not all(found.values()) and monotonic_s() < seen_s  # heartbeats bring it
+        if not (is_unseen or "building" in states) or monotonic_s() > ends_s:
+            break
+        pause(PREPARE_POLL_S)
+    return [
+        f"{name} on {env['node_id']}: {env['message']}"
+        for name, envs in found.items()
+        for env in envs
+        if env["state"] == "failed"
+    ]
 
 
 def invoke(
@@ -164,6 +202,10 @@ def _apps(target: str) -> list[Any]:
     path = Path(file)
     if not path.exists():
         raise NotFound(f"there is no file {file}")
+    if path.suffix == ".wasm":
+        made = App(path.stem.lower().replace("_", "-"))
+        made.wasm(path, name)
+        return [made]
     module = _load(path)
     if name:
         app = getattr(module, name, None)

@@ -28,6 +28,8 @@ class Reason(IntEnum):
     NO_NODES = 15
     START_FAILED = 16
     STALE_VIEW = 17  # it is busier than the sender believed, who has others to ask
+    WRONG_PYTHON = 24  # the code was pickled by another minor version
+    QUARANTINED = 25  # the function has killed its workers there
 
     @property
     def label(self) -> str:
@@ -48,6 +50,7 @@ _PERMANENT = frozenset(
         Reason.TOO_FEW_CPUS,
         Reason.NO_GPU,
         Reason.OVER_BUDGET,
+        Reason.WRONG_PYTHON,
     }
 )
 
@@ -108,6 +111,7 @@ class Placed:
 
     node_ids: tuple[NodeId, ...]
     explanation: Explanation | None = None
+    keep_alive_s: float | None = None  # from now on, of the function's idle instances here
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

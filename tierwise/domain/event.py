@@ -76,6 +76,14 @@ class RunFinished:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KeepAliveSet:
+    """Keep idle instances of a function so long from now on; None: as its author said."""
+
+    function_id: FunctionId
+    keep_alive_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PeerReplied:
     """The node a request was forwarded to has answered, with a result or a refusal."""
 
@@ -139,6 +147,7 @@ NodeEvent = (
     | InstanceStarted
     | InstanceFailed
     | InstanceDied
+    | KeepAliveSet
     | RunFinished
     | PeerReplied
     | PeerFailed

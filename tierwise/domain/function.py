@@ -1,5 +1,6 @@
 """Functions, their versions and what is known of how they behave."""
 
+import hashlib
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -18,6 +19,13 @@ class Priority(IntEnum):
     NORMAL = 2
     HIGH = 3
     CRITICAL = 4
+
+
+def requirements_digest(requirements: tuple[str, ...]) -> str:
+    """Return the SHA-256 of a set of requirements, in any order; empty for none."""
+    if not requirements:
+        return ""
+    return hashlib.sha256("\n".join(sorted(requirements)).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +53,9 @@ class FunctionSpec:
     budget_usd: float | None = None  # per call
     retries_max: int = 2
     description: str = ""
+    instances_min: int = 0  # kept on every node that may host it, and takes memory there
+    burst_max: int = 0  # starts per second and node; 0: as many as there is room for
+    python_version: str = ""  # "3.11": what pickled the code, and all that can load it
     is_memory_auto: bool = False  # `memory_mib` is then for calls of which nothing is known yet
     function_id: FunctionId = field(init=False, compare=False)  # namespace/name@version
 
@@ -52,6 +63,11 @@ class FunctionSpec:
         """Derive the id once: every request reads it many times."""
         identity = function_id(self.namespace, self.name, self.version)
         object.__setattr__(self, "function_id", identity)
+
+    @property
+    def requirements_digest(self) -> str:
+        """Return what names its environment on every node; empty without requirements."""
+        return requirements_digest(self.requirements)
 
     @property
     def resources(self) -> Resources:

@@ -41,6 +41,9 @@ class NodeState(IntEnum):
     DRAINING = 4  # finishes what it has, takes nothing new
 
 
+PYTHON_LABEL = "python"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
     """One agent's machine.
@@ -56,6 +59,14 @@ class Node:
     address: str = ""
     zone: str = ""
     labels: tuple[tuple[str, str], ...] = field(default=())
+
+    @property
+    def python_version(self) -> str:
+        """Return the minor version of Python that functions get here, "3.11"; empty: unknown."""
+        for key, value in self.labels:
+            if key == PYTHON_LABEL:
+                return value
+        return ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

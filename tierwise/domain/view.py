@@ -36,6 +36,7 @@ class NodeReading:
     warm: Mapping[FunctionId, int] = field(default_factory=_none_warm)
     engaged: Mapping[FunctionId, int] = field(default_factory=_none_warm)
     eviction_price_s_per_mib: float = 0.0
+    reserved_mib: int = 0  # held by floors (`instances_min`), whoever else wants it
 
     def standing_still(self) -> "NodeReading":
         """Return the same with counts of its own, where they may be a pool's that goes on."""

@@ -3,9 +3,10 @@
 from tierwise.cost.estimate import DEFAULT_PRICES
 from tierwise.cost.money import PriceTable
 from tierwise.domain.decision import Reason
+from tierwise.domain.function import FunctionSpec
 from tierwise.domain.ids import NodeId
 from tierwise.domain.request import HOPS_MAX, Request
-from tierwise.domain.topology import NodeState
+from tierwise.domain.topology import Node, NodeState
 from tierwise.domain.view import ClusterView, NodeView
 
 
@@ -29,6 +30,28 @@ def feasible(
     return candidates, masked
 
 
+def hard_limit(node: Node, spec: FunctionSpec, reserved_mib: int) -> Reason | None:
+    """Return what of the node itself keeps a function off it, however idle it is.
+
+    Args:
+        node: Where it would run.
+        spec: The function.
+        reserved_mib: What floors hold there; the function's own is open to it.
+    """
+    if spec.python_version and node.python_version not in ("", spec.python_version):
+        return Reason.WRONG_PYTHON
+    capacity = node.capacity
+    if reserved_mib and spec.instances_min:
+        reserved_mib = max(0, reserved_mib - spec.instances_min * spec.memory_mib)
+    if spec.memory_mib > capacity.memory_mib - reserved_mib:
+        return Reason.TOO_LITTLE_MEMORY
+    if spec.cpus > capacity.cpus:
+        return Reason.TOO_FEW_CPUS
+    if spec.gpu_slots > capacity.gpu_slots:
+        return Reason.NO_GPU
+    return None
+
+
 def _reason(
     view: ClusterView, request: Request, row: NodeView, prices: PriceTable
 ) -> Reason | None:
@@ -41,13 +64,8 @@ def _reason(
         request.tiers is not None and node.tier not in request.tiers
     ):
         return Reason.WRONG_TIER
-    capacity = node.capacity
-    if spec.memory_mib > capacity.memory_mib:
-        return Reason.TOO_LITTLE_MEMORY
-    if spec.cpus > capacity.cpus:
-        return Reason.TOO_FEW_CPUS
-    if spec.gpu_slots > capacity.gpu_slots:
-        return Reason.NO_GPU
+    if (reason := hard_limit(node, spec, row.reading.reserved_mib)) is not None:
+        return reason
     if request.budget_usd is not None:
         usd = prices.call_usd(
             node.tier,

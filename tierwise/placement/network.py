@@ -29,6 +29,11 @@ class Network:
     w4: Float32  # (H,)
     b4: Float32  # ()
 
+    @property
+    def is_zero(self) -> bool:
+        """Return whether the residual is 0 whatever the features are."""
+        return not (self.w4.any() or self.b4.any())
+
     def arrays(self) -> dict[str, Float32]:
         """Return the weights by name, in the order of the fields."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
@@ -47,27 +52,6 @@ class Network:
         shared += self.b3
         residual: Float32 = _relu(hidden @ self.w3[:width], shared) @ self.w4
         residual += self.b4
-        return residual
-
-    def forward_batch(self, features: Float32, mask: NDArray[np.bool_]) -> Float32:
-        """Return the residuals of many decisions at once.
-
-        Args:
-            features: Shape (b, k, F); rows that the mask leaves out may hold anything finite.
-            mask: Shape (b, k), True where there is a candidate.
-
-        Returns:
-            Shape (b, k), 0 where there is none.
-        """
-        hidden = _relu(features @ self.w1, self.b1)
-        hidden = _relu(hidden @ self.w2, self.b2)
-        hidden = np.where(mask[..., None], hidden, np.float32(0.0))  # ≥ 0, so 0 leaves the max
-        width = hidden.shape[-1]
-        count = np.maximum(mask.sum(axis=1, keepdims=True), 1).astype(np.float32)
-        context = np.concatenate([hidden.sum(axis=1) / count, hidden.max(axis=1)], axis=1)
-        shared = context @ self.w3[width:] + self.b3
-        out = _relu(hidden @ self.w3[:width], shared[:, None, :])
-        residual: Float32 = np.where(mask, out @ self.w4 + self.b4, np.float32(0.0))
         return residual
 
 

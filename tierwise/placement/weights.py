@@ -20,11 +20,20 @@ from tierwise.errors import InvalidArgument
 from tierwise.placement.features import FEATURES, SCHEMA
 from tierwise.placement.network import Float32, Network
 from tierwise.placement.score import ScoreWeights
+from tierwise.placement.signals import SIGNALS
 
 FILE_BYTES_MAX = 8 << 20  # of the weights, packed and unpacked
 CARD_BYTES_MAX = 1 << 20
 HIDDEN_MAX = 512
 DIAL_MAX = 1e6  # of β, λ and the score's weights
+
+
+class Price(msgspec.Struct, kw_only=True, frozen=True):
+    """What a policy adds to the base score per unit of a signal, and the signal's trained range."""
+
+    weight: float
+    low: float
+    high: float
 
 
 class Card(msgspec.Struct, kw_only=True, frozen=True):
@@ -39,6 +48,7 @@ class Card(msgspec.Struct, kw_only=True, frozen=True):
     score: dict[str, float]
     low: list[float]  # per feature, what was seen in training
     high: list[float]
+    prices: dict[str, Price] = msgspec.field(default_factory=dict)  # by SIGNALS; none is 0
     command: str = ""
     seed: int = 0
     commit: str = ""
@@ -93,6 +103,16 @@ def unpack_card(card: bytes) -> Card:
     for name, low, high in zip(FEATURES, about.low, about.high, strict=True):
         if not -math.inf < low <= high < math.inf:
             raise InvalidArgument(f"the card's range of {name} is {low} to {high}: no finite range")
+    for name, price in about.prices.items():
+        if name not in SIGNALS:
+            raise InvalidArgument(
+                f"the card prices {name!r}, which is no signal; known: {', '.join(SIGNALS)}"
+            )
+        if not abs(price.weight) <= DIAL_MAX or not 0.0 <= price.low <= price.high < math.inf:
+            raise InvalidArgument(
+                f"the card's price of {name} is {price.weight} in {price.low} to {price.high}; the "
+                f"weight must be within ±{DIAL_MAX:g}, the range finite and not negative"
+            )
     return about
 
 

@@ -1,15 +1,19 @@
 """Functions as their authors write them."""
 
+import atexit
 import functools
 import inspect
 import operator
+import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from tierwise.config import parse_duration_s, parse_memory_mib
 from tierwise.domain.function import ALL_TIERS, FunctionSpec, Priority
 from tierwise.domain.ids import is_name
 from tierwise.errors import InvalidArgument
+from tierwise.sdk import wasm
 from tierwise.sdk.client import Client, default_client
 from tierwise.sdk.code import pack
 from tierwise.sdk.connection import Options
@@ -38,15 +42,18 @@ class Function(RemoteFunction):
         self.deploy: Verb[[], FunctionSpec] = Verb(app.client, self._deploy)
         self._packed: bytes | None = None
         self._deployed: tuple[Client, FunctionSpec] | None = None
-        functools.update_wrapper(self, code)
+        self._here: Callable[..., Any] | None = None if isinstance(code, type) else code
+        functools.update_wrapper(self, code, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the function in this process."""
-        return self.code(*args, **kwargs)
+        return self.local(*args, **kwargs)
 
     def local(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the function in this process."""
-        return self.code(*args, **kwargs)
+        """Run the function in this process; a class is entered at its first call here."""
+        if self._here is None:
+            self._here = _entered(self.code)
+        return self._here(*args, **kwargs)
 
     def __reduce__(self) -> Any:
         """Travel as the plain function, so that functions can call each other in a worker."""
@@ -124,16 +131,22 @@ class App:
         priority: str | Priority = "normal",
         tier: str | Iterable[str] | None = None,
         requirements: Iterable[str] = (),
+        min_instances: int = 0,
         max_instances: int = 16,
+        burst: int = 0,
         keep_alive: str | float = "5m",
         budget_usd: float | None = None,
         retries: int = 2,
     ) -> Any:
         """Declare a function. Use as `@app.function` or `@app.function(memory="1GiB", …)`.
 
+        A class may stand for a function that needs something loaded once: each instance makes one
+        object of it, calls its `enter()` if it has one, then the object itself for every call, and
+        its `exit()` when it is stopped, which may take two seconds.
+
         Args:
-            code: The function, when used without parentheses.
-            name: Default: the function's name, with `_` as `-`.
+            code: The function or class, when used without parentheses.
+            name: Default: the function's name in small letters, with `_` as `-`.
             memory: What one call may use; it is killed beyond that. "auto" gives each call what
                 its input needs, learnt from the calls before; one that runs out of memory all the
                 same runs once more with twice as much.
@@ -145,7 +158,10 @@ class App:
             tier: Where it may run: edge, fog, cloud or several; default: anywhere.
             requirements: Packages that pip installs, ["pillow>=11"]; none means those of the
                 agent's host.
+            min_instances: Kept ready on every node that may run it, restarts included; their
+                memory is not for others.
             max_instances: At most this many at a time on one node.
+            burst: At most this many start per second on one node; 0 means no cap.
             keep_alive: How long an idle instance is kept warm.
             budget_usd: Nodes where one call would cost more are not used.
             retries: How often durable work is tried again when the platform fails it.
@@ -170,6 +186,9 @@ class App:
                 priority=parse_priority(priority),
                 tiers=parse_tiers(tier) if tier is not None else ALL_TIERS,
                 instances_max=max_instances,
+                instances_min=min_instances,
+                burst_max=burst,
+                python_version=f"{sys.version_info.major}.{sys.version_info.minor}",
                 keep_alive_s=parse_duration_s(keep_alive),
                 budget_usd=budget_usd,
                 retries_max=retries,
@@ -182,6 +201,45 @@ class App:
             return made
 
         return declare if code is None else declare(code)
+
+    def wasm(
+        self,
+        module: str | Path | bytes,
+        export: str = "",
+        *,
+        name: str = "",
+        fuel: int = 1_000_000_000,
+        wasm_memory: str | int = "16MiB",
+        requirements: Iterable[str] = (wasm.REQUIREMENT,),
+        **options: Any,
+    ) -> Function:
+        """Declare an exported function of a WebAssembly module, which takes and returns numbers.
+
+        Args:
+            module: A .wasm file, or its bytes.
+            export: Which function; may be left out if there is one only, and wasmtime is here.
+            name: Default: that of the export.
+            fuel: About how many instructions a call may execute; more is an error.
+            wasm_memory: What the module's own memory may grow to.
+            requirements: What its workers need; none means that nodes have wasmtime already.
+            **options: Those of `function`.
+
+        Raises:
+            InvalidArgument: It is no module, has no such export, or wants imports.
+        """
+        code = module if isinstance(module, bytes) else Path(module).read_bytes()
+        if not export:
+            found = wasm.exports(code)
+            if len(found) != 1:
+                raise InvalidArgument(
+                    f"the module exports {', '.join(found) or 'nothing'}: name one"
+                )
+            export = found[0]
+        memory_bytes = parse_memory_mib(wasm_memory) << 20
+        made = wasm.as_class(code, export, fuel=fuel, memory_bytes=memory_bytes)
+        name = name or export.lower().replace("_", "-").strip("-")
+        declared: Function = self.function(name=name, requirements=requirements, **options)(made)
+        return declared
 
     async def _deploy(self) -> list[FunctionSpec]:
         """Deploy every function of the app; return their exact versions."""
@@ -207,6 +265,9 @@ def _check_kind(function: Callable[..., Any]) -> None:
     Raises:
         InvalidArgument: It is no plain function.
     """
+    if isinstance(function, type):
+        _check_class(function)
+        function = function.__call__
     if not inspect.isfunction(function):
         raise InvalidArgument(
             f"{function!r} is no plain function: wrap what it does in `def name(…): …`"
@@ -222,3 +283,37 @@ def _check_kind(function: Callable[..., Any]) -> None:
                 f"{function.__qualname__} is {kind}, and its result cannot travel: "
                 "use a plain function that returns a value"
             )
+
+
+def _check_class(code: type) -> None:
+    """Refuse early a class of which a worker could not make an object that can be called.
+
+    Raises:
+        InvalidArgument: It has no `__call__`, or its constructor wants something.
+    """
+    name = code.__qualname__
+    if not inspect.isfunction(getattr(code, "__call__", None)):  # noqa: B004 - not callable(): a class always is
+        raise InvalidArgument(
+            f"{name} has no `def __call__(self, …)`: that is what runs for each call"
+        )
+    wanted = [
+        parameter.name
+        for parameter in inspect.signature(code).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    if wanted:
+        raise InvalidArgument(
+            f"{name}() wants {', '.join(wanted)}: instances are made without arguments; load what "
+            "is needed in enter()"
+        )
+
+
+def _entered(code: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an object of a class, ready for calls in this process."""
+    made: Callable[..., Any] = code()
+    if hasattr(made, "enter"):
+        made.enter()
+    if hasattr(made, "exit"):
+        atexit.register(made.exit)
+    return made

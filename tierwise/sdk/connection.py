@@ -34,9 +34,12 @@ from tierwise.v1 import (
     types_pb2,
     work_pb2_grpc,
 )
+from tierwise.wire import memfd, payload
 from tierwise.wire.channel import diagnose, secure_channel
 from tierwise.wire.errors import error_from_rpc
+from tierwise.wire.handover import ATTACHMENT_LOST, Handover, socket_name
 from tierwise.wire.identity import Credentials, node_dns_name, scheduler_dns_name
+from tierwise.wire.memfd import Memfd
 from tierwise.wire.stream import CallStream
 
 T = TypeVar("T")
@@ -51,7 +54,7 @@ CALL_MARGIN_S = 5.0
 DEFAULT_TIMEOUT_S = 90.0  # of a call by name whose own timeout is not known here
 SWEEP_S = 0.1  # how exactly calls end on time
 DRAIN_S = 0.02
-ARGUMENTS_BYTES_MAX = 60 << 20  # one message holds 64 MiB
+ARGUMENTS_BYTES_MAX = 120 << 20  # one message holds 128 MiB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +89,15 @@ class _Entry:
     agent: Agent
     channel: grpc.aio.Channel
     stream: CallStream
+    handover: Handover | None = None  # if the agent is on this machine
     has_answered: bool = False
+
+    async def close(self) -> None:
+        """Close everything that leads to the agent."""
+        await self.stream.close()
+        await self.channel.close()
+        if self.handover is not None:
+            self.handover.close()
 
 
 class Connection:
@@ -122,8 +133,7 @@ class Connection:
         if self._sweep is not None:
             self._sweep.cancel()
         if entry is not None:
-            await entry.stream.close()
-            await entry.channel.close()
+            await entry.close()
         await self._scheduler.close()
         # gRPC shares one queue among all loops of the process, and stumbles over events of a
         # loop that is closed: let it deliver what it still has for this one.
@@ -186,27 +196,55 @@ class Connection:
         return sum(agent.cpus for agent in agents)
 
     async def invoke(
-        self, function: str, arguments: Sequence[bytes], options: Options, timeout_s: float | None
+        self,
+        function: str,
+        arguments: Sequence[bytes],
+        options: Options,
+        timeout_s: float | None,
+        *,
+        detached: Sequence[Any] = (),
+        files: dict[int, Memfd] | None = None,
     ) -> types_pb2.InvocationResult:
         """Run one invocation and return its result, with one item per argument set.
 
         A broken stream is opened again, to another agent if that fails too, and the invocation
         sent again under its old id: an agent repeats the answer of what it ran before.
 
+        Args:
+            function: Its name.
+            arguments: Encoded argument sets.
+            options: What the caller asks for.
+            timeout_s: The function's own, if it is known.
+            detached: Arrays that the only argument set lacks. An agent on this machine is handed
+                them as files; otherwise they are put back.
+            files: Takes the files that such an agent hands over with the result, by number.
+
         Raises:
             PayloadTooLarge: The arguments do not fit into one message.
             DeadlineExceeded: There was no answer within the timeout and a margin.
             Unavailable: No agent could be reached; the message names those that were tried.
         """
-        invocation = invocation_of(function, arguments, options)
+        invocation = invocation_of(function, arguments, options, detached)
         limit_s = (options.timeout_s or timeout_s or DEFAULT_TIMEOUT_S) + CALL_MARGIN_S
         ends_s = monotonic_s() + limit_s
         entry = self._entry
         try:
+            if entry is None and detached:
+                async with asyncio.timeout(ends_s - monotonic_s()):
+                    entry = await self._connect()
             if entry is not None:
+                is_handed = _hand_over(entry.handover, invocation, detached, files is not None)
+                if not is_handed:
+                    _put_back(invocation, detached)
                 result = await self._sent(entry, invocation, ends_s)
-                if result is not None:
+                if result is not None and not (is_handed and _is_lost(result)):
+                    if files is not None and entry.handover is not None:
+                        numbers = [n for item in result.items for n in item.attachments]
+                        found = ((n, entry.handover.take(n)) for n in numbers)
+                        files.update({n: file for n, file in found if file is not None})
                     return result
+                if is_handed:
+                    _put_back(invocation, detached)
             async with asyncio.timeout(ends_s - monotonic_s()):
                 return await self._send_again(entry, invocation, ends_s)
         except TimeoutError:
@@ -299,7 +337,9 @@ class Connection:
                 channel = secure_channel(
                     agent.address, self._credentials, node_dns_name(agent.node_id)
                 )
-                self._entry = _Entry(agent, channel, CallStream(channel))
+                name = socket_name(agent.node_id, agent.address)
+                handover = Handover.connect(name)
+                self._entry = _Entry(agent, channel, CallStream(channel, handover), handover)
             return self._entry
 
     def _choose(self, agents: Sequence[Agent]) -> Agent:
@@ -335,12 +375,44 @@ class Connection:
             self._failure_counts[node_id] = count
             if count >= FAILURES_MAX:
                 self._avoided_until_s[node_id] = monotonic_s() + AVOID_S
-            await entry.stream.close()
-            await entry.channel.close()
+            await entry.close()
         if isinstance(error, grpc.RpcError):
             refusal = error_from_rpc(error)
             if isinstance(refusal, CallerError | Unauthenticated):
                 raise refusal from None
+
+
+def _hand_over(
+    handover: Handover | None,
+    invocation: types_pb2.Invocation,
+    detached: Sequence[Any],
+    wants_files: bool,
+) -> bool:
+    """Hand the arrays over and name them in the invocation; return whether nothing is missing."""
+    if handover is None or not handover.is_open:
+        return not detached
+    if wants_files:
+        invocation.channel_id = handover.channel_id
+    for value in detached:
+        try:
+            number = handover.send(value.file if hasattr(value, "file") else memfd.make([value]))
+        except OSError:  # no memory for it
+            number = None
+        if number is None:
+            return False
+        invocation.attachments.append(number)
+    return True
+
+
+def _put_back(invocation: types_pb2.Invocation, detached: Sequence[Any]) -> None:
+    """Let the arrays travel inside the message."""
+    invocation.ClearField("attachments")
+    if detached:
+        invocation.arguments[0] = payload.inline(invocation.arguments[0], detached)
+
+
+def _is_lost(result: types_pb2.InvocationResult) -> bool:
+    return bool(result.items) and result.items[0].message == ATTACHMENT_LOST
 
 
 def _is_cancelled(result: types_pb2.InvocationResult) -> bool:
@@ -353,14 +425,14 @@ def new_request_id() -> str:
 
 
 def invocation_of(
-    function: str, arguments: Sequence[bytes], options: Options
+    function: str, arguments: Sequence[bytes], options: Options, detached: Sequence[Any] = ()
 ) -> types_pb2.Invocation:
     """Return the message of a new call with a fresh id.
 
     Raises:
         PayloadTooLarge: It would not fit into one message.
     """
-    size_bytes = sum(map(len, arguments))
+    size_bytes = sum(map(len, arguments)) + sum(array.nbytes for array in detached)
     if size_bytes > ARGUMENTS_BYTES_MAX:
         raise PayloadTooLarge(
             f"the arguments of {function} have {size_bytes} bytes, the limit of one call is "

@@ -18,6 +18,7 @@ from tierwise.sdk.connection import Connection, Options, scaled
 from tierwise.v1 import types_pb2
 from tierwise.wire import payload
 from tierwise.wire.errors import error_from_item
+from tierwise.wire.memfd import Memfd
 
 CHUNK_TARGET_S = 0.02
 CHUNK_ITEMS_MAX = 512
@@ -176,12 +177,33 @@ def encode(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
         raise InvalidArgument(f"the arguments cannot travel: {error}") from None
 
 
-def value_of(item: types_pb2.Item) -> Any:
-    """Return the decoded value of an item, or its error as an object."""
+def encode_detached(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bytes, list[Any]]:
+    """Return the arguments of one call, and beside them the large arrays that they hold.
+
+    Raises:
+        InvalidArgument: They hold something that cannot travel.
+    """
+    detached: list[Any] = []
+    try:
+        return payload.encode((args, kwargs), detached=detached), detached
+    except payload.PayloadError as error:
+        raise InvalidArgument(f"the arguments cannot travel: {error}") from None
+
+
+def value_of(item: types_pb2.Item, files: dict[int, Memfd] | None = None) -> Any:
+    """Return the decoded value of an item, or its error as an object.
+
+    Args:
+        item: What came.
+        files: What was handed over with it, by number.
+    """
     error = error_from_item(item)
     if error is not None:
         return error
-    return payload.decode(item.value)
+    found = [files[n].view() for n in item.attachments if files and n in files]
+    if len(found) < len(item.attachments):
+        return Unavailable("an array of the result was lost on its way; send the call again")
+    return payload.decode(item.value, found)
 
 
 def _may_run_again(value: Any, item_count: int) -> bool:

@@ -12,9 +12,10 @@ from tierwise.domain.topology import Tier, parse_tier
 from tierwise.errors import InvalidArgument, NotFound, TierwiseError, Unavailable
 from tierwise.sdk.connection import Options, invocation_of
 from tierwise.sdk.handle import Handle
-from tierwise.sdk.mapping import Mapping, Target, encode, take, value_of
+from tierwise.sdk.mapping import Mapping, Target, encode, encode_detached, take, value_of
 from tierwise.sdk.verb import Verb
 from tierwise.v1 import work_pb2
+from tierwise.wire.memfd import Memfd
 
 if TYPE_CHECKING:
     from tierwise.sdk.client import Client
@@ -191,18 +192,24 @@ class RemoteFunction:
         )
 
     async def _remote(self, *args: Any, **kwargs: Any) -> Any:
-        value = await self._call(encode(args, kwargs))
+        blob, detached = encode_detached(args, kwargs)
+        value = await self._call(blob, detached)
         if isinstance(value, NotFound) and self.forget():
-            value = await self._call(encode(args, kwargs))  # it was deleted: deploy it again
+            value = await self._call(blob, detached)  # it was deleted: deploy it again
         if isinstance(value, TierwiseError):
             raise value
         return value
 
-    async def _call(self, blob: bytes) -> Any:
+    async def _call(self, blob: bytes, detached: list[Any]) -> Any:
         name, spec = await self.resolve()
         timeout_s = spec.timeout_s + QUEUE_S if spec is not None else None
-        result = await self.client().connection().invoke(name, [blob], self._options, timeout_s)
-        return value_of(result.items[0])
+        files: dict[int, Memfd] = {}
+        result = (
+            await self.client()
+            .connection()
+            .invoke(name, [blob], self._options, timeout_s, detached=detached, files=files)
+        )
+        return value_of(result.items[0], files)
 
     async def _spawn(self, *args: Any, **kwargs: Any) -> Handle:
         return (await self._submit([encode(args, kwargs)]))[0]

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from tierwise.v1 import types_pb2 as tierwise_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1atierwise/v1/function.proto\x12\x0btierwise.v1\x1a\x17tierwise/v1/types.proto\"N\n\x15\x44\x65ployFunctionRequest\x12\'\n\x04spec\x18\x01 \x01(\x0b\x32\x19.tierwise.v1.FunctionSpec\x12\x0c\n\x04\x63ode\x18\x02 \x01(\x0c\"Q\n\x16\x44\x65ployFunctionResponse\x12\'\n\x04spec\x18\x01 \x01(\x0b\x32\x19.tierwise.v1.FunctionSpec\x12\x0e\n\x06is_new\x18\x02 \x01(\x08\")\n\x14ListFunctionsRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\"L\n\x15ListFunctionsResponse\x12\x33\n\tfunctions\x18\x01 \x03(\x0b\x32 .tierwise.v1.GetFunctionResponse\"&\n\x12GetFunctionRequest\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\"\x85\x01\n\x13GetFunctionResponse\x12\'\n\x04spec\x18\x01 \x01(\x0b\x32\x19.tierwise.v1.FunctionSpec\x12-\n\x07profile\x18\x02 \x01(\x0b\x32\x1c.tierwise.v1.FunctionProfile\x12\x16\n\x0e\x63reated_unix_s\x18\x03 \x01(\x01\"/\n\x1bListFunctionVersionsRequest\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\"K\n\x1cListFunctionVersionsResponse\x12+\n\x08versions\x18\x01 \x03(\x0b\x32\x19.tierwise.v1.FunctionSpec\")\n\x15\x44\x65leteFunctionRequest\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\"/\n\x16\x44\x65leteFunctionResponse\x12\x15\n\rdeleted_count\x18\x01 \x01(\x05\"%\n\x0eGetCodeRequest\x12\x13\n\x0b\x63ode_digest\x18\x01 \x01(\t\"\x1f\n\x0fGetCodeResponse\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x0c\x32\xa4\x04\n\x0f\x46unctionService\x12Y\n\x0e\x44\x65ployFunction\x12\".tierwise.v1.DeployFunctionRequest\x1a#.tierwise.v1.DeployFunctionResponse\x12V\n\rListFunctions\x12!.tierwise.v1.ListFunctionsRequest\x1a\".tierwise.v1.ListFunctionsResponse\x12P\n\x0bGetFunction\x12\x1f.tierwise.v1.GetFunctionRequest\x1a .tierwise.v1.GetFunctionResponse\x12k\n\x14ListFunctionVersions\x12(.tierwise.v1.ListFunctionVersionsRequest\x1a).tierwise.v1.ListFunctionVersionsResponse\x12Y\n\x0e\x44\x65leteFunction\x12\".tierwise.v1.DeleteFunctionRequest\x1a#.tierwise.v1.DeleteFunctionResponse\x12\x44\n\x07GetCode\x12\x1b.tierwise.v1.GetCodeRequest\x1a\x1c.tierwise.v1.GetCodeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1atierwise/v1/function.proto\x12\x0btierwise.v1\x1a\x17tierwise/v1/types.proto\"N\n\x15\x44\x65ployFunctionRequest\x12\'\n\x04spec\x18\x01 \x01(\x0b\x32\x19.tierwise.v1.FunctionSpec\x12\x0c\n\x04\x63ode\x18\x02 \x01(\x0c\"Q\n\x16\x44\x65ployFunctionResponse\x12\'\n\x04spec\x18\x01 \x01(\x0b\x32\x19.tierwise.v1.FunctionSpec\x12\x0e\n\x06is_new\x18\x02 \x01(\x08\")\n\x14ListFunctionsRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\"L\n\x15ListFunctionsResponse\x12\x33\n\tfunctions\x18\x01 \x03(\x0b\x32 .tierwise.v1.GetFunctionResponse\"&\n\x12GetFunctionRequest\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\"\xb9\x01\n\x13GetFunctionResponse\x12\'\n\x04spec\x18\x01 \x01(\x0b\x32\x19.tierwise.v1.FunctionSpec\x12-\n\x07profile\x18\x02 \x01(\x0b\x32\x1c.tierwise.v1.FunctionProfile\x12\x16\n\x0e\x63reated_unix_s\x18\x03 \x01(\x01\x12\x32\n\x0c\x65nvironments\x18\n \x03(\x0b\x32\x1c.tierwise.v1.NodeEnvironment\"B\n\x0fNodeEnvironment\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"/\n\x1bListFunctionVersionsRequest\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\"K\n\x1cListFunctionVersionsResponse\x12+\n\x08versions\x18\x01 \x03(\x0b\x32\x19.tierwise.v1.FunctionSpec\")\n\x15\x44\x65leteFunctionRequest\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\"/\n\x16\x44\x65leteFunctionResponse\x12\x15\n\rdeleted_count\x18\x01 \x01(\x05\"%\n\x0eGetCodeRequest\x12\x13\n\x0b\x63ode_digest\x18\x01 \x01(\t\"\x1f\n\x0fGetCodeResponse\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x0c\x32\xa4\x04\n\x0f\x46unctionService\x12Y\n\x0e\x44\x65ployFunction\x12\".tierwise.v1.DeployFunctionRequest\x1a#.tierwise.v1.DeployFunctionResponse\x12V\n\rListFunctions\x12!.tierwise.v1.ListFunctionsRequest\x1a\".tierwise.v1.ListFunctionsResponse\x12P\n\x0bGetFunction\x12\x1f.tierwise.v1.GetFunctionRequest\x1a .tierwise.v1.GetFunctionResponse\x12k\n\x14ListFunctionVersions\x12(.tierwise.v1.ListFunctionVersionsRequest\x1a).tierwise.v1.ListFunctionVersionsResponse\x12Y\n\x0e\x44\x65leteFunction\x12\".tierwise.v1.DeleteFunctionRequest\x1a#.tierwise.v1.DeleteFunctionResponse\x12\x44\n\x07GetCode\x12\x1b.tierwise.v1.GetCodeRequest\x1a\x1c.tierwise.v1.GetCodeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,19 +43,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETFUNCTIONREQUEST']._serialized_start=352
   _globals['_GETFUNCTIONREQUEST']._serialized_end=390
   _globals['_GETFUNCTIONRESPONSE']._serialized_start=393
-  _globals['_GETFUNCTIONRESPONSE']._serialized_end=526
-  _globals['_LISTFUNCTIONVERSIONSREQUEST']._serialized_start=528
-  _globals['_LISTFUNCTIONVERSIONSREQUEST']._serialized_end=575
-  _globals['_LISTFUNCTIONVERSIONSRESPONSE']._serialized_start=577
-  _globals['_LISTFUNCTIONVERSIONSRESPONSE']._serialized_end=652
-  _globals['_DELETEFUNCTIONREQUEST']._serialized_start=654
-  _globals['_DELETEFUNCTIONREQUEST']._serialized_end=695
-  _globals['_DELETEFUNCTIONRESPONSE']._serialized_start=697
-  _globals['_DELETEFUNCTIONRESPONSE']._serialized_end=744
-  _globals['_GETCODEREQUEST']._serialized_start=746
-  _globals['_GETCODEREQUEST']._serialized_end=783
-  _globals['_GETCODERESPONSE']._serialized_start=785
-  _globals['_GETCODERESPONSE']._serialized_end=816
-  _globals['_FUNCTIONSERVICE']._serialized_start=819
-  _globals['_FUNCTIONSERVICE']._serialized_end=1367
+  _globals['_GETFUNCTIONRESPONSE']._serialized_end=578
+  _globals['_NODEENVIRONMENT']._serialized_start=580
+  _globals['_NODEENVIRONMENT']._serialized_end=646
+  _globals['_LISTFUNCTIONVERSIONSREQUEST']._serialized_start=648
+  _globals['_LISTFUNCTIONVERSIONSREQUEST']._serialized_end=695
+  _globals['_LISTFUNCTIONVERSIONSRESPONSE']._serialized_start=697
+  _globals['_LISTFUNCTIONVERSIONSRESPONSE']._serialized_end=772
+  _globals['_DELETEFUNCTIONREQUEST']._serialized_start=774
+  _globals['_DELETEFUNCTIONREQUEST']._serialized_end=815
+  _globals['_DELETEFUNCTIONRESPONSE']._serialized_start=817
+  _globals['_DELETEFUNCTIONRESPONSE']._serialized_end=864
+  _globals['_GETCODEREQUEST']._serialized_start=866
+  _globals['_GETCODEREQUEST']._serialized_end=903
+  _globals['_GETCODERESPONSE']._serialized_start=905
+  _globals['_GETCODERESPONSE']._serialized_end=936
+  _globals['_FUNCTIONSERVICE']._serialized_start=939
+  _globals['_FUNCTIONSERVICE']._serialized_end=1487
 # @@protoc_insertion_point(module_scope)

@@ -131,25 +131,59 @@ class GetFunctionResponse(_message.Message):
     SPEC_FIELD_NUMBER: _builtins.int
     PROFILE_FIELD_NUMBER: _builtins.int
     CREATED_UNIX_S_FIELD_NUMBER: _builtins.int
+    ENVIRONMENTS_FIELD_NUMBER: _builtins.int
     created_unix_s: _builtins.float
     @_builtins.property
     def spec(self) -> _types_pb2.FunctionSpec: ...
     @_builtins.property
     def profile(self) -> _types_pb2.FunctionProfile: ...
+    @_builtins.property
+    def environments(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeEnvironment]:
+        """Of the nodes that have said something of its requirements."""
+
     def __init__(
         self,
         *,
         spec: _types_pb2.FunctionSpec | None = ...,
         profile: _types_pb2.FunctionProfile | None = ...,
         created_unix_s: _builtins.float = ...,
+        environments: _abc.Iterable[Global___NodeEnvironment] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_unix_s", b"created_unix_s", "profile", b"profile", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_unix_s", b"created_unix_s", "environments", b"environments", "profile", b"profile", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetFunctionResponse: _TypeAlias = GetFunctionResponse  # noqa: Y015
+
+@_typing.final
+class NodeEnvironment(_message.Message):
+    """How far one node is with a function's environment."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    node_id: _builtins.str
+    state: _builtins.str
+    """building, ready or failed."""
+    message: _builtins.str
+    def __init__(
+        self,
+        *,
+        node_id: _builtins.str = ...,
+        state: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "node_id", b"node_id", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NodeEnvironment: _TypeAlias = NodeEnvironment  # noqa: Y015
 
 @_typing.final
 class ListFunctionVersionsRequest(_message.Message):

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from tierwise.v1 import types_pb2 as tierwise_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ctierwise/v1/invocation.proto\x12\x0btierwise.v1\x1a\x17tierwise/v1/types.proto\"<\n\rInvokeRequest\x12+\n\ninvocation\x18\x01 \x01(\x0b\x32\x17.tierwise.v1.Invocation\"?\n\x0eInvokeResponse\x12-\n\x06result\x18\x01 \x01(\x0b\x32\x1d.tierwise.v1.InvocationResult\"T\n\x13InvokeStreamRequest\x12,\n\x0binvocations\x18\x01 \x03(\x0b\x32\x17.tierwise.v1.Invocation\x12\x0f\n\x07\x63\x61ncels\x18\x02 \x03(\t\"F\n\x14InvokeStreamResponse\x12.\n\x07results\x18\x01 \x03(\x0b\x32\x1d.tierwise.v1.InvocationResult2\xaf\x01\n\x11InvocationService\x12\x41\n\x06Invoke\x12\x1a.tierwise.v1.InvokeRequest\x1a\x1b.tierwise.v1.InvokeResponse\x12W\n\x0cInvokeStream\x12 .tierwise.v1.InvokeStreamRequest\x1a!.tierwise.v1.InvokeStreamResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ctierwise/v1/invocation.proto\x12\x0btierwise.v1\x1a\x17tierwise/v1/types.proto\"<\n\rInvokeRequest\x12+\n\ninvocation\x18\x01 \x01(\x0b\x32\x17.tierwise.v1.Invocation\"?\n\x0eInvokeResponse\x12-\n\x06result\x18\x01 \x01(\x0b\x32\x1d.tierwise.v1.InvocationResult\"h\n\x13InvokeStreamRequest\x12,\n\x0binvocations\x18\x01 \x03(\x0b\x32\x17.tierwise.v1.Invocation\x12\x0f\n\x07\x63\x61ncels\x18\x02 \x03(\t\x12\x12\n\nchannel_id\x18\n \x01(\x0c\"F\n\x14InvokeStreamResponse\x12.\n\x07results\x18\x01 \x03(\x0b\x32\x1d.tierwise.v1.InvocationResult2\xaf\x01\n\x11InvocationService\x12\x41\n\x06Invoke\x12\x1a.tierwise.v1.InvokeRequest\x1a\x1b.tierwise.v1.InvokeResponse\x12W\n\x0cInvokeStream\x12 .tierwise.v1.InvokeStreamRequest\x1a!.tierwise.v1.InvokeStreamResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,9 +37,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INVOKERESPONSE']._serialized_start=132
   _globals['_INVOKERESPONSE']._serialized_end=195
   _globals['_INVOKESTREAMREQUEST']._serialized_start=197
-  _globals['_INVOKESTREAMREQUEST']._serialized_end=281
-  _globals['_INVOKESTREAMRESPONSE']._serialized_start=283
-  _globals['_INVOKESTREAMRESPONSE']._serialized_end=353
-  _globals['_INVOCATIONSERVICE']._serialized_start=356
-  _globals['_INVOCATIONSERVICE']._serialized_end=531
+  _globals['_INVOKESTREAMREQUEST']._serialized_end=301
+  _globals['_INVOKESTREAMRESPONSE']._serialized_start=303
+  _globals['_INVOKESTREAMRESPONSE']._serialized_end=373
+  _globals['_INVOCATIONSERVICE']._serialized_start=376
+  _globals['_INVOCATIONSERVICE']._serialized_end=551
 # @@protoc_insertion_point(module_scope)

@@ -65,6 +65,11 @@ class InvokeStreamRequest(_message.Message):
 
     INVOCATIONS_FIELD_NUMBER: _builtins.int
     CANCELS_FIELD_NUMBER: _builtins.int
+    CHANNEL_ID_FIELD_NUMBER: _builtins.int
+    channel_id: _builtins.bytes
+    """Binds the socket that names itself so, on the agent's own machine, to this stream: small calls
+    and results then take that way. Sent once, first.
+    """
     @_builtins.property
     def invocations(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Invocation]: ...
     @_builtins.property
@@ -76,10 +81,11 @@ class InvokeStreamRequest(_message.Message):
         *,
         invocations: _abc.Iterable[_types_pb2.Invocation] | None = ...,
         cancels: _abc.Iterable[_builtins.str] | None = ...,
+        channel_id: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancels", b"cancels", "invocations", b"invocations"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancels", b"cancels", "channel_id", b"channel_id", "invocations", b"invocations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

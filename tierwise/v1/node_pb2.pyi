@@ -141,6 +141,7 @@ class Heartbeat(_message.Message):
     DROPPED_CALL_COUNT_FIELD_NUMBER: _builtins.int
     POLICY_ID_FIELD_NUMBER: _builtins.int
     POLICIES_FIELD_NUMBER: _builtins.int
+    ENVIRONMENTS_FIELD_NUMBER: _builtins.int
     dropped_call_count: _builtins.int
     policy_id: _builtins.str
     @_builtins.property
@@ -153,6 +154,10 @@ class Heartbeat(_message.Message):
 
     @_builtins.property
     def policies(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.PolicyHealth]: ...
+    @_builtins.property
+    def environments(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvironmentReading]:
+        """Of all sets of requirements that the node has prepared, or tries to."""
+
     def __init__(
         self,
         *,
@@ -162,14 +167,45 @@ class Heartbeat(_message.Message):
         dropped_call_count: _builtins.int = ...,
         policy_id: _builtins.str = ...,
         policies: _abc.Iterable[_types_pb2.PolicyHealth] | None = ...,
+        environments: _abc.Iterable[Global___EnvironmentReading] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "reading", b"reading"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "dropped_call_count", b"dropped_call_count", "host", b"host", "policies", b"policies", "policy_id", b"policy_id", "reading", b"reading"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "dropped_call_count", b"dropped_call_count", "environments", b"environments", "host", b"host", "policies", b"policies", "policy_id", b"policy_id", "reading", b"reading"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
+
+@_typing.final
+class EnvironmentReading(_message.Message):
+    """How far a node is with the environment of one set of requirements."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUIREMENTS_DIGEST_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    requirements_digest: _builtins.str
+    """See `requirements_digest` in tierwise/domain/function.py."""
+    state: _builtins.str
+    """building, ready or failed."""
+    message: _builtins.str
+    """Why it failed."""
+    def __init__(
+        self,
+        *,
+        requirements_digest: _builtins.str = ...,
+        state: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "requirements_digest", b"requirements_digest", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EnvironmentReading: _TypeAlias = EnvironmentReading  # noqa: Y015
 
 @_typing.final
 class CallReport(_message.Message):

@@ -133,6 +133,10 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     REASON_START_FAILED: _Reason.ValueType  # 16
     REASON_STALE_VIEW: _Reason.ValueType  # 17
     """The node is busier than the sender believed; its reading comes with the refusal."""
+    REASON_WRONG_PYTHON: _Reason.ValueType  # 24
+    """The code was pickled by another minor version of Python than the node has."""
+    REASON_QUARANTINED: _Reason.ValueType  # 25
+    """The function has killed its worker there again and again; see the message."""
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """Why a node cannot or did not take a request."""
@@ -156,6 +160,10 @@ REASON_NO_NODES: Reason.ValueType  # 15
 REASON_START_FAILED: Reason.ValueType  # 16
 REASON_STALE_VIEW: Reason.ValueType  # 17
 """The node is busier than the sender believed; its reading comes with the refusal."""
+REASON_WRONG_PYTHON: Reason.ValueType  # 24
+"""The code was pickled by another minor version of Python than the node has."""
+REASON_QUARANTINED: Reason.ValueType  # 25
+"""The function has killed its worker there again and again; see the message."""
 Global___Reason: _TypeAlias = Reason  # noqa: Y015
 
 @_typing.final
@@ -297,11 +305,14 @@ class NodeReading(_message.Message):
     EVICTION_PRICE_S_PER_MIB_FIELD_NUMBER: _builtins.int
     OVERTAKEN_S_FIELD_NUMBER: _builtins.int
     ENGAGED_FIELD_NUMBER: _builtins.int
+    RESERVED_MIB_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     running: _builtins.int
     queued: _builtins.int
     backlog_s: _builtins.float
     eviction_price_s_per_mib: _builtins.float
+    reserved_mib: _builtins.int
+    """Held by instances that `instances_min` keeps."""
     @_builtins.property
     def free(self) -> Global___Resources: ...
     @_builtins.property
@@ -324,10 +335,11 @@ class NodeReading(_message.Message):
         eviction_price_s_per_mib: _builtins.float = ...,
         overtaken_s: _abc.Iterable[_builtins.float] | None = ...,
         engaged: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        reserved_mib: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["free", b"free"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backlog_s", b"backlog_s", "engaged", b"engaged", "eviction_price_s_per_mib", b"eviction_price_s_per_mib", "free", b"free", "overtaken_s", b"overtaken_s", "queued", b"queued", "running", b"running", "sequence", b"sequence", "warm", b"warm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backlog_s", b"backlog_s", "engaged", b"engaged", "eviction_price_s_per_mib", b"eviction_price_s_per_mib", "free", b"free", "overtaken_s", b"overtaken_s", "queued", b"queued", "reserved_mib", b"reserved_mib", "running", b"running", "sequence", b"sequence", "warm", b"warm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -477,6 +489,9 @@ class FunctionSpec(_message.Message):
     BUDGET_USD_FIELD_NUMBER: _builtins.int
     RETRIES_MAX_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
+    INSTANCES_MIN_FIELD_NUMBER: _builtins.int
+    BURST_MAX_FIELD_NUMBER: _builtins.int
+    PYTHON_VERSION_FIELD_NUMBER: _builtins.int
     IS_MEMORY_AUTO_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     name: _builtins.str
@@ -493,6 +508,11 @@ class FunctionSpec(_message.Message):
     budget_usd: _builtins.float
     retries_max: _builtins.int
     description: _builtins.str
+    instances_min: _builtins.int
+    """Kept warm on every node that may host it, and at most so many started per second (0: no cap)."""
+    burst_max: _builtins.int
+    python_version: _builtins.str
+    """"3.11": of the interpreter that pickled the code, which runs on no other."""
     is_memory_auto: _builtins.bool
     """Each call gets what its input needs; memory_mib is for calls of which nothing is known yet."""
     @_builtins.property
@@ -519,11 +539,14 @@ class FunctionSpec(_message.Message):
         budget_usd: _builtins.float | None = ...,
         retries_max: _builtins.int = ...,
         description: _builtins.str = ...,
+        instances_min: _builtins.int = ...,
+        burst_max: _builtins.int = ...,
+        python_version: _builtins.str = ...,
         is_memory_auto: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd", "budget_usd", b"budget_usd"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd", "budget_usd", b"budget_usd", "code_digest", b"code_digest", "cpus", b"cpus", "deadline_s", b"deadline_s", "description", b"description", "gpu_slots", b"gpu_slots", "instances_max", b"instances_max", "is_memory_auto", b"is_memory_auto", "keep_alive_s", b"keep_alive_s", "memory_mib", b"memory_mib", "name", b"name", "namespace", b"namespace", "priority", b"priority", "requirements", b"requirements", "retries_max", b"retries_max", "tiers", b"tiers", "timeout_s", b"timeout_s", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd", "budget_usd", b"budget_usd", "burst_max", b"burst_max", "code_digest", b"code_digest", "cpus", b"cpus", "deadline_s", b"deadline_s", "description", b"description", "gpu_slots", b"gpu_slots", "instances_max", b"instances_max", "instances_min", b"instances_min", "is_memory_auto", b"is_memory_auto", "keep_alive_s", b"keep_alive_s", "memory_mib", b"memory_mib", "name", b"name", "namespace", b"namespace", "priority", b"priority", "python_version", b"python_version", "requirements", b"requirements", "retries_max", b"retries_max", "tiers", b"tiers", "timeout_s", b"timeout_s", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__budget_usd: _TypeAlias = _typing.Literal["budget_usd"]  # noqa: Y015
     _WhichOneofArgType__budget_usd: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd"]  # noqa: Y015
@@ -1162,12 +1185,17 @@ class Item(_message.Message):
     REMOTE_TYPE_FIELD_NUMBER: _builtins.int
     REMOTE_TRACEBACK_FIELD_NUMBER: _builtins.int
     RETRY_AFTER_S_FIELD_NUMBER: _builtins.int
+    ATTACHMENTS_FIELD_NUMBER: _builtins.int
     value: _builtins.bytes
     error_code: _builtins.str
     message: _builtins.str
     remote_type: _builtins.str
     remote_traceback: _builtins.str
     retry_after_s: _builtins.float
+    @_builtins.property
+    def attachments(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """As in Invocation: files that hold the arrays which `value` lacks."""
+
     def __init__(
         self,
         *,
@@ -1177,10 +1205,11 @@ class Item(_message.Message):
         remote_type: _builtins.str = ...,
         remote_traceback: _builtins.str = ...,
         retry_after_s: _builtins.float = ...,
+        attachments: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error_code", b"error_code", "message", b"message", "remote_traceback", b"remote_traceback", "remote_type", b"remote_type", "retry_after_s", b"retry_after_s", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "error_code", b"error_code", "message", b"message", "remote_traceback", b"remote_traceback", "remote_type", b"remote_type", "retry_after_s", b"retry_after_s", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1207,6 +1236,8 @@ class Invocation(_message.Message):
     ORIGIN_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
     EXPECTED_WAIT_S_FIELD_NUMBER: _builtins.int
+    CHANNEL_ID_FIELD_NUMBER: _builtins.int
+    ATTACHMENTS_FIELD_NUMBER: _builtins.int
     MEMORY_MIB_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     function: _builtins.str
@@ -1225,6 +1256,8 @@ class Invocation(_message.Message):
     lease: _builtins.int
     expected_wait_s: _builtins.float
     """What the sender believes that the call must wait; a node that is much busier refuses."""
+    channel_id: _builtins.bytes
+    """Names the socket, on the agent's own machine, over which large arrays are handed as memfds."""
     memory_mib: _builtins.int
     """What the call gets, of a function whose memory is chosen per call; set by agents only."""
     @_builtins.property
@@ -1235,6 +1268,10 @@ class Invocation(_message.Message):
     def tiers(self) -> _containers.RepeatedScalarFieldContainer[Global___Tier.ValueType]: ...
     @_builtins.property
     def data_nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def attachments(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Numbers of the files there that hold the arrays that `arguments`, a single set, lacks."""
+
     def __init__(
         self,
         *,
@@ -1253,11 +1290,13 @@ class Invocation(_message.Message):
         origin: _builtins.str = ...,
         lease: _builtins.int = ...,
         expected_wait_s: _builtins.float | None = ...,
+        channel_id: _builtins.bytes = ...,
+        attachments: _abc.Iterable[_builtins.int] | None = ...,
         memory_mib: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd", "_expected_wait_s", b"_expected_wait_s", "budget_usd", b"budget_usd", "expected_wait_s", b"expected_wait_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd", "_expected_wait_s", b"_expected_wait_s", "arguments", b"arguments", "budget_usd", b"budget_usd", "data_bytes", b"data_bytes", "data_nodes", b"data_nodes", "deadline_s", b"deadline_s", "expected_wait_s", b"expected_wait_s", "function", b"function", "hops", b"hops", "lease", b"lease", "memory_mib", b"memory_mib", "node_id", b"node_id", "origin", b"origin", "priority", b"priority", "request_id", b"request_id", "tiers", b"tiers", "timeout_s", b"timeout_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd", "_expected_wait_s", b"_expected_wait_s", "arguments", b"arguments", "attachments", b"attachments", "budget_usd", b"budget_usd", "channel_id", b"channel_id", "data_bytes", b"data_bytes", "data_nodes", b"data_nodes", "deadline_s", b"deadline_s", "expected_wait_s", b"expected_wait_s", "function", b"function", "hops", b"hops", "lease", b"lease", "memory_mib", b"memory_mib", "node_id", b"node_id", "origin", b"origin", "priority", b"priority", "request_id", b"request_id", "tiers", b"tiers", "timeout_s", b"timeout_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__budget_usd: _TypeAlias = _typing.Literal["budget_usd"]  # noqa: Y015
     _WhichOneofArgType__budget_usd: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd"]  # noqa: Y015

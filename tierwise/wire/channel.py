@@ -11,7 +11,7 @@ from tierwise.wire.errors import abort
 from tierwise.wire.identity import Credentials, Identity, Role, peer_identity
 from tierwise.wire.interception import Behaviour, Continuation, Handler, answer, wrapped
 
-MESSAGE_BYTES_MAX = 64 << 20
+MESSAGE_BYTES_MAX = 128 << 20
 CONCURRENT_RPCS_MAX = 10_000  # per server; calls that are multiplexed over a stream are not RPCs
 _OPEN_METHODS = ("/grpc.health.v1.", "/grpc.reflection.")
 Options = list[tuple[str, Any]]

@@ -95,6 +95,7 @@ def reading_to_pb(reading: NodeReading) -> types_pb2.NodeReading:
         backlog_s=reading.backlog_s,
         warm={str(key): count for key, count in reading.warm.items()},
         eviction_price_s_per_mib=reading.eviction_price_s_per_mib,
+        reserved_mib=reading.reserved_mib,
         overtaken_s=reading.overtaken_s,
         engaged={str(key): count for key, count in reading.engaged.items()},
     )
@@ -124,6 +125,7 @@ def reading_from_pb(pb: types_pb2.NodeReading) -> NodeReading:
         eviction_price_s_per_mib=checks.number(
             pb.eviction_price_s_per_mib, "eviction_price_s_per_mib", 0, TIMES_MAX_S
         ),
+        reserved_mib=checks.integer(pb.reserved_mib, "reserved_mib", 0, INT64_MAX),
     )
 
 

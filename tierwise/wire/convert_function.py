@@ -25,6 +25,8 @@ _REQUIREMENT = re.compile(
     rf"(?:{_VERSIONS}|\(\s*{_VERSIONS}\s*\))?\s*(?:;[\w\s.,'\"()<>=!~+*-]+)?",
     re.ASCII,
 )
+_PYTHON = re.compile(r"3\.[0-9]{1,3}", re.ASCII)
+INSTANCES_MAX = 10_000
 INT32_MAX = 2**31 - 1
 TERMS_MAX = 16  # of a sizing
 INT64_MAX = 2**63 - 1
@@ -72,6 +74,9 @@ def spec_to_pb(spec: FunctionSpec) -> types_pb2.FunctionSpec:
             budget_usd=spec.budget_usd,
             retries_max=spec.retries_max,
             description=spec.description,
+            instances_min=spec.instances_min,
+            burst_max=spec.burst_max,
+            python_version=spec.python_version,
             is_memory_auto=spec.is_memory_auto,
         )
     except (TypeError, ValueError) as error:  # protobuf's own words do not name the function
@@ -87,6 +92,11 @@ def spec_from_pb(pb: types_pb2.FunctionSpec) -> FunctionSpec:
     checks.at_most(pb.requirements, "requirements", REQUIREMENTS_MAX)
     for line in pb.requirements:
         _check_requirement(line)
+    instances_max = checks.integer(pb.instances_max, "instances_max", 1, INSTANCES_MAX)
+    if pb.python_version and not _PYTHON.fullmatch(pb.python_version):
+        raise InvalidArgument(
+            f"python_version {checks.shown(pb.python_version)}: write for example 3.11"
+        )
     return FunctionSpec(
         namespace=checks.name(pb.namespace, "namespace"),
         name=checks.name(pb.name, "name"),
@@ -100,7 +110,10 @@ def spec_from_pb(pb: types_pb2.FunctionSpec) -> FunctionSpec:
         deadline_s=checks.number(pb.deadline_s, "deadline_s", 1e-3, TIMEOUT_S_MAX),
         priority=checks.member(Priority, pb.priority, "priority"),
         tiers=tiers_from_pb(pb.tiers) or ALL_TIERS,
-        instances_max=checks.integer(pb.instances_max, "instances_max", 1, 10_000),
+        instances_max=instances_max,
+        instances_min=checks.integer(pb.instances_min, "instances_min", 0, instances_max),
+        burst_max=checks.integer(pb.burst_max, "burst_max", 0, INSTANCES_MAX),
+        python_version=pb.python_version,
         keep_alive_s=checks.number(pb.keep_alive_s, "keep_alive_s", 0, TIMEOUT_S_MAX),
         budget_usd=checks.number(pb.budget_usd, "budget_usd", 0, 1e9)
         if pb.HasField("budget_usd")

@@ -11,12 +11,13 @@ from typing import Any
 
 import msgspec
 
-from tierwise.wire.payload import ARRAY, ARRAYS_MAX, MAGIC, TUPLE
+from tierwise.wire.payload import ARRAY, ARRAYS_MAX, DETACHED, MAGIC, TUPLE
 
 MEASURES_MAX = 24  # per call
 NAME_LENGTH_MAX = 40
 HEAD_BYTES_MAX = 256 << 10  # of a longer one only the length is taken
 DEPTH_MAX = 3  # the arguments are at depth 1, what is inside them at 2 and 3
+KEYWORDS_MAX = 256  # of a call with more only what stands by position is measured
 MEMBERS_MAX = 16  # longer containers count by their length only
 VALUE_MAX = 1e15
 ITEMS_MEASURED_MAX = 64
@@ -43,6 +44,10 @@ def measures(blob: bytes | memoryview) -> dict[str, float]:
             return found
         start = _HEADER.size + 8 * array_count
         found["arrays"] = float(array_count)
+        if 0 < array_count <= MEMBERS_MAX:  # those that travel beside the blob count too
+            lengths = struct.unpack_from(f"<{array_count}Q", blob, _HEADER.size)
+            beside = sum(n ^ DETACHED for n in lengths if n & DETACHED)
+            found["bytes"] += float(min(beside, int(VALUE_MAX / 2)))
         if head_length > HEAD_BYTES_MAX:
             found["head"] = float(head_length)
             return found
@@ -50,8 +55,9 @@ def measures(blob: bytes | memoryview) -> dict[str, float]:
         args, kwargs = _members(head)
         for position, argument in enumerate(_members(args)[:MEMBERS_MAX]):
             _measure(argument, str(position), 1, found)
-        for name, argument in list(_fields.decode(kwargs).items())[:MEMBERS_MAX]:
-            _measure(argument, str(name), 1, found)
+        if _count(kwargs) <= KEYWORDS_MAX:
+            for name, argument in list(_fields.decode(kwargs).items())[:MEMBERS_MAX]:
+                _measure(argument, str(name), 1, found)
     except (ValueError, TypeError, LookupError, struct.error, RecursionError):
         pass  # what was found so far is of use, and the worker refuses the call
     return found
@@ -88,7 +94,7 @@ def _measure(raw: Any, name: str, depth: int, found: dict[str, float]) -> None:
     if first <= 0x7F or first >= 0xE0 or first in _NUMBERS:
         _put(found, name, float(_plain.decode(view)))
     elif 0x80 <= first <= 0x8F or first in (0xDE, 0xDF):
-        count = first & 0x0F if first <= 0x8F else _length(view, first - 0xDD)
+        count = _count(view)
         _put(found, f"{name}.length", count)
         if count <= MEMBERS_MAX and depth < DEPTH_MAX:
             for key, member in _fields.decode(view).items():
@@ -131,6 +137,12 @@ _TEXTS = {0xC4: 0, 0xC5: 1, 0xC6: 2, 0xD9: 0, 0xDA: 1, 0xDB: 2}
 
 def _length(view: memoryview, width: int) -> int:
     return int.from_bytes(view[1 : 1 + 2**width], "big")
+
+
+def _count(raw: Any) -> int:
+    """Return how many members a msgpack map has."""
+    view = memoryview(raw)
+    return view[0] & 0x0F if view[0] <= 0x8F else _length(view, view[0] - 0xDD)
 
 
 def _put(found: dict[str, float], name: str, value: float) -> None:

@@ -6,10 +6,13 @@ This file stands alone: workers load it by path, for they cannot import tierwise
 
 and `head` is msgpack in which an array is the extension 1 = msgpack [index, dtype, shape] and a
 tuple the extension 2. Decoded arrays are read-only views into the blob: nothing is copied.
+
+A length with its highest bit set says that the array is *detached*: its bytes travel beside the
+blob (see memfd.py), in order, and `decode` is given views of them.
 """
 
 import struct
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -17,6 +20,8 @@ import msgspec
 MAGIC = b"T1"
 ARRAY, TUPLE = 1, 2
 ARRAYS_MAX = 10_000
+DETACHED = 1 << 63
+DETACH_BYTES_MIN = 1 << 20
 _HEADER = struct.Struct("<2sHI")
 _ALIGN = 64
 _PLAIN = (bool, int, float, str, bytes, type(None))
@@ -26,16 +31,25 @@ class PayloadError(ValueError):
     """A value cannot travel, or a blob is no payload; the message says where and what to do."""
 
 
-def encode(value: object, name: str = "value") -> bytes:
+def encode(
+    value: object, name: str = "value", *, detached: list[Any] | None = None, detach_max: int = 16
+) -> bytes:
     """Return `value` as one blob.
 
     None, bool, int, float, str, bytes, list, tuple, dict, set, datetime and NumPy arrays and
-    scalars may travel. `name` is what messages call it.
+    scalars may travel.
+
+    Args:
+        value: What travels.
+        name: What messages call it.
+        detached: If given, the first arrays of 1 MiB or more are put here instead of into the
+            blob: as memoryviews, or as the objects with `__tierwise_array__` that held them.
+        detach_max: At most so many.
 
     Raises:
         PayloadError: Something inside is of another type; the message names its place.
     """
-    arrays: list[memoryview] = []
+    arrays: list[Any] = []
     try:
         head = msgspec.msgpack.encode(_lower(value, arrays, name, 0), enc_hook=_refuse)
     except (TypeError, OverflowError, RecursionError, ValueError) as error:
@@ -44,44 +58,63 @@ def encode(value: object, name: str = "value") -> bytes:
         raise PayloadError(f"{name} cannot travel: {error}") from None
     if not arrays:
         return _HEADER.pack(MAGIC, 0, len(head)) + head
-    parts = [
-        _HEADER.pack(MAGIC, len(arrays), len(head)),
-        struct.pack(f"<{len(arrays)}Q", *(a.nbytes for a in arrays)),
+    lengths, inside = [], []
+    for array in arrays:
+        length = array.nbytes
+        if detached is not None and length >= DETACH_BYTES_MIN and len(detached) < detach_max:
+            detached.append(array)
+            lengths.append(length | DETACHED)
+        else:
+            inside.append(view_of(array))
+            lengths.append(length)
+    return _assemble(head, lengths, inside)
+
+
+def inline(blob: bytes, attachments: Sequence[Any]) -> bytes:
+    """Return a blob with its detached arrays put back inside, for those who share no memory.
+
+    Raises:
+        PayloadError: The blob is damaged, or an attachment is missing or too short.
+    """
+    if not attachments:
+        return blob
+    try:
+        head, arrays = _split(blob, [view_of(attachment) for attachment in attachments])
+    except struct.error as error:
+        raise PayloadError(f"the payload is damaged: {error}") from None
+    return _assemble(bytes(head), [array.nbytes for array in arrays], arrays)
+
+
+def view_of(array: Any) -> memoryview:
+    """Return the bytes of what `encode` detaches."""
+    return (
+        array if isinstance(array, memoryview) else memoryview(array.__tierwise_array__).cast("B")
+    )
+
+
+def _assemble(head: bytes, lengths: list[int], arrays: list[memoryview]) -> bytes:
+    parts: list[Any] = [
+        _HEADER.pack(MAGIC, len(lengths), len(head)),
+        struct.pack(f"<{len(lengths)}Q", *lengths),
         head,
     ]
     size = sum(map(len, parts))
     for array in arrays:
         padding = -size % _ALIGN
-        parts += [b"\0" * padding, array]  # type: ignore[list-item]
+        parts += [b"\0" * padding, array]
         size += padding + array.nbytes
     return b"".join(parts)
 
 
-def decode(blob: bytes | memoryview) -> Any:
-    """Return the value in `blob`; arrays are read-only views of it.
+def decode(blob: bytes | memoryview, attachments: Sequence[memoryview] = ()) -> Any:
+    """Return the value in `blob`; arrays are read-only views of it, or of the attachments.
 
     Raises:
         PayloadError: It is truncated, damaged or no payload.
     """
     try:
-        magic, count, head_length = _HEADER.unpack_from(blob)
-        if magic != MAGIC or count > ARRAYS_MAX:
-            raise PayloadError("this is no tierwise payload")
-        view = memoryview(blob)
-        start = _HEADER.size + 8 * count
-        lengths = struct.unpack_from(f"<{count}Q", blob, _HEADER.size)
-        head = view[start : start + head_length]
-        if len(head) != head_length:
-            raise PayloadError("the payload is truncated")
-        arrays: list[memoryview] = []
-        offset = start + head_length
-        for length in lengths:
-            offset += -offset % _ALIGN
-            if offset + length > len(view):
-                raise PayloadError("the payload is truncated")
-            arrays.append(view[offset : offset + length])
-            offset += length
-        return msgspec.msgpack.decode(head, ext_hook=_raiser(arrays))
+        head, arrays = _split(blob, attachments)
+        return msgspec.msgpack.decode(head, ext_hook=_Raiser(arrays))
     except PayloadError:
         raise
     except (ValueError, TypeError, struct.error, RecursionError, OverflowError) as error:
@@ -90,7 +123,38 @@ def decode(blob: bytes | memoryview) -> Any:
         raise PayloadError("the payload is damaged: a length is out of bounds") from None
 
 
-def _lower(value: Any, arrays: list[memoryview], where: str, depth: int) -> Any:
+def _split(
+    blob: bytes | memoryview, attachments: Sequence[memoryview]
+) -> tuple[memoryview, list[memoryview]]:
+    """Return the head of a blob and its arrays, wherever they are."""
+    magic, count, head_length = _HEADER.unpack_from(blob)
+    if magic != MAGIC or count > ARRAYS_MAX:
+        raise PayloadError("this is no tierwise payload")
+    view = memoryview(blob)
+    start = _HEADER.size + 8 * count
+    lengths = struct.unpack_from(f"<{count}Q", blob, _HEADER.size)
+    head = view[start : start + head_length]
+    if len(head) != head_length:
+        raise PayloadError("the payload is truncated")
+    arrays: list[memoryview] = []
+    beside = iter(attachments)
+    offset = start + head_length
+    for length in lengths:
+        if length & DETACHED:
+            array = next(beside, None)
+            if array is None or array.nbytes < length - DETACHED:
+                raise PayloadError("an array that travelled beside the payload is missing")
+            arrays.append(array[: length - DETACHED])
+            continue
+        offset += -offset % _ALIGN
+        if offset + length > len(view):
+            raise PayloadError("the payload is truncated")
+        arrays.append(view[offset : offset + length])
+        offset += length
+    return head, arrays
+
+
+def _lower(value: Any, arrays: list[Any], where: str, depth: int) -> Any:
     """Replace arrays and tuples by extensions; plain values pass as they are."""
     kind = type(value)
     if kind in _PLAIN:
@@ -111,6 +175,10 @@ def _lower(value: Any, arrays: list[memoryview], where: str, depth: int) -> Any:
         }
     if kind.__module__ == "numpy" and hasattr(value, "dtype"):
         return _lower_array(value, arrays, where)
+    if hasattr(kind, "__tierwise_array__"):
+        lowered = _lower_array(value.__tierwise_array__, arrays, where)
+        arrays[-1] = value  # its bytes lie in shared memory already
+        return lowered
     if kind in (set, frozenset):
         return {v if type(v) in _PLAIN else _key(v, where) for v in value}
     if kind is bytearray or kind is memoryview:
@@ -126,7 +194,7 @@ def _lower(value: Any, arrays: list[memoryview], where: str, depth: int) -> Any:
     )
 
 
-def _lower_array(value: Any, arrays: list[memoryview], where: str) -> msgspec.msgpack.Ext:
+def _lower_array(value: Any, arrays: list[Any], where: str) -> msgspec.msgpack.Ext:
     if value.dtype.hasobject or value.dtype.names or value.dtype.subdtype:
         raise PayloadError(f"{where} is an array of {value.dtype}: use a plain dtype")
     if len(arrays) >= ARRAYS_MAX:
@@ -149,10 +217,23 @@ def _refuse(value: Any) -> Any:
     raise PayloadError(f"a {type(value).__qualname__} cannot travel")
 
 
-def _raiser(arrays: list[memoryview]) -> Callable[[int, memoryview], Any]:
-    def raise_extension(code: int, data: memoryview) -> Any:
+class _Raiser:
+    """Makes arrays and tuples of their extensions. No closure: a cycle would keep large arrays."""
+
+    __slots__ = ("_arrays",)
+
+    def __init__(self, arrays: list[memoryview]) -> None:
+        self._arrays = arrays
+
+    def __call__(self, code: int, data: memoryview) -> Any:
+        try:
+            return self._raised(code, data)
+        except (IndexError, KeyError, AttributeError) as error:
+            raise PayloadError(f"the payload is damaged: {error}") from None
+
+    def _raised(self, code: int, data: memoryview) -> Any:
         if code == TUPLE:
-            return tuple(msgspec.msgpack.decode(data, ext_hook=raise_extension))
+            return tuple(msgspec.msgpack.decode(data, ext_hook=self))
         if code != ARRAY:
             raise PayloadError(f"the payload has an unknown extension {code}")
         import numpy as np
@@ -161,14 +242,6 @@ def _raiser(arrays: list[memoryview]) -> Callable[[int, memoryview], Any]:
         dtype = np.dtype(dtype_text)
         if dtype.hasobject or not all(isinstance(n, int) and n >= 0 for n in shape):
             raise PayloadError("the payload describes an array that may not travel")
-        array = np.frombuffer(arrays[index], dtype=dtype).reshape(shape)
+        array = np.frombuffer(self._arrays[index], dtype=dtype).reshape(shape)
         array.flags.writeable = False
         return array[()] if is_scalar else array
-
-    def guarded(code: int, data: memoryview) -> Any:
-        try:
-            return raise_extension(code, data)
-        except (IndexError, KeyError, AttributeError) as error:
-            raise PayloadError(f"the payload is damaged: {error}") from None
-
-    return guarded

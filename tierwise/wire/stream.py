@@ -1,15 +1,17 @@
 """Many calls over one bidirectional stream. Users and peers speak to agents through this."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import grpc
 
 from tierwise.v1 import invocation_pb2, invocation_pb2_grpc, types_pb2
+from tierwise.wire.handover import BOUND, Handover
 
 BATCH_ITEMS_MAX = 256
 BATCH_BYTES_MAX = 1 << 20
+SHORT_BYTES_MAX = 48 << 10  # of the arguments of a call that goes the short way
 
 Call = Any  # grpc.aio.StreamStreamCall, which is generic in its stubs only
 OnResult = Callable[[types_pb2.InvocationResult | None], None]
@@ -23,7 +25,15 @@ class CallStream:
     (the request may or may not have run). The next `send` after a break opens a new stream.
     """
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: grpc.aio.Channel, lane: Handover | None = None) -> None:
+        """Make a stream that opens with its first call.
+
+        Args:
+            channel: To the agent.
+            lane: The short way to an agent of this machine, for small calls once it is bound.
+        """
+        self._lane = lane
+        self._is_lane_bound = False
         self._stub = invocation_pb2_grpc.InvocationServiceStub(channel)
         self._waiting: dict[str, OnResult] = {}
         self._outgoing: list[types_pb2.Invocation] = []
@@ -44,6 +54,8 @@ class CallStream:
             asyncio.get_running_loop().call_soon(on_result, None)
             return
         self._waiting[invocation.request_id] = on_result
+        if self._is_lane_bound and self._went_short(invocation):
+            return
         self._outgoing.append(invocation)
         self._wake_writer()
 
@@ -61,6 +73,38 @@ class CallStream:
             await asyncio.gather(self._task, return_exceptions=True)
         self._break(None)
 
+    def _went_short(self, invocation: types_pb2.Invocation) -> bool:
+        if self._lane is None or sum(map(len, invocation.arguments)) > SHORT_BYTES_MAX:
+            return False
+        request = invocation_pb2.InvokeStreamRequest(invocations=[invocation])
+        return self._lane.post(request.SerializeToString())
+
+    def _bind(self, lane: Handover, call: Call) -> None:
+        """Ask the agent to take the lane's messages as this stream's, and listen to it."""
+        loop = asyncio.get_running_loop()
+
+        def readable() -> None:
+            fileno = lane.fileno()
+            lane.drain()
+            if not lane.is_open:  # the agent is gone, and what it had of us with it
+                self._is_lane_bound = False
+                loop.remove_reader(fileno)
+                call.cancel()
+
+        def came(message: bytes) -> None:
+            if message == BOUND:
+                self._is_lane_bound = True
+            else:
+                self._settle(invocation_pb2.InvokeStreamResponse.FromString(message).results)
+
+        lane.on_message = came
+        loop.add_reader(lane.fileno(), readable)
+
+    def _unbind(self, lane: Handover) -> None:
+        self._is_lane_bound = False
+        if lane.is_open:
+            asyncio.get_running_loop().remove_reader(lane.fileno())
+
     def _wake_writer(self) -> None:
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._run(), name="call-stream")
@@ -69,6 +113,9 @@ class CallStream:
 
     async def _run(self) -> None:
         call = self._stub.InvokeStream()
+        lane = self._lane if self._lane is not None and self._lane.is_open else None
+        if lane is not None:
+            self._bind(lane, call)
         try:
             async with asyncio.TaskGroup() as group:
                 reader = group.create_task(self._read(call))
@@ -79,6 +126,8 @@ class CallStream:
         else:
             self._break(None)
         finally:
+            if lane is not None:
+                self._unbind(lane)
             call.cancel()
 
     async def _read(self, call: Call) -> None:
@@ -86,15 +135,20 @@ class CallStream:
             response = await call.read()
             if not isinstance(response, invocation_pb2.InvokeStreamResponse):
                 return  # end of stream
-            for result in response.results:
-                on_result = self._waiting.pop(result.request_id, None)
-                if on_result is not None:
-                    on_result(result)
-                del result, on_result  # they may be large, and the next may be far
-            del response
+            self._settle(response.results)
+            del response  # may be large, and the next may be far
+
+    def _settle(self, results: Iterable[types_pb2.InvocationResult]) -> None:
+        for result in results:
+            on_result = self._waiting.pop(result.request_id, None)
+            if on_result is not None:
+                on_result(result)
 
     async def _write(self, call: Call) -> None:
         loop = asyncio.get_running_loop()
+        if self._lane is not None and self._lane.is_open:
+            channel_id = self._lane.channel_id
+            await call.write(invocation_pb2.InvokeStreamRequest(channel_id=channel_id))
         while True:
             while self._outgoing or self._cancels:
                 request = invocation_pb2.InvokeStreamRequest(cancels=self._cancels)

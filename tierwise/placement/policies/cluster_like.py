@@ -22,7 +22,7 @@ from tierwise.placement.ranking import Ranking, rank_or_place
 class KubernetesLike:
     """Weighted sum of the three scores; the tie goes to the nearest."""
 
-    # Tuned: python -m training.tune --all --trials 12 --seeds 16 --requests 300
+    # Tuned: python -m training.tune --all --trials 12 --seeds 24 --requests 300
     least_allocated: float = 1.0
     balanced: float = 1.0
     image: float = 1.0
@@ -54,7 +54,7 @@ class NomadLike:
         image: Added for a warm instance, in the score's own unit.
     """
 
-    # Tuned: python -m training.tune --all --trials 12 --seeds 16 --requests 300
+    # Tuned: python -m training.tune --all --trials 12 --seeds 24 --requests 300
     spread: float = 0.5
     image: float = 18.0
     policy_id: ClassVar[PolicyId] = PolicyId("nomad-like@1")

@@ -60,7 +60,7 @@ class DefDrel:
         margin: By how much the cloud's value must exceed the fog's.
     """
 
-    # Tuned: python -m training.tune --all --trials 12 --seeds 16 --requests 300
+    # Tuned: python -m training.tune --all --trials 12 --seeds 24 --requests 300
     margin: float = 0.0
     policy_id: ClassVar[PolicyId] = PolicyId("defdrel@1")
 

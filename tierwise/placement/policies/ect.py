@@ -10,7 +10,7 @@ from tierwise.placement.features import gaps
 from tierwise.placement.ranking import Ranking, rank_or_place, softmax
 from tierwise.placement.score import DEFAULT_WEIGHTS, ScoreWeights
 
-SOFT_TEMPERATURE = 0.1  # of "soft-ect"; tuned with the rivals (docs/results/tuned.json)
+SOFT_TEMPERATURE = 0.03  # of "soft-ect"; tuned with the rivals (docs/results/tuned.json)
 
 
 class EarliestCompletion:

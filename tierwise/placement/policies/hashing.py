@@ -26,8 +26,8 @@ class BoundedHashing:
     a hash of (function, node), so no virtual nodes are needed.
     """
 
-    # Tuned: python -m training.tune --all --trials 12 --seeds 16 --requests 300
-    bound: float = 1.1
+    # Tuned: python -m training.tune --all --trials 12 --seeds 24 --requests 300
+    bound: float = 0.5
     floor_s: float = 0.05
     policy_id: ClassVar[PolicyId] = PolicyId("bounded-hashing@1")
 

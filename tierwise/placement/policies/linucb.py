@@ -45,7 +45,7 @@ class LinUCB:
         prior: Observations that the training worlds count for; 0 starts from nothing.
     """
 
-    # Tuned: python -m training.tune --all --trials 12 --seeds 16 --requests 300
+    # Tuned: python -m training.tune --all --trials 12 --seeds 24 --requests 300
     alpha: float = 0.1
     prior: float = 1000.0
     policy_id: ClassVar[PolicyId] = PolicyId("linucb@1")

@@ -25,9 +25,9 @@ class Locality:
         cold_start: Share of the cold start that counts when going by load.
     """
 
-    # Tuned: python -m training.tune --all --trials 12 --seeds 16 --requests 300
-    far: float = 0.0
-    cold_start: float = 0.75
+    # Tuned: python -m training.tune --all --trials 12 --seeds 24 --requests 300
+    far: float = 1.0
+    cold_start: float = 1.0
     policy_id: ClassVar[PolicyId] = PolicyId("locality@1")
 
     def decide(self, view: ClusterView, request: Request, rng: np.random.Generator) -> Decision:

@@ -19,7 +19,7 @@ class PowerOfTwo:
     The others follow by predicted latency too, for the case that all sampled ones refuse.
     """
 
-    # Tuned: python -m training.tune --all --trials 12 --seeds 16 --requests 300
+    # Tuned: python -m training.tune --all --trials 12 --seeds 24 --requests 300
     choices: int = 8
     cold_start: float = 0.75  # share of the cold start that counts
     policy_id: ClassVar[PolicyId] = PolicyId("power-of-two@1")

@@ -32,7 +32,7 @@ class Probabilistic:
         temperature_s: Of the softmax that turns prices into shares, in seconds.
     """
 
-    # Tuned: python -m training.tune --all --trials 12 --seeds 16 --requests 300
+    # Tuned: python -m training.tune --all --trials 12 --seeds 24 --requests 300
     headroom: float = 0.7
     wait: float = 1.0
     temperature_s: float = 0.02

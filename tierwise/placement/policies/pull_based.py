@@ -25,9 +25,9 @@ class PullBased:
         near: Weight of the way there and back against idleness, per second.
     """
 
-    # Tuned: python -m training.tune --all --trials 12 --seeds 16 --requests 300
+    # Tuned: python -m training.tune --all --trials 12 --seeds 24 --requests 300
     half_life_s: float = 0.5
-    near: float = 4.0
+    near: float = 30.0
     policy_id: ClassVar[PolicyId] = PolicyId("pull-based@1")
 
     def decide(self, view: ClusterView, request: Request, rng: np.random.Generator) -> Decision:

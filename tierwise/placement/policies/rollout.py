@@ -41,12 +41,12 @@ class Rollout:
         gap_tried: Candidates worse than the best by more deadlines are not tried.
     """
 
-    # Tuned: python -m training.tune --all --trials 12 --seeds 16 --requests 300
+    # Tuned: python -m training.tune --all --trials 12 --seeds 24 --requests 300
     samples: int = 8
     horizon: int = 12
-    width: int = 4
+    width: int = 3
     caution: float = 1.0
-    hidden: float = 0.3
+    hidden: float = 1.0
     trust: float = 0.5
     gap_tried: float = 2.0
     weights: ScoreWeights = DEFAULT_WEIGHTS
