@@ -28,6 +28,7 @@ bench: $(VENV)/dev.stamp ## speed and size, as ratios against rivals in the same
 	@$(BIN)/python -m benchmarks.bench_calls
 	@$(BIN)/python -m benchmarks.bench_agent
 	@$(BIN)/python -m benchmarks.bench_memory
+	@$(BIN)/python -m benchmarks.bench_seal
 	@$(BIN)/python -m benchmarks.bench_decision
 	@$(BIN)/python -m benchmarks.bench_guard
 	@$(BIN)/python -m benchmarks.bench_simulator

@@ -7,6 +7,7 @@ from tierwise.domain.event import ViewReceived
 from tierwise.domain.function import FunctionProfile
 from tierwise.domain.ids import FunctionId, NodeId, RequestId
 from tierwise.domain.outcome import LatencySplit, Outcome
+from tierwise.domain.prices import PriceTable
 from tierwise.domain.request import Request
 from tierwise.domain.topology import Link, Node, NodeState
 from tierwise.domain.view import ClusterView, NodeReading, NodeView, ViewTable
@@ -25,6 +26,15 @@ class Beliefs:
         self._flying: dict[NodeId, dict[RequestId, tuple[float, float]]] = {}
         self._table = ViewTable(node)
         self.put_own(NodeReading(free=node.capacity), NodeState.READY, 0.0)
+
+    @property
+    def prices(self) -> PriceTable:
+        """Return what calls cost."""
+        return self._table.prices
+
+    @prices.setter
+    def prices(self, prices: PriceTable) -> None:
+        self._table.prices = prices
 
     def put_own(self, reading: NodeReading, state: NodeState, now_s: float) -> None:
         """Set the node's own row, which is exact."""

@@ -6,6 +6,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
+import structlog
+
 from tierwise.domain.function import Catalogue, FunctionSpec
 from tierwise.domain.ids import function_id, split_function_id
 from tierwise.errors import InvalidArgument, StartFailed
@@ -14,6 +16,7 @@ from tierwise.v1 import types_pb2
 from tierwise.wire import convert
 
 LOOKUPS_MAX = 4096
+log = structlog.get_logger()
 
 
 class FunctionIndex:
@@ -48,10 +51,13 @@ class FunctionIndex:
         return spec
 
     def replace(self, catalogue: Catalogue) -> None:
-        """Take over a new catalogue and store it."""
+        """Take over a new catalogue and store it, if there is room; without, it is in use only."""
         self.catalogue = catalogue
         self._lookups.clear()
-        write_atomically(self._path, convert.catalogue_to_pb(catalogue).SerializeToString())
+        try:
+            write_atomically(self._path, convert.catalogue_to_pb(catalogue).SerializeToString())
+        except OSError as error:
+            log.error("catalogue.not_stored", cause=str(error))
 
     def add(self, spec: FunctionSpec) -> None:
         """Add one function that was pulled before its catalogue came."""
@@ -72,7 +78,7 @@ class CodeFolder:
         """Return the file with this content, fetching it from the scheduler once.
 
         Raises:
-            StartFailed: What came does not have the digest.
+            StartFailed: What came does not have the digest, or there is no room for it here.
             TierwiseError: It could not be fetched.
         """
         path = self._folder / code_digest
@@ -84,6 +90,12 @@ class CodeFolder:
                 code = await self._fetch(code_digest)
                 if hashlib.sha256(code).hexdigest() != code_digest:
                     raise StartFailed(f"code {code_digest[:12]} arrived damaged; deploy it again")
-                await asyncio.to_thread(write_atomically, path, code)
+                try:
+                    await asyncio.to_thread(write_atomically, path, code)
+                except OSError as error:
+                    raise StartFailed(
+                        f"its code ({len(code)} bytes) could not be stored on this node: "
+                        f"{error.strerror}; free space in {self._folder}"
+                    ) from None
         self._locks.pop(code_digest, None)
         return path

@@ -12,6 +12,7 @@ import structlog
 import uvloop
 
 from agent import memory
+from agent.billing import Billing
 from agent.catalogue import CodeFolder, FunctionIndex
 from agent.decider import Decider
 from agent.door import Door
@@ -23,11 +24,12 @@ from agent.preparation import Preparation
 from agent.probe import Probe
 from agent.runtime.environments import Environments, python_version
 from agent.runtime.runtime import Runtime
+from agent.runtime.sandbox import ISOLATIONS
 from agent.shell import Shell
 from agent.uplink import Uplink
 from tierwise.clock import monotonic_s, wall_s
 from tierwise.config import AgentConfig, load
-from tierwise.domain.event import CatalogueReceived, DrainAsked
+from tierwise.domain.event import CatalogueReceived, DrainAsked, PricesReceived
 from tierwise.domain.ids import NodeId, is_name
 from tierwise.domain.resources import Resources
 from tierwise.domain.topology import PYTHON_LABEL, Node, parse_tier
@@ -71,9 +73,15 @@ async def serve(config: AgentConfig) -> None:
         bound_port = server.add_secure_port(f"{host}:{port}", server_credentials(credentials))
         node = _node(config, probe, f"{host}:{bound_port}")
         machine = NodeMachine(node, queue_max=config.queue_max, first_sequence=int(wall_s() * 1000))
-        runtime = Runtime(state_dir=state / "runtime", imports=state / "imports.json")
+        runtime = Runtime(
+            state_dir=state / "runtime",
+            imports=state / "imports.json",
+            isolation=_isolation(config),
+            may_reach_node=config.functions_reach_node,
+        )
         await runtime.open()
         policies = PolicySlots(state / "policy")
+        billing = Billing(state / "billing.pb")
         functions = FunctionIndex(state / "catalogue.pb")
         peers = PeerStreams(machine, credentials, emulate=config.emulate_links, seed=config.seed)
         shell = Shell(
@@ -93,6 +101,7 @@ async def serve(config: AgentConfig) -> None:
         shell.sizings = functions.catalogue.sizings
         # Floors hold from the start, also when the scheduler is away.
         shell.feed(CatalogueReceived(catalogue=functions.catalogue))
+        shell.feed(PricesReceived(prices=billing.prices))
         preparation = Preparation(shell.environments, node, group)
         preparation.follow(functions.catalogue)
         uplink = Uplink(
@@ -101,13 +110,16 @@ async def serve(config: AgentConfig) -> None:
             shell=shell,
             functions=functions,
             policies=policies,
+            billing=billing,
             probe=probe,
             group=group,
             on_catalogue=preparation.follow,
         )
         door = Door(node.node_id, node.address)
         door.open()
-        ingress = Ingress(shell, functions, uplink.pull_function, node.node_id, group, door)
+        ingress = Ingress(
+            shell, functions, billing, uplink.pull_function, node.node_id, group, door
+        )
         invocation_pb2_grpc.add_InvocationServiceServicer_to_server(ingress, server)
         add_health_and_reflection(server, "tierwise.v1.InvocationService")
         await server.start()
@@ -159,6 +171,13 @@ def _node(config: AgentConfig, probe: Probe, address: str) -> Node:
         zone=config.zone,
         labels=tuple(sorted({**config.labels, PYTHON_LABEL: python_version()}.items())),
     )
+
+
+def _isolation(config: AgentConfig) -> str:
+    if config.isolation not in ISOLATIONS:
+        words = ", ".join(ISOLATIONS)
+        raise InvalidArgument(f"isolation = {config.isolation!r}: use one of {words}")
+    return config.isolation
 
 
 async def _join(config: AgentConfig, token: str) -> None:

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 from agent.ticket import Ticket
 from tierwise.cost.energy import call_j
-from tierwise.cost.money import PriceTable
 from tierwise.domain.decision import Reason, is_hopeless, summary
 from tierwise.domain.event import RunFinished
 from tierwise.domain.ids import NodeId
 from tierwise.domain.outcome import LatencySplit, Outcome, OutcomeState
-from tierwise.domain.topology import Node, Tier
+from tierwise.domain.prices import FROM_SCHEDULER, LOCAL, PriceTable, link_class
+from tierwise.domain.topology import Node
 
 
 def ran(
@@ -18,6 +18,7 @@ def ran(
     """Return the outcome of a run on this node, with its latency split and its bill."""
     run_s = now_s - ticket.run_at_s
     spec = ticket.request.spec
+    billed_s = prices.billed_s(run_s, ticket.cold_start_s)
     state = OutcomeState.FAILED if event.error_code else OutcomeState.OK
     error_code, message = event.error_code, event.message
     is_timed_out = event.error_code == "function_timed_out" and ticket.has_callers_limit
@@ -41,37 +42,48 @@ def ran(
         memory_mib=spec.memory_mib,
         peak_memory_mib=event.peak_memory_mib,
         response_bytes=event.response_bytes,
+        gb_s=spec.memory_mib / 1024.0 * billed_s,
+        gpu_s=spec.gpu_slots * billed_s,
+        cpu_s=event.cpu_s,
+        link=FROM_SCHEDULER if ticket.request.lease else LOCAL,
         money_usd=prices.call_usd(
             node.tier,
             memory_mib=spec.memory_mib,
-            billed_s=run_s,
-            moved_bytes=0,
+            billed_s=billed_s,
             gpu_slots=spec.gpu_slots,
             item_count=ticket.request.item_count,
         ),
         energy_j=call_j(node.tier, cpus=spec.cpus, run_s=run_s, moved_bytes=0),
         error_code=error_code,
         message=message,
+        refused_calls=event.refused_calls,
     )
 
 
-def charge(ticket: Ticket, now_s: float, node: Node, prices: PriceTable) -> None:
+def charge(
+    ticket: Ticket, event: RunFinished, now_s: float, node: Node, prices: PriceTable
+) -> None:
     """Note what a run that is out of memory has cost; the call's own bill comes on top."""
-    run_s = now_s - ticket.run_at_s
     spec = ticket.request.spec
-    ticket.retried_gb_s += spec.memory_mib / 1024.0 * run_s
+    billed_s = prices.billed_s(now_s - ticket.run_at_s, ticket.cold_start_s)
+    ticket.retried_gb_s += spec.memory_mib / 1024.0 * billed_s
+    ticket.retried_gpu_s += spec.gpu_slots * billed_s
+    ticket.retried_cpu_s += event.cpu_s
     ticket.retried_usd += prices.call_usd(
         node.tier,
         memory_mib=spec.memory_mib,
-        billed_s=run_s,
-        moved_bytes=0,
+        billed_s=billed_s,
         gpu_slots=spec.gpu_slots,
         item_count=0,
     )
 
 
 def answered(
-    ticket: Ticket, there: Outcome, latency: LatencySplit, tier: Tier, prices: PriceTable
+    ticket: Ticket,
+    there: Outcome,
+    latency: LatencySplit,
+    way: tuple[Node, Node],
+    prices: PriceTable,
 ) -> Outcome:
     """Return a peer's outcome as the owner tells it: with the way, and what moving cost.
 
@@ -79,13 +91,14 @@ def answered(
         ticket: The forwarded request; its `node_id` is the peer.
         there: What the peer answered.
         latency: The whole split, seen from here.
-        tier: Of the peer.
+        way: This node and the peer.
         prices: Of moving bytes.
     """
     request = ticket.request
     moved_bytes = request.request_bytes + there.response_bytes
-    moved_usd = prices.call_usd(
-        tier, memory_mib=0, billed_s=0.0, moved_bytes=moved_bytes, item_count=0
+    here, peer = way
+    moved_usd = prices.round_trip_usd(
+        here.tier, peer.tier, request.request_bytes, there.response_bytes
     )
     return replace(
         there,
@@ -94,8 +107,9 @@ def answered(
         node_id=ticket.node_id,
         latency=latency,
         deadline_s=request.deadline_s,
+        link=link_class(here.tier, peer.tier),
         money_usd=there.money_usd + moved_usd,
-        energy_j=there.energy_j + call_j(tier, cpus=0, run_s=0, moved_bytes=moved_bytes),
+        energy_j=there.energy_j + call_j(peer.tier, cpus=0, run_s=0, moved_bytes=moved_bytes),
         tried=tuple(ticket.tried),
         policy_id=ticket.policy_id,
         explanation=ticket.explanation,
@@ -257,11 +271,16 @@ def _outcome(
     memory_mib: int = 0,
     peak_memory_mib: float = 0.0,
     response_bytes: int = 0,
+    gb_s: float = 0.0,
+    gpu_s: float = 0.0,
+    cpu_s: float = 0.0,
+    link: str = "",
     money_usd: float = 0.0,
     energy_j: float = 0.0,
     error_code: str = "",
     message: str = "",
     reason: Reason | None = None,
+    refused_calls: tuple[tuple[str, int], ...] = (),
 ) -> Outcome:
     """Fill in what every end has; without a latency all the time was spent waiting."""
     request = ticket.request
@@ -280,6 +299,10 @@ def _outcome(
         peak_memory_mib=peak_memory_mib,
         request_bytes=request.request_bytes,
         response_bytes=response_bytes,
+        gb_s=gb_s + ticket.retried_gb_s,
+        gpu_s=gpu_s + ticket.retried_gpu_s,
+        cpu_s=cpu_s + ticket.retried_cpu_s,
+        link=link,
         money_usd=money_usd + ticket.retried_usd,
         energy_j=energy_j,
         is_cold=ticket.is_cold,
@@ -290,6 +313,7 @@ def _outcome(
         policy_id=ticket.policy_id,
         explanation=ticket.explanation,
         lease=request.lease,
+        refused_calls=refused_calls,
         measures=request.measures,
         retried_gb_s=ticket.retried_gb_s,
     )

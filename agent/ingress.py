@@ -8,6 +8,7 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
+from agent.billing import Billing
 from agent.catalogue import FunctionIndex
 from agent.door import Door
 from agent.shell import Shell
@@ -46,6 +47,7 @@ class Ingress(invocation_pb2_grpc.InvocationServiceServicer):
         self,
         shell: Shell,
         functions: FunctionIndex,
+        billing: Billing,
         pull: Callable[[str], Awaitable[FunctionSpec | None]],
         node_id: NodeId,
         group: asyncio.TaskGroup,
@@ -56,6 +58,7 @@ class Ingress(invocation_pb2_grpc.InvocationServiceServicer):
         Args:
             shell: Runs them.
             functions: What may be called.
+            billing: Whose new calls are refused, for their budget is spent.
             pull: Asks the scheduler for a function that is not in `functions` yet.
             node_id: This node.
             group: Owns the tasks that wait for `pull`.
@@ -63,6 +66,7 @@ class Ingress(invocation_pb2_grpc.InvocationServiceServicer):
         """
         self._shell = shell
         self._functions = functions
+        self._billing = billing
         self._pull = pull
         self._node_id = node_id
         self._group = group
@@ -204,6 +208,7 @@ class Ingress(invocation_pb2_grpc.InvocationServiceServicer):
                     f"{len(invocation.arguments)} items in one call; send at most {ITEMS_MAX}"
                 )
             if not caller.is_node:
+                self._billing.check(spec)
                 invocation.hops = 0
                 invocation.lease = 0
                 invocation.memory_mib = 0

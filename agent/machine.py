@@ -25,8 +25,7 @@ from agent.pool import Instance, InstancePool, InstanceState
 from agent.quarantine import Quarantine
 from agent.ticket import Phase, Ticket
 from agent.waiting import WaitingLine
-from tierwise.cost.estimate import DEFAULT_PRICES, predict_wait_s, wait_of
-from tierwise.cost.money import PriceTable
+from tierwise.cost.estimate import predict_wait_s, wait_of
 from tierwise.domain.command import (
     AskPolicy,
     CancelAt,
@@ -54,6 +53,7 @@ from tierwise.domain.event import (
     NodeEvent,
     PeerFailed,
     PeerReplied,
+    PricesReceived,
     RunFinished,
     Ticked,
     ViewReceived,
@@ -83,13 +83,11 @@ class NodeMachine:
         node: Node,
         *,
         queue_max: int = 256,
-        prices: PriceTable = DEFAULT_PRICES,
         first_sequence: int = 0,
     ) -> None:
         self.node = node
         self.is_draining = False
         self.pool = InstancePool(node.node_id, node.capacity)
-        self._prices = prices
         self._queue_max = queue_max
         self._tickets: dict[RequestId, Ticket] = {}
         self._line = WaitingLine()
@@ -110,6 +108,7 @@ class NodeMachine:
             now_s: Monotonic time of this node; never smaller than in the step before.
         """
         out: list[NodeCommand] = []
+        self.pool.now_s = now_s
         match event:
             case Arrived():
                 self._arrive(event, now_s, out)
@@ -149,6 +148,8 @@ class NodeMachine:
                 self.pool.set_keep_alive(event.function_id, event.keep_alive_s)
             case ViewReceived():
                 self._beliefs.received(event, now_s)
+            case PricesReceived():
+                self._beliefs.prices = event.prices
             case DrainAsked():
                 self.is_draining = event.is_on
             case Ticked():
@@ -400,14 +401,15 @@ class NodeMachine:
         ticket = self._running.pop(event.request_id)
         larger_mib = ticket.larger_mib(self.node.capacity.memory_mib, now_s)
         if event.is_out_of_memory and larger_mib:
-            endings.charge(ticket, now_s, self.node, self._prices)
+            endings.charge(ticket, event, now_s, self.node, self._beliefs.prices)
             ticket.request = ticket.request.with_memory(larger_mib)
             self._line.join(ticket)
             self._pump(now_s, out)
             return
         if event.error_code == "function_died" and not event.is_instance_alive:
             event = self._died(event, instance.spec.function_id, now_s, out)
-        self._finish(ticket, endings.ran(ticket, event, now_s, self.node, self._prices), now_s, out)
+        outcome = endings.ran(ticket, event, now_s, self.node, self._beliefs.prices)
+        self._finish(ticket, outcome, now_s, out)
         self._pump(now_s, out)
 
     def _start_failed(self, event: InstanceFailed, now_s: float, out: list[NodeCommand]) -> None:
@@ -446,9 +448,10 @@ class NodeMachine:
                 self._try_next(ticket, now_s, out)
             return
         row = self._beliefs.row(event.node_id)
-        tier = row.node.tier if row is not None else self.node.tier
+        peer = row.node if row is not None else self.node
         latency = self._beliefs.forwarded_latency(ticket, there, now_s)
-        outcome = endings.answered(ticket, there, latency, tier, self._prices)
+        way = (self.node, peer)
+        outcome = endings.answered(ticket, there, latency, way, self._beliefs.prices)
         has_won = there.state is OutcomeState.OK and not ticket.is_cancelled
         if there.state is OutcomeState.EXPIRED or (is_recalled and not has_won):
             outcome = endings.stopped(ticket, outcome, now_s)

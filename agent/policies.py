@@ -55,12 +55,12 @@ class PolicySlot:
         name_file = self._folder / "builtin"
         if builtin:
             policy = create(builtin)
-            write_atomically(name_file, builtin.encode())
+            _store(name_file, builtin.encode())
         else:
             weights, card = await fetch(policy_id)
             policy = learned.load(weights, card)
-            write_atomically(self._folder / "weights.npz", weights)
-            write_atomically(self._folder / "card.json", card)
+            if _store(self._folder / "weights.npz", weights):
+                _store(self._folder / "card.json", card)
             name_file.unlink(missing_ok=True)
         self._held = (policy_id, builtin), policy
         return policy
@@ -161,9 +161,19 @@ class PolicySlots:
                 seed=pb.seed,
                 started_unix_s=wall_s - pb.elapsed_s,
             )
-            write_atomically(self._folder / "canary" / "trial.json", msgspec.json.encode(trial))
+            _store(self._folder / "canary" / "trial.json", msgspec.json.encode(trial))
             canary = _canary(policy, trial, now_s - pb.elapsed_s)
         return Duties(active=found or active, canary=canary, shadow=shadow, refused=tuple(refused))
+
+
+def _store(path: Path, content: bytes) -> bool:
+    """Write a file if there is room for it; without, what it says is forgotten by a restart."""
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        log.error("policy.not_stored", path=str(path), cause=str(error))
+        return False
+    return True
 
 
 def _restored(slot: PolicySlot) -> Policy | None:

@@ -68,6 +68,11 @@ class InstancePool:
         self._floored_count = 0  # instances of functions that have a floor
         self._bursts: dict[FunctionId, tuple[float, float]] = {}  # starts left, at a time
         self._keep_alives_s: dict[FunctionId, float] = {}
+        self.now_s = 0.0  # time of the step that changes it
+        # Memory of idle instances per function, since when it is that much, and what it came to.
+        self._idle_mib: dict[FunctionId, int] = {}
+        self._idle_mib_since_s: dict[FunctionId, float] = {}
+        self._idle_gb_s: dict[FunctionId, float] = {}
         self.warm: dict[FunctionId, int] = {}  # idle instances per function, kept current
         self.engaged: dict[FunctionId, int] = {}  # those that start or run
 
@@ -179,7 +184,7 @@ class InstancePool:
         if evicted is None:
             return None
         idle.remove(chosen)
-        self._set_warm(function, len(idle))
+        self._set_warm(instance, len(idle), -1)
         self._free_memory_mib -= growth_mib
         instance.spec = spec
         instance.state = InstanceState.BUSY
@@ -258,7 +263,7 @@ class InstancePool:
         self._free_gpu_slots += instance.spec.gpu_slots
         idle = self._idle.setdefault(function, [])
         idle.append(instance.instance_id)
-        self._set_warm(function, len(idle))
+        self._set_warm(instance, len(idle), +1)
 
     def remove(self, instance_id: InstanceId) -> Instance | None:
         """Forget an instance and free what it held; unknown ids give None."""
@@ -269,7 +274,7 @@ class InstancePool:
         if instance.state is InstanceState.IDLE:
             idle = self._idle[function]
             idle.remove(instance_id)
-            self._set_warm(function, len(idle))
+            self._set_warm(instance, len(idle), -1)
         else:
             self._engage(function, -1)
             self._free_cpus += instance.spec.cpus
@@ -350,7 +355,28 @@ class InstancePool:
         else:
             self.engaged.pop(function, None)
 
-    def _set_warm(self, function: FunctionId, count: int) -> None:
+    def take_idle_gb_s(self, now_s: float) -> dict[str, float]:
+        """Return the GB-seconds that idle instances held since the last time, per function."""
+        self.now_s = max(self.now_s, now_s)
+        for function in self._idle_mib:
+            self._add_idle(function)
+        taken, self._idle_gb_s = self._idle_gb_s, {}
+        return {str(function): gb_s for function, gb_s in taken.items() if gb_s > 0.0}
+
+    def _add_idle(self, function: FunctionId) -> None:
+        """Add what was held idle since it changed last; monotonic time, so it only grows."""
+        held_s = max(0.0, self.now_s - self._idle_mib_since_s.get(function, self.now_s))
+        gb_s = self._idle_mib.get(function, 0) / 1024.0 * held_s
+        self._idle_gb_s[function] = self._idle_gb_s.get(function, 0.0) + gb_s
+        self._idle_mib_since_s[function] = self.now_s
+
+    def _set_warm(self, instance: Instance, count: int, change: int) -> None:
+        function = instance.spec.function_id
+        self._add_idle(function)
+        idle_mib = self._idle_mib.get(function, 0) + change * instance.spec.memory_mib
+        self._idle_mib[function] = idle_mib
+        if not idle_mib:
+            del self._idle_mib[function], self._idle_mib_since_s[function]
         if count:
             self.warm[function] = count
         else:

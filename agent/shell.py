@@ -17,6 +17,7 @@ from agent.machine import NodeMachine
 from agent.memory import GiveBack
 from agent.runtime.environments import Environments
 from agent.runtime.runtime import InstanceStartError, ItemKind, ItemResult, RunReport, Runtime
+from agent.sizing import sized
 from tierwise.clock import monotonic_s
 from tierwise.domain.command import (
     AskPolicy,
@@ -54,7 +55,6 @@ from tierwise.errors import TierwiseError
 from tierwise.v1 import types_pb2
 from tierwise.wire import convert, payload
 from tierwise.wire.handover import Handover
-from tierwise.wire.measures import largest
 from tierwise.wire.memfd import Memfd
 
 log = structlog.get_logger()
@@ -93,6 +93,8 @@ NAMELESS = frozenset(
 # Ends after which the same request may come again, and is told when.
 RETRIED = frozenset({"overloaded", "unplaceable"})
 
+# How it ended, what it printed, who called, and when it ended on the monotonic clock.
+ReportedCall = tuple[Outcome, str, str, float]
 OnReply = Callable[[types_pb2.InvocationResult], None]
 
 
@@ -204,7 +206,7 @@ class Shell:
         self.machine = machine
         self.decider = decider
         self.sizings: Mapping[FunctionId, Sizing] = {}
-        self.reports: deque[tuple[Outcome, str, str, float]] = deque()  # and when, monotonic
+        self.reports: deque[ReportedCall] = deque()
         self.dropped_report_count = 0
         self._runtime = runtime
         self.environments = environments
@@ -250,17 +252,8 @@ class Shell:
                 arguments, [on_reply], caller, attachments=attachments, channel=channel
             )
             if request.hops == 0:  # a peer has done so already
-                request = self._sized(request, arguments)
+                request = sized(request, arguments, self.sizings)
         self.feed(Arrived(request=request))
-
-    def _sized(self, request: Request, arguments: Sequence[bytes]) -> Request:
-        """Measure the input; if the function's memory is chosen per call, choose it."""
-        request = replace(request, measures=largest(arguments))
-        sizing = self.sizings.get(request.function_id) if request.spec.is_memory_auto else None
-        memory_mib = sizing.memory_mib(request.measures) if sizing is not None else None
-        if memory_mib is None:
-            return request
-        return request.with_memory(memory_mib)
 
     def cancel(self, request_id: str) -> None:
         """Cancel an unfinished request; its reply follows. Unknown ids are ignored."""
@@ -378,6 +371,8 @@ class Shell:
             code_path=await self._code.path(spec.code_digest),
             environment=environment,
             memory_mib=limit_mib,
+            cpus=spec.cpus,
+            network=spec.network,
         )
 
     def _run(self, command: RunOn) -> None:
@@ -432,6 +427,14 @@ class Shell:
         function = instance.spec.function_id if instance is not None else "the function"
         call.items = [_item(result, function, call.channel) for result in report.items]
         call.log = report.log
+        if report.refused_calls:  # a signal: ordinary functions have no need of these
+            log.warning(
+                "function.calls_refused",
+                function_id=str(function),
+                instance_id=command.instance_id,
+                request_id=command.request_id,
+                calls=dict(report.refused_calls),
+            )
         failed = [item for item in report.items if item.kind is not ItemKind.OK]
         # A batch fails as a whole only if its worker went, or if it is a single call.
         is_whole = bool(failed) and (len(report.items) == 1 or not report.instance_alive)
@@ -444,10 +447,12 @@ class Shell:
                 is_instance_alive=report.instance_alive,
                 failed_item_count=len(failed),
                 peak_memory_mib=report.peak_memory_mib,
+                cpu_s=report.cpu_s,
                 response_bytes=sum(item.size_bytes for item in report.items),
                 error_code=CODE_BY_KIND[first.kind] if first and is_whole else "",
                 message=_told(first, function) if first else "",
                 is_out_of_memory=any(item.kind is ItemKind.OUT_OF_MEMORY for item in failed),
+                refused_calls=tuple(sorted(report.refused_calls.items())),
             )
         )
 

@@ -48,6 +48,8 @@ class Ticket:
     explanation: Explanation | None = None
     policy_id: PolicyId = NO_POLICY
     retried_gb_s: float = 0.0  # of an attempt that ran out of memory, and what it cost
+    retried_gpu_s: float = 0.0
+    retried_cpu_s: float = 0.0
     retried_usd: float = 0.0
 
     @property

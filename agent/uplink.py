@@ -10,13 +10,14 @@ from typing import Any
 import grpc
 import structlog
 
+from agent.billing import Billing
 from agent.catalogue import FunctionIndex
 from agent.policies import PolicySlots
 from agent.probe import Probe
 from agent.runtime.environments import EnvironmentReading
-from agent.shell import Shell
+from agent.shell import ReportedCall, Shell
 from tierwise.clock import monotonic_s, wall_s
-from tierwise.domain.event import CatalogueReceived, DrainAsked
+from tierwise.domain.event import CatalogueReceived, DrainAsked, PricesReceived
 from tierwise.domain.function import Catalogue, FunctionSpec
 from tierwise.errors import NotFound, TierwiseError
 from tierwise.v1 import (
@@ -42,6 +43,7 @@ BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 5.0
 REPORTS_PER_BEAT_MAX = 1000
 EXPLANATIONS_PER_BEAT_MAX = 200
+UNSTORED_BEATS_MAX = 32
 OUTBOX_MAX = 10_000
 
 
@@ -74,6 +76,7 @@ class Uplink:
         shell: Shell,
         functions: FunctionIndex,
         policies: PolicySlots,
+        billing: Billing,
         probe: Probe,
         group: asyncio.TaskGroup,
         on_catalogue: Callable[[Catalogue], None] = lambda catalogue: None,
@@ -86,6 +89,10 @@ class Uplink:
         self._shell = shell
         self._functions = functions
         self._policies = policies
+        self._billing = billing
+        # Call reports that were sent and are not known to be stored, by their number.
+        self._unstored: OrderedDict[int, list[ReportedCall]] = OrderedDict()
+        self._report_sequence = int(wall_s() * 1000)  # higher than before a restart
         self._probe = probe
         self._group = group
         self._on_catalogue = on_catalogue
@@ -175,6 +182,7 @@ class Uplink:
         self._told_environments = []
         try:
             await call.write(node_pb2.SessionRequest(hello=self._hello()))
+            self._report_again()
             self._outbox.unsent = list(self._outbox.results.values())
             self._outbox.wake.set()
             writer = asyncio.ensure_future(self._write(call))
@@ -224,11 +232,19 @@ class Uplink:
                 except TimeoutError:
                     pass
 
+    def _report_again(self) -> None:
+        """Queue call reports again whose session ended before they were acknowledged."""
+        for calls in reversed(self._unstored.values()):
+            self._shell.reports.extendleft(reversed(calls))
+        self._unstored.clear()
+
     def _heartbeat(self) -> node_pb2.Heartbeat:
         shell = self._shell
-        calls = []
-        for index in range(min(len(shell.reports), REPORTS_PER_BEAT_MAX)):
-            outcome, printed, caller, ended_s = shell.reports.popleft()
+        calls, sent = [], []
+        has_room = len(self._unstored) < UNSTORED_BEATS_MAX
+        for index in range(min(len(shell.reports), REPORTS_PER_BEAT_MAX) if has_room else 0):
+            sent.append(shell.reports.popleft())
+            outcome, printed, caller, ended_s = sent[-1]
             calls.append(
                 node_pb2.CallReport(
                     outcome=convert.outcome_to_pb(
@@ -239,6 +255,9 @@ class Uplink:
                     ended_ago_s=max(0.0, monotonic_s() - ended_s),
                 )
             )
+        if sent:
+            self._report_sequence += 1
+            self._unstored[self._report_sequence] = sent
         dropped_count, shell.dropped_report_count = shell.dropped_report_count, 0
         return node_pb2.Heartbeat(
             reading=convert.reading_to_pb(shell.machine.reading(monotonic_s())),
@@ -248,6 +267,8 @@ class Uplink:
             policy_id=shell.decider.active_id,
             policies=shell.decider.health(),
             environments=self._environments(),
+            idle_gb_s=shell.machine.pool.take_idle_gb_s(monotonic_s()),
+            report_sequence=self._report_sequence,
         )
 
     def _environments(self) -> list[node_pb2.EnvironmentReading]:
@@ -289,6 +310,14 @@ class Uplink:
             case "work_ack":
                 ack = message.work_ack
                 self._outbox.results.pop((ack.request_id, ack.lease), None)
+            case "billing":
+                self._billing.replace(message.billing)
+                self._shell.feed(PricesReceived(prices=self._billing.prices))
+            case "reports_ack":
+                for number in [
+                    n for n in self._unstored if n <= message.reports_ack.report_sequence
+                ]:
+                    del self._unstored[number]
             case "drain":
                 if message.drain.is_on is not self._shell.machine.is_draining:
                     log.info("node.drained", is_on=message.drain.is_on)

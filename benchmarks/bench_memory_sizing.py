@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tierwise.cost.money import PriceTable
 
 from benchmarks.report import make_table, show, where
 from benchmarks.sizing_rivals import RIVALS, SHARES, Run, Size, Sizer
-from tierwise.cost.money import PriceTable
 from tierwise.domain.sizing import RETRY_FACTOR, in_steps
 from tierwise.domain.topology import Tier
 

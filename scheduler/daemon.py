@@ -16,6 +16,7 @@ import structlog
 import uvloop
 
 from scheduler.authority import Authority
+from scheduler.budgets import Budgets
 from scheduler.catalogue import FunctionCatalogue
 from scheduler.dispatch import Dispatcher
 from scheduler.gateway import ClusterGateway, JoinGateway
@@ -28,21 +29,24 @@ from scheduler.sizings import Sizings
 from scheduler.store.store import Store
 from scheduler.telemetry import Telemetry
 from scheduler.window import WorkWindow
-from tierwise.config import ClientConfig, SchedulerConfig, dump, link_table, load
+from tierwise.config import ClientConfig, SchedulerConfig, dump, link_table, load, load_prices
 from tierwise.domain.ids import NodeId
 from tierwise.errors import FailedPrecondition, InvalidArgument, TierwiseError
 from tierwise.files import write_atomically
 from tierwise.placement.policy import create
 from tierwise.v1 import (
     advisor_pb2_grpc,
+    budget_pb2_grpc,
     call_pb2_grpc,
     cluster_pb2_grpc,
     function_pb2_grpc,
     join_pb2_grpc,
+    node_pb2,
     node_pb2_grpc,
     policy_pb2_grpc,
     work_pb2_grpc,
 )
+from tierwise.wire import convert
 from tierwise.wire.channel import AuthorizationInterceptor, new_server, server_credentials
 from tierwise.wire.daemon import configure_logs, follow_parent
 from tierwise.wire.errors import ErrorInterceptor
@@ -69,6 +73,7 @@ _RIGHTS = {
     ),
     "AdvisorService": dict.fromkeys(("RecommendMemory", "ResizeFunction"), _PEOPLE),
     "CallService": dict.fromkeys(("ListCalls", "GetCall", "GetUsage"), _PEOPLE),
+    "BudgetService": {"SetBudget": _ADMINS, "ListBudgets": _PEOPLE, "RemoveBudget": _ADMINS},
     "NodeService": {"Session": {Role.NODE}},
     "PolicyService": {
         "PublishPolicy": _PEOPLE,
@@ -126,15 +131,22 @@ async def _serve(
     plane = ControlPlane(
         heartbeat_interval_s=config.heartbeat_interval_s, links=link_table(config.links)
     )
+    prices = plane.table.prices = load_prices(Path(config.prices) if config.prices else None)
     policies = PolicyStore(store, config.policy)
     dispatcher = Dispatcher(plane, policies.active(), create(FALLBACK))
     telemetry = Telemetry(store, plane.table, records_max=config.call_records_max)
     functions = FunctionCatalogue(store, telemetry.profile)
     roster = Roster(store, dispatcher)
+    budgets = Budgets(store)
+    dispatcher.spent = lambda: budgets.spent
 
     def opened(node_id: NodeId) -> None:
         roster.changed()
         window.node_opened(node_id)
+
+    def billing() -> node_pb2.Billing:
+        spent = map(convert.spent_to_pb, budgets.refusing)
+        return node_pb2.Billing(prices=convert.prices_to_pb(prices), spent=spent)
 
     sessions = Sessions(
         dispatcher,
@@ -143,7 +155,8 @@ async def _serve(
         assignment=policies.assignment,
         revoked=authority.revoked,
         on_opened=opened,
-        on_calls=telemetry.take,
+        on_beat=telemetry.take,
+        billing=billing,
         on_result=lambda node_id, result: window.finished(node_id, result),
     )
     window = WorkWindow(
@@ -171,13 +184,16 @@ async def _serve(
     sizings = Sizings(store, functions)
     telemetry.also_learn = sizings.learn
     functions.sizing = sizings.sizing
+    telemetry.acknowledge = sessions.acknowledge_reports
+    budgets.on_changed = sessions.billing_changed
 
     server = new_server([ErrorInterceptor(), AuthorizationInterceptor(ROLES, authority.is_revoked)])
-    queue = WorkQueue(store, window, functions, queue_max=config.work_queue_max)
+    queue = WorkQueue(store, window, functions, budgets, queue_max=config.work_queue_max)
     cluster = ClusterGateway(store, dispatcher, sessions, authority)
     function_pb2_grpc.add_FunctionServiceServicer_to_server(functions, server)
     work_pb2_grpc.add_WorkServiceServicer_to_server(queue, server)
     advisor_pb2_grpc.add_AdvisorServiceServicer_to_server(sizings, server)
+    budget_pb2_grpc.add_BudgetServiceServicer_to_server(budgets, server)
     call_pb2_grpc.add_CallServiceServicer_to_server(telemetry, server)
     node_pb2_grpc.add_NodeServiceServicer_to_server(sessions, server)
     policy_pb2_grpc.add_PolicyServiceServicer_to_server(policies, server)
@@ -206,6 +222,7 @@ async def _serve(
         group.create_task(telemetry.store_forever()),
         group.create_task(roster.store_forever()),
         group.create_task(sizings.fit_forever()),
+        group.create_task(budgets.check_forever()),
     ]
     await _stop_asked()
     for task in background:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol, assert_never
 
@@ -9,7 +10,8 @@ import numpy as np
 import structlog
 
 from scheduler.machine import ControlPlane
-from tierwise.clock import monotonic_s
+from tierwise.clock import monotonic_s, wall_s
+from tierwise.domain.budget import SpentBudgets
 from tierwise.domain.command import (
     AskPolicy,
     CancelAt,
@@ -21,7 +23,7 @@ from tierwise.domain.command import (
     Record,
     TellDrain,
 )
-from tierwise.domain.decision import Explanation, Placed
+from tierwise.domain.decision import Explanation, NotPlaced, Placed, Reason
 from tierwise.domain.event import ControlEvent, Decided, Ticked
 from tierwise.domain.ids import NodeId, PolicyId, RequestId
 from tierwise.domain.outcome import Outcome
@@ -29,6 +31,7 @@ from tierwise.placement.policy import Policy
 
 log = structlog.get_logger()
 TICK_S = 0.1
+HERE = NodeId("scheduler")
 
 
 class WorkSide(Protocol):
@@ -75,6 +78,7 @@ class Dispatcher:
         self.plane = plane
         self.policy = policy
         self._fallback = fallback
+        self.spent: Callable[[], SpentBudgets] = SpentBudgets  # whose work waits
         self._rng = np.random.default_rng(seed)
         self._events: deque[ControlEvent] = deque()
         self._is_stepping = False
@@ -131,6 +135,18 @@ class Dispatcher:
 
     def _decide(self, command: AskPolicy) -> None:
         policy = self.policy
+        spec = command.request.spec
+        spent = self.spent()
+        if spent and spent.of(spec.namespace, spec.name, wall_s()) is not None:
+            reasons = ((HERE, Reason.BUDGET_SPENT),)
+            self._events.appendleft(
+                Decided(
+                    request_id=command.request.request_id,
+                    decision=NotPlaced(reasons=reasons),
+                    policy_id=policy.policy_id,
+                )
+            )
+            return
         try:
             decision = policy.decide(command.view, command.request, self._rng)
         except Exception:  # a policy comes from outside: whatever it does, the work goes on

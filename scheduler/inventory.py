@@ -59,7 +59,8 @@ class Sessions(node_pb2_grpc.NodeServiceServicer):
         assignment: Callable[[], node_pb2.PolicyAssignment],
         revoked: Callable[[], list[str]],
         on_opened: Callable[[NodeId], None],
-        on_calls: Callable[[NodeId, list[node_pb2.CallReport], int], None],
+        on_beat: Callable[[NodeId, node_pb2.Heartbeat], None],
+        billing: Callable[[], node_pb2.Billing],
         on_result: Callable[[NodeId, types_pb2.InvocationResult], None],
     ) -> None:
         """Serve sessions.
@@ -71,7 +72,8 @@ class Sessions(node_pb2_grpc.NodeServiceServicer):
             assignment: Gives the policy that agents should use.
             revoked: Gives the identities that agents must refuse.
             on_opened: Is told that a node has connected.
-            on_calls: Takes the call reports of a heartbeat and how many were dropped.
+            on_beat: Takes the call reports of a heartbeat, and what idled.
+            billing: Gives prices and spent budgets as agents get them.
             on_result: Takes results of durable work.
         """
         self._dispatcher = dispatcher
@@ -80,7 +82,8 @@ class Sessions(node_pb2_grpc.NodeServiceServicer):
         self._assignment = assignment
         self._revoked = revoked
         self._on_opened = on_opened
-        self._on_calls = on_calls
+        self._on_beat = on_beat
+        self._billing = billing
         self._on_result = on_result
         self._sessions: dict[NodeId, NodeSession] = {}
         self._is_changed = asyncio.Event()
@@ -146,6 +149,17 @@ class Sessions(node_pb2_grpc.NodeServiceServicer):
         assignment = self._assignment()
         for session in self._sessions.values():
             session.outbox.put_policy(assignment)
+
+    def billing_changed(self) -> None:
+        """Queue prices and spent budgets for every connected agent."""
+        billing = self._billing()
+        for session in self._sessions.values():
+            session.outbox.put_billing(billing)
+
+    def acknowledge_reports(self, node_id: NodeId, number: int) -> None:
+        """Tell a node that its call reports up to a number are on disk here."""
+        ack = node_pb2.ReportsAck(report_sequence=number)
+        self._send(node_id, node_pb2.SessionResponse(reports_ack=ack))
 
     def node_removed(self, node_id: NodeId) -> None:
         """End the session of a removed node; the others refuse it from now on."""
@@ -250,8 +264,7 @@ class Sessions(node_pb2_grpc.NodeServiceServicer):
                 reading = convert.reading_from_pb(beat.reading)
                 self._dispatcher.feed(HeartbeatReceived(node_id=session.node_id, reading=reading))
                 self.changed()
-                if beat.calls or beat.dropped_call_count:
-                    self._on_calls(session.node_id, list(beat.calls), beat.dropped_call_count)
+                self._on_beat(session.node_id, beat)
             case "work_result":
                 self._on_result(session.node_id, message.work_result)
             case "goodbye":
@@ -268,6 +281,7 @@ class Sessions(node_pb2_grpc.NodeServiceServicer):
         outbox.put(node_pb2.SessionResponse(welcome=self._welcome()))
         outbox.put_catalogue(self._catalogue())
         outbox.put_policy(self._assignment())
+        outbox.put_billing(self._billing())
         view = ViewReceived(
             peers=plane.peers(monotonic_s()),
             links=plane.table.links,

@@ -52,6 +52,7 @@ LOST_AFTER = 10.0
 RETRY_FIRST_S = 0.2
 RETRY_MAX_S = 30.0
 LOSSES_MAX = 8  # times that work may lose its node before it is given up
+BUDGET_TRY_COUNT = 6  # work whose budget is spent tries again as after so many failures
 UNPLACED_S_MAX = 3600.0  # how long no node may take it before it is given up
 MIN_TIMEOUT_S = 1e-3  # on the wire 0 means the function's own
 WINDOW_MAX = 10_000  # jobs that the shell keeps here; the rest waits in the store
@@ -379,6 +380,11 @@ class ControlPlane:
         ]
         if full:
             self._backlog.park(job, full)
+            return
+        if any(reason is Reason.BUDGET_SPENT for _, reason in decision.reasons):
+            # It waits as long as that takes: until the budget is raised, or its day is over.
+            message = "its budget of the day is spent: it waits until that is raised or over"
+            self._delay(job, BUDGET_TRY_COUNT, message, now_s, out, is_unplaced=True)
             return
         job.refused_by.clear()
         code = "infeasible" if is_hopeless(decision.reasons) else "unplaceable"

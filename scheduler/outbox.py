@@ -10,13 +10,14 @@ QUEUE_MAX = 20_000  # messages that may not be merged; an agent this far behind 
 
 
 class Outbox:
-    """Bounded: catalogue, policy and view have one place each, in which the newest wins."""
+    """Bounded: catalogue, policy, billing and view have one place each; there the newest wins."""
 
     def __init__(self) -> None:
         self.is_closed = False
         self._queue: deque[node_pb2.SessionResponse] = deque()
         self._catalogue: types_pb2.Catalogue | None = None
         self._policy: node_pb2.PolicyAssignment | None = None
+        self._billing: node_pb2.Billing | None = None
         self._view: _PendingView | None = None
         self._wake = asyncio.Event()
 
@@ -39,6 +40,11 @@ class Outbox:
     def put_policy(self, assignment: node_pb2.PolicyAssignment) -> None:
         """Queue a policy assignment; one that still waits is replaced."""
         self._policy = assignment
+        self._wake.set()
+
+    def put_billing(self, billing: node_pb2.Billing) -> None:
+        """Queue prices and spent budgets; those that still wait are replaced."""
+        self._billing = billing
         self._wake.set()
 
     def put_view(self, view: node_pb2.View) -> None:
@@ -73,6 +79,9 @@ class Outbox:
         if self._policy is not None:
             policy, self._policy = self._policy, None
             return node_pb2.SessionResponse(policy=policy)
+        if self._billing is not None:
+            billing, self._billing = self._billing, None
+            return node_pb2.SessionResponse(billing=billing)
         if self._view is not None:
             view, self._view = self._view, None
             return node_pb2.SessionResponse(view=view.to_pb())

@@ -2,19 +2,21 @@
 
 import asyncio
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Row
 
+from scheduler.budgets import Budgets
 from scheduler.catalogue import FunctionCatalogue
 from scheduler.store import work as table
 from scheduler.store.store import Store
 from scheduler.window import WorkWindow, submission
 from tierwise.clock import wall_s
 from tierwise.domain.event import Submitted
+from tierwise.domain.function import FunctionSpec
 from tierwise.domain.ids import RequestId
 from tierwise.errors import InvalidArgument, Overloaded
 from tierwise.v1 import types_pb2, work_pb2, work_pb2_grpc
@@ -48,7 +50,13 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
     """Takes work from users and tells them what became of it."""
 
     def __init__(
-        self, store: Store, window: WorkWindow, functions: FunctionCatalogue, *, queue_max: int
+        self,
+        store: Store,
+        window: WorkWindow,
+        functions: FunctionCatalogue,
+        budgets: Budgets,
+        *,
+        queue_max: int,
     ) -> None:
         """Serve.
 
@@ -56,11 +64,13 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
             store: Where work is kept.
             window: Carries it to the nodes and back.
             functions: What may be run.
+            budgets: Whose new work is refused; what was accepted before waits.
             queue_max: Unfinished work that is accepted at most.
         """
         self._store = store
         self._window = window
         self._functions = functions
+        self._budgets = budgets
         self._queue_max = queue_max
         self._being_stored_count = 0
         self._listeners: dict[str, set[asyncio.Event]] = {}
@@ -75,6 +85,7 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
         prepared = [self._prepare(work, caller) for work in request.submissions]
         rows = [each.columns for each in prepared]
         blobs = [each.arguments for each in prepared]
+        await self._check_budgets([each.submitted.request.spec for each in prepared], rows)
         await self._check_room(rows)
         for row in rows:
             row["position"] = self._window.next_position()
@@ -184,6 +195,24 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
             "ended_unix_s": 0.0,
         }
         return _Prepared(columns, payload, submission(_Columns(columns), self._functions))
+
+    async def _check_budgets(
+        self, specs: Sequence[FunctionSpec], rows: list[dict[str, Any]]
+    ) -> None:
+        """Refuse new work whose budget is spent; work that is known already is not new.
+
+        Raises:
+            BudgetExceeded: The whole submission is refused, nothing of it is stored.
+        """
+        if not self._budgets.spent:
+            return
+        now_unix_s = wall_s()
+        for spec in specs:
+            spent = self._budgets.spent.of(spec.namespace, spec.name, now_unix_s)
+            if spent is not None:
+                known_count = await self._store.read(lambda c: table.known_count(c, rows))
+                if known_count < len(rows):
+                    raise spent.error(now_unix_s)
 
     async def _check_room(self, rows: list[dict[str, Any]]) -> None:
         """Refuse what is over the limit; work that is known already is not new.

@@ -1,14 +1,16 @@
 """What finished calls teach: records, bills, and how functions behave. Serves CallService.
 
 Agents report interactive calls with their heartbeats. Durable work is recorded and billed in the
-transaction that stores its result: whoever dies, what has succeeded is on the bill, once.
+transaction that stores its result: whoever dies, what has succeeded is on the bill, once. Reports
+are acknowledged when they are stored and may come twice; they are billed once. A clock that jumps
+moves calls to another day and changes no amount: durations come from monotonic clocks.
 """
 
 # ruff: noqa: D102, N802 - gRPC methods are named and described by the protos
 
 import asyncio
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +18,15 @@ from typing import Any
 import structlog
 from sqlalchemy import Connection, delete, func, select
 
+from scheduler.store import usage
 from scheduler.store.store import Store
-from scheduler.store.tables import calls, profiles, usage
+from scheduler.store.tables import calls, profiles
 from tierwise.clock import monotonic_s, wall_s
 from tierwise.cost.profiles import Profiles
 from tierwise.domain.function import FunctionProfile
 from tierwise.domain.ids import FunctionId, NodeId, split_function_id
 from tierwise.domain.outcome import Outcome, OutcomeState
+from tierwise.domain.topology import NodeState
 from tierwise.domain.view import ViewTable
 from tierwise.errors import InvalidArgument, NotFound, TierwiseError
 from tierwise.v1 import call_pb2, call_pb2_grpc, node_pb2, types_pb2
@@ -35,6 +39,7 @@ PROFILES_INTERVAL_S = 5.0
 TAKEN_MAX = 50_000  # calls that wait for the store
 LOG_MAX = 8192
 CALLER_MAX = 200
+IDLE_GB_S_MAX = 1e9  # per function and heartbeat
 AGO_S_MAX = 30 * 86_400.0  # a node that was offline tells of its calls later
 
 
@@ -54,6 +59,10 @@ class Telemetry(call_pb2_grpc.CallServiceServicer):
         self._records_max = records_max
         self._unstored: set[FunctionId] = set()
         self._taken: list[_Taken] = []
+        self._idle: dict[tuple[str, str, str, str], tuple[float, float]] = {}
+        self._unacknowledged: dict[NodeId, int] = {}
+        # Tells a node that its reports up to a number are stored.
+        self.acknowledge: Callable[[NodeId, int], None] = lambda *_: None
         # Stores more of the calls, in the same transaction.
         self.also_store: Callable[[Connection, Sequence[Outcome]], None] = lambda *_: None
         # Learns more from a call; `speed` is that of its node, or None.
@@ -73,11 +82,15 @@ class Telemetry(call_pb2_grpc.CallServiceServicer):
         """Return what is known of a function."""
         return self._profiles.get(function)
 
-    def take(self, node_id: NodeId, reports: list[node_pb2.CallReport], dropped_count: int) -> None:
-        """Store and learn from the calls of one heartbeat."""
-        if dropped_count:
-            log.warning("calls.dropped", node_id=node_id, call_count=dropped_count)
-        for report in reports:
+    def take(self, node_id: NodeId, beat: node_pb2.Heartbeat) -> None:
+        """Store and learn from the calls of one heartbeat, and add up what idled."""
+        if beat.dropped_call_count:
+            log.warning("calls.dropped", node_id=node_id, call_count=beat.dropped_call_count)
+        if beat.idle_gb_s:
+            self._take_idle(node_id, beat.idle_gb_s)
+        if beat.calls:
+            self._unacknowledged[node_id] = beat.report_sequence
+        for report in beat.calls:
             try:
                 self._keep(report)
             except TierwiseError as error:
@@ -118,6 +131,23 @@ class Telemetry(call_pb2_grpc.CallServiceServicer):
             self._unstored |= changed
             log.error("profiles.not_stored", cause=str(error))
 
+    def _take_idle(self, node_id: NodeId, idle_gb_s: Mapping[str, float]) -> None:
+        row = self._table.get(node_id)
+        if row is None:
+            return
+        usd_per_gb_s = self._table.prices.by_tier[row.node.tier].usd_per_idle_gb_s
+        day = _day(wall_s())
+        for function, gb_s in idle_gb_s.items():
+            try:
+                namespace, name, _ = split_function_id(function)
+                checks.number(gb_s, "idle_gb_s", 0.0, IDLE_GB_S_MAX)
+            except (ValueError, TierwiseError) as error:
+                log.warning("idle.refused", node_id=node_id, cause=str(error))
+                continue
+            key = (namespace, name, day, node_id)
+            old_gb_s, old_usd = self._idle.get(key, (0.0, 0.0))
+            self._idle[key] = old_gb_s + gb_s, old_usd + gb_s * usd_per_gb_s
+
     def _keep(self, report: node_pb2.CallReport) -> None:
         """Take one call in.
 
@@ -136,14 +166,28 @@ class Telemetry(call_pb2_grpc.CallServiceServicer):
     async def _store_taken(self) -> None:
         if self._unstored:
             self._table.profiles = self._profiles.snapshot()
-        if not self._taken:
+        if not (self._taken or self._idle or self._unacknowledged):
             return
         taken, self._taken = self._taken, []
+        idle, self._idle = self._idle, {}
+        numbers, self._unacknowledged = self._unacknowledged, {}
+
+        def write(connection: Connection) -> None:
+            self._write_calls(connection, taken)
+            usage.add_idle(connection, self._store, idle)
+
         try:
-            await self._store.write(lambda c: self._write_calls(c, taken))
+            await self._store.write(write)
         except TierwiseError as error:
             log.error("calls.not_stored", call_count=len(taken), cause=str(error))
             self._taken[:0] = taken
+            for key, (gb_s, usd) in idle.items():
+                newer = self._idle.get(key, (0.0, 0.0))
+                self._idle[key] = newer[0] + gb_s, newer[1] + usd
+            self._unacknowledged = {**numbers, **self._unacknowledged}
+            return
+        for node_id, number in numbers.items():
+            self.acknowledge(node_id, number)
 
     # -- RPCs -----------------------------------------------------------------------------------
 
@@ -192,18 +236,46 @@ class Telemetry(call_pb2_grpc.CallServiceServicer):
     async def GetUsage(
         self, request: call_pb2.GetUsageRequest, context: Any
     ) -> call_pb2.GetUsageResponse:
-        columns = [c for c in usage.c if c.name not in ("namespace", "function", "day")]
-        query = (
-            select(
-                usage.c.namespace, usage.c.function, *(func.sum(c).label(c.name) for c in columns)
+        keys = [_KEYS[key] for key in dict.fromkeys(request.by) if key in _KEYS]
+        keys = keys or ["namespace", "function"]
+        since, until = _iso_day(request.since, "since"), _iso_day(request.until, "until")
+        limits = (request.namespace, since, until)
+
+        def read(connection: Connection) -> tuple[Any, Any, Any]:
+            rows = usage.sums_by(connection, keys, *limits)
+            total = usage.sums_by(connection, (), *limits)
+            return rows, total, usage.idle_by_node(connection, *limits)
+
+        rows, total, idle = await self._store.read(read)
+        if max(len(rows), len(idle)) > usage.ROWS_MAX:
+            raise InvalidArgument(
+                f"that is more than {usage.ROWS_MAX} rows: name a namespace, or fewer days"
             )
-            .group_by(usage.c.namespace, usage.c.function)
-            .order_by(usage.c.namespace, usage.c.function)
+        return call_pb2.GetUsageResponse(
+            usage=[call_pb2.Usage(**row) for row in rows],
+            total=call_pb2.Usage(**total[0]) if total else call_pb2.Usage(),
+            idle=self._idle_rows(idle, request.namespace),
         )
-        if request.namespace:
-            query = query.where(usage.c.namespace == request.namespace)
-        rows = await self._store.read(lambda c: c.execute(query).mappings().all())
-        return call_pb2.GetUsageResponse(usage=[call_pb2.Usage(**row) for row in rows])
+
+    def _idle_rows(self, stored: Sequence[Any], namespace: str) -> list[call_pb2.IdleUsage]:
+        """Return what idled, with what is warm now as the nodes said last."""
+        found = {
+            (row.namespace, row.function, row.node_id): call_pb2.IdleUsage(**row._mapping)
+            for row in stored
+        }
+        for row in self._table.rows():
+            if row.state is NodeState.LOST:
+                continue
+            for function, count in row.reading.warm.items():
+                owner, name, _ = split_function_id(function)
+                if namespace in ("", owner):
+                    key = (owner, name, row.node.node_id)
+                    if key not in found:
+                        found[key] = call_pb2.IdleUsage(
+                            namespace=owner, function=name, node_id=row.node.node_id
+                        )
+                    found[key].warm_count += count
+        return [found[key] for key in sorted(found)]
 
     def _learn(self, outcome: Outcome) -> None:
         row = self._table.get(outcome.node_id) if outcome.node_id is not None else None
@@ -215,9 +287,13 @@ class Telemetry(call_pb2_grpc.CallServiceServicer):
     # -- storage --------------------------------------------------------------------------------
 
     def _write_calls(self, connection: Connection, taken: list["_Taken"]) -> None:
-        sums: dict[tuple[str, str, str], dict[str, float]] = {}
-        rows = []
+        known = usage.known_reports(connection, [each.report_key for each in taken])
+        sums, rows, new = usage.Sums(), [], []
         for each in taken:
+            if each.report_key in known:
+                continue
+            known.add(each.report_key)
+            new.append(each)
             outcome, report = each.outcome, each.report
             rows.append(
                 {
@@ -228,24 +304,19 @@ class Telemetry(call_pb2_grpc.CallServiceServicer):
                     "log": report.log[-LOG_MAX:],
                     "caller": report.caller[:CALLER_MAX],
                     "ended_unix_s": each.ended_unix_s,
+                    "report_key": each.report_key,
                 }
             )
-            day = datetime.datetime.fromtimestamp(each.ended_unix_s, datetime.UTC).date()
-            total = sums.setdefault((each.namespace, each.name, day.isoformat()), {})
-            for key, value in _amounts(outcome).items():
-                total[key] = total.get(key, 0) + value
-        connection.execute(calls.insert(), rows)
-        self.also_store(connection, [each.outcome for each in taken])
-        for (namespace, name, iso_day), amounts in sums.items():
-            insert = self._store.insert(usage).values(
-                namespace=namespace, function=name, day=iso_day, **amounts
+            sums.add(
+                (each.namespace, each.name, _day(each.ended_unix_s)),
+                _amounts(outcome),
+                outcome.link,
+                outcome.request_bytes + outcome.response_bytes,
             )
-            connection.execute(
-                insert.on_conflict_do_update(
-                    index_elements=["namespace", "function", "day"],
-                    set_={key: usage.c[key] + insert.excluded[key] for key in amounts},
-                )
-            )
+        if rows:
+            connection.execute(calls.insert(), rows)
+            self.also_store(connection, [each.outcome for each in new])
+            usage.add(connection, self._store, sums)
 
     def _write_profiles(self, connection: Connection, names: set[FunctionId]) -> None:
         for function in names:
@@ -269,6 +340,11 @@ class _Taken:
     report: node_pb2.CallReport
     ended_unix_s: float
 
+    @property
+    def report_key(self) -> str:
+        """Return what tells this report from all others: the call, who owned it, which attempt."""
+        return f"{self.outcome.request_id}/{self.outcome.origin}/{self.outcome.lease}"
+
 
 def _taken(report: node_pb2.CallReport) -> _Taken:
     """Return a report that has been checked.
@@ -287,14 +363,40 @@ def _taken(report: node_pb2.CallReport) -> _Taken:
     return _Taken(namespace, name, outcome, report, wall_s() - ago_s)
 
 
+_KEYS = {
+    call_pb2.USAGE_KEY_NAMESPACE: "namespace",
+    call_pb2.USAGE_KEY_FUNCTION: "function",
+    call_pb2.USAGE_KEY_DAY: "day",
+}
+
+
+def _day(unix_s: float) -> str:
+    """Return the UTC day of a moment, ISO."""
+    return datetime.datetime.fromtimestamp(unix_s, datetime.UTC).date().isoformat()
+
+
+def _iso_day(text: str, field: str) -> str:
+    """Return a day as it is stored; empty stays so.
+
+    Raises:
+        InvalidArgument: It is none.
+    """
+    try:
+        return datetime.date.fromisoformat(text).isoformat() if text else ""
+    except ValueError:
+        raise InvalidArgument(
+            f"{field} {checks.shown(text)} is no day: write for example 2026-01-31"
+        ) from None
+
+
 def _amounts(outcome: Outcome) -> dict[str, float]:
     """Return what one call adds to the bill and the counts."""
-    run_s = outcome.latency.run_s
     return {
         "call_count": 1,
         "item_count": outcome.item_count,
-        "gb_s": outcome.memory_mib / 1024.0 * run_s + outcome.retried_gb_s,
-        "cpu_s": run_s,
+        "gb_s": outcome.gb_s,
+        "gpu_s": outcome.gpu_s,
+        "cpu_s": outcome.cpu_s,
         "money_usd": outcome.money_usd,
         "missed_count": int(outcome.is_missed),
         "failed_count": int(outcome.state is not OutcomeState.OK),

@@ -7,6 +7,7 @@ acknowledged. So a crash at any point repeats work, and never loses or doubles a
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +27,7 @@ from tierwise.domain.event import CancelAsked, Submitted, WorkFinished
 from tierwise.domain.ids import NodeId, RequestId
 from tierwise.domain.outcome import Outcome, OutcomeState
 from tierwise.domain.request import Request
-from tierwise.errors import TierwiseError
+from tierwise.errors import NotFound, TierwiseError
 from tierwise.v1 import types_pb2
 from tierwise.wire import convert
 
@@ -150,7 +151,24 @@ class WorkWindow:
         self._dispatcher.feed(WorkFinished(node_id=node_id, outcome=outcome))
         if self._results.pop(key, None) is not None:
             # It was not recorded (of an old lease, refused, or to be retried).
-            self._sessions.acknowledge(node_id, *key)
+            self._spawn(self._finished_in_vain(node_id, outcome, result))
+
+    async def _finished_in_vain(
+        self, node_id: NodeId, outcome: Outcome, result: types_pb2.InvocationResult
+    ) -> None:
+        """Acknowledge an attempt whose result does not count; if it ran, it is billed all the same.
+
+        What cannot be stored now is not acknowledged: the node sends it again in its next session.
+        """
+        if outcome.gb_s > 0.0:
+
+            def write(connection: Connection) -> None:
+                submitter = table.get(connection, outcome.request_id).submitted_by
+                self._write_call(connection, result.outcome, result.log, submitter)
+
+            with suppress(NotFound):  # removed meanwhile
+                await self._store.write(write)
+        self._sessions.acknowledge(node_id, outcome.request_id, outcome.lease)
 
     async def _finished_unknown(
         self, node_id: NodeId, outcome: Outcome, result: types_pb2.InvocationResult

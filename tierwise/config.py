@@ -6,11 +6,13 @@ Order of precedence: command-line flag > environment `TIERWISE_<KEY>` > file > d
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
+from tierwise.domain.prices import DEFAULT_PRICES, PriceTable, TierPrice
 from tierwise.domain.topology import Link, LinkTable, Tier, parse_tier
 from tierwise.errors import InvalidArgument
 
@@ -36,6 +38,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     links: dict[str, LinkConfig] = msgspec.field(default_factory=dict)  # "edge-cloud" = {…}
     work_queue_max: int = 100_000
     call_records_max: int = 50_000
+    prices: str = ""  # TOML file, see docs/prices.toml; default: built in, after AWS Lambda's list
     log_level: str = "info"
 
 
@@ -57,7 +60,8 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     labels: dict[str, str] = msgspec.field(default_factory=dict)
     queue_max: int = 256
     policy: str = "learned"  # until the scheduler assigns one
-    isolation: str = "standard"  # strict, standard or off
+    isolation: str = "standard"  # strict (no code unless all layers hold), standard or off
+    functions_reach_node: bool = False  # whether network= may name the node itself
     emulate_links: bool = False  # delay traffic to peers by the cluster's link table
     emulate_speed: bool = False  # hold each result back as a node of this `speed` would
     seed: int = 0
@@ -138,6 +142,69 @@ def link_table(links: Mapping[str, LinkConfig]) -> LinkTable:
         )
         by_tier[source, target] = by_tier[target, source] = link
     return LinkTable(by_tier=by_tier)
+
+
+USD_MAX = 1e6
+
+
+class TierPriceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One tier of a price file; what is left out costs what it costs by default."""
+
+    usd_per_gb_s: float | None = None
+    usd_per_million_requests: float | None = None
+    usd_per_gb_in: float | None = None
+    usd_per_gb_out: float | None = None
+    usd_per_gpu_s: float | None = None
+    usd_per_idle_gb_s: float | None = None
+
+
+class PriceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A price file."""
+
+    is_startup_billed: bool = DEFAULT_PRICES.is_startup_billed
+    edge: TierPriceConfig = TierPriceConfig()
+    fog: TierPriceConfig = TierPriceConfig()
+    cloud: TierPriceConfig = TierPriceConfig()
+
+
+def load_prices(path: Path | None) -> PriceTable:
+    """Return the prices in a TOML file; None means the built-in ones.
+
+    Raises:
+        InvalidArgument: The file is missing or not TOML, a key is unknown, or a price is negative
+            or no number; the message names file and key.
+    """
+    if path is None:
+        return DEFAULT_PRICES
+    try:
+        found = msgspec.toml.decode(path.read_bytes(), type=PriceConfig)
+    except FileNotFoundError:
+        raise InvalidArgument(f"there is no price file at {path}") from None
+    except msgspec.ValidationError as error:
+        known = ", ".join(TierPriceConfig.__struct_fields__)
+        raise InvalidArgument(
+            f"{path}: {error}; use is_startup_billed and, in [edge], [fog] and [cloud], {known}"
+        ) from None
+    except (msgspec.DecodeError, OSError) as error:
+        raise InvalidArgument(f"{path}: {error}") from None
+    return PriceTable(
+        by_tier={tier: _tier_price(getattr(found, tier.label), tier, path) for tier in Tier},
+        is_startup_billed=found.is_startup_billed,
+    )
+
+
+def _tier_price(found: TierPriceConfig, tier: Tier, path: Path) -> TierPrice:
+    given = {
+        key: value for key, value in msgspec.structs.asdict(found).items() if value is not None
+    }
+    for key, value in given.items():
+        if not 0.0 <= value <= USD_MAX:
+            raise InvalidArgument(
+                f"{path}: {tier.label}.{key} = {value}: use a number of USD from 0 to {USD_MAX:g}"
+            )
+    if (millions := given.pop("usd_per_million_requests", None)) is not None:
+        given["usd_per_request"] = millions / 1e6
+    return replace(DEFAULT_PRICES.by_tier[tier], **given)
 
 
 _SIZE = re.compile(r"\s*([0-9.]+)\s*([KMGT]i?B|B)?\s*", re.IGNORECASE)

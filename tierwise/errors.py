@@ -14,6 +14,7 @@
     │   ├── Overloaded             every queue that could take it is full
     │   ├── Unplaceable            no node may run it now, one could later; a reason per node
     │   └── Unavailable            the other side could not be reached
+    ├── BudgetExceeded         raise the budget, or wait until its day is over
     ├── DeadlineExceeded       allow more time, or ask for less
     ├── Cancelled              somebody asked for it
     └── FunctionError          the function itself failed; read its traceback
@@ -133,6 +134,12 @@ class Unavailable(RetryLater):
     code = "unavailable"
 
 
+class BudgetExceeded(TierwiseError):
+    """The namespace or function has spent its budget of the day; `retry_after_s` is its end."""
+
+    code = "budget_exceeded"
+
+
 class DeadlineExceeded(TierwiseError):
     """The time allowed was over before there was a result."""
 
@@ -201,6 +208,7 @@ STATUS_BY_CODE: dict[str, str] = {
     "overloaded": "RESOURCE_EXHAUSTED",
     "unplaceable": "UNAVAILABLE",
     "unavailable": "UNAVAILABLE",
+    "budget_exceeded": "RESOURCE_EXHAUSTED",
     "deadline_exceeded": "DEADLINE_EXCEEDED",
     "cancelled": "CANCELLED",
     "function_raised": "ABORTED",

@@ -21,11 +21,11 @@ import numpy as np
 
 from envs.simulator import Simulator
 from envs.world import PRESETS, World, make_world
-from tierwise.cost.money import PriceTable
 from tierwise.cost.objective import DEFAULT_OBJECTIVE
 from tierwise.domain.decision import NotPlaced, Placed
 from tierwise.domain.ids import PolicyId
 from tierwise.domain.outcome import LatencySplit, Outcome, OutcomeState
+from tierwise.domain.prices import DEFAULT_PRICES, PriceTable
 from tierwise.placement.policies.ect import EarliestCompletion
 from tierwise.placement.ranking import Ranking, rank
 from training.evaluate import HELD_OUT
@@ -36,13 +36,12 @@ WIDTH = 6  # candidates that are tried, best base scores first
 CLAIRVOYANT = PolicyId("clairvoyant@1")
 
 
-def relaxed_cost_s(world: World, seed: int, prices: PriceTable | None = None) -> float:
+def relaxed_cost_s(world: World, seed: int, prices: PriceTable = DEFAULT_PRICES) -> float:
     """Return a lower bound of the mean cost per request, in second-equivalents.
 
     No queue, no cold start, no jitter, no fault; each request on the node where it costs least,
     with the noise that it has in the simulation of `seed`.
     """
-    prices = prices or PriceTable()
     simulator = Simulator(world, seed)
     by_id = {node.node_id: node for node in world.nodes}
     costs = []
@@ -61,7 +60,11 @@ def relaxed_cost_s(world: World, seed: int, prices: PriceTable | None = None) ->
                 run_s += world.links.default.transfer_s(arrival.data_bytes)
             there_s = world.links.between(origin, node).transfer_s(arrival.request_bytes)
             back_s = world.links.between(node, origin).transfer_s(response_bytes)
-            moved = 0 if node is origin else arrival.request_bytes + response_bytes
+            moved_usd = 0.0
+            if node is not origin:
+                moved_usd = prices.round_trip_usd(
+                    origin.tier, node.tier, arrival.request_bytes, response_bytes
+                )
             outcome = Outcome(
                 request_id=request_id,
                 function_id=arrival.function,
@@ -75,7 +78,7 @@ def relaxed_cost_s(world: World, seed: int, prices: PriceTable | None = None) ->
                     node.tier,
                     memory_mib=behaviour.spec.memory_mib,
                     billed_s=run_s,
-                    moved_bytes=moved,
+                    moved_usd=moved_usd,
                     item_count=arrival.item_count,
                 ),
             )

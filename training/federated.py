@@ -16,7 +16,6 @@ import numpy as np
 
 from envs.world import PRESETS, make_world
 from tierwise.clock import precise_s
-from tierwise.cost.estimate import DEFAULT_PRICES
 from tierwise.domain.decision import NotPlaced
 from tierwise.domain.function import FunctionProfile, FunctionSpec
 from tierwise.domain.topology import Tier
@@ -100,7 +99,7 @@ def draw(preset: str, seed: int, client_count: int = CLIENTS) -> Case | None:
 
 def rivals(case: Case) -> dict[str, float]:
     """Return the cost of simple rules, second-equivalents."""
-    problem = Problem.of(case.view, case.wanted, DEFAULT_PRICES)
+    problem = Problem.of(case.view, case.wanted)
     assert isinstance(problem, Problem)
     clouds, fogs = problem.rows_of(Tier.CLOUD), problem.rows_of(Tier.FOG)
     return {

@@ -16,7 +16,6 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -36,7 +35,7 @@ from tierwise.placement.feasibility import feasible
 from tierwise.placement.policies.learned import LearnedPolicy, Price, initial
 from tierwise.placement.signals import BOUND, SIGNALS, encode
 from training.figures import mean_cost_s
-from training.judge import PROCESSES, Origin, as_policy, finish, new_folder, ship, verdict
+from training.judge import Origin, as_policy, finish, new_folder, processes, ship, verdict
 
 Array = NDArray[np.float64]
 
@@ -199,7 +198,7 @@ def find_prices(settings: Settings, folder: Path, progress: Progress) -> Array |
 
     first = WORLDS_FROM + SEED_STRIDE * settings.seed
     with (
-        ProcessPoolExecutor(PROCESSES) as pool,
+        processes() as pool,
         tqdm(
             total=settings.generations * settings.worlds,
             initial=(len(progress.means) - 1) * settings.worlds,

@@ -10,7 +10,6 @@ import argparse
 import json
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 
 from tierwise.files import write_atomically
 from training.evaluate import HELD_OUT, interval, iqm
-from training.judge import PROCESSES
+from training.judge import processes
 from training.search import Array, Progress, Settings, find_prices, log_costs
 
 BUDGET = Settings(generations=6, population=12, worlds=16, request_count=200)
@@ -30,7 +29,7 @@ def judged(found: list[Array], worlds: int, request_count: int, preset: str) -> 
     candidates = [np.zeros_like(found[0]), *found]
     one = partial(log_costs, candidates, preset=preset, request_count=request_count)
     seeds = [range(seed, seed + 1) for seed in range(HELD_OUT, HELD_OUT + worlds)]
-    with ProcessPoolExecutor(PROCESSES) as pool:
+    with processes() as pool:
         columns = [np.array(column)[:, 0] for column in pool.map(one, seeds)]
     return np.stack(columns, axis=1)
 

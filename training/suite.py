@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from tierwise.files import write_atomically
 from training.bounds import clairvoyant, relaxed_cost_s
 from training.evaluate import HELD_OUT, Columns, as_columns, load_policies, summary
 from training.figures import Figures, mean_cost_s, measure
+from training.judge import processes
 from training.report import plot_differences, plot_load, to_markdown
 
 POLICIES = (
@@ -96,7 +97,7 @@ def run(
 ) -> list[dict[str, Any]]:
     """Measure every policy on every case and seed; return a row per case and policy."""
     rows = []
-    with ProcessPoolExecutor(workers) as pool:
+    with processes(workers) as pool:
         for case in some:
             waiting = {
                 name: [pool.submit(measure_case, name, case, seed, request_count) for seed in seeds]
@@ -128,7 +129,7 @@ def run_bounds(
 ) -> list[dict[str, Any]]:
     """Return one row per preset: mean costs of the policies and of the bounds."""
     rows: list[dict[str, Any]] = []
-    with ProcessPoolExecutor(workers) as pool:
+    with processes(workers) as pool:
         waiting = {
             preset: [pool.submit(bound, names, preset, seed) for seed in seeds] for preset in NAMED
         }

@@ -2,15 +2,16 @@
 
 import asyncio
 import contextlib
+import fcntl
 import mmap
 import os
-import resource
 import signal
 import socket
 import struct
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 
@@ -18,11 +19,13 @@ import msgspec
 
 from agent.runtime.parent import ZygoteProcess
 from agent.runtime.pipe import FRAME_BYTES_MAX, FramePipe
+from agent.runtime.relay import Relay
 from tierwise.wire import memfd
 from tierwise.wire.memfd import Memfd
 
 LOG_BYTES_MAX = 8000  # with the note of what was dropped it stays within 8 KiB
 LOG_READ_MAX = 4 << 20  # how much is read and dropped in one go before the loop gets its turn
+CPU_COUNT = os.cpu_count() or 1
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 DEATH_WAIT_S = 1.0
 MORE_MEMORY = "raise memory= or send smaller inputs"
@@ -81,14 +84,21 @@ class RunReport:
     items: tuple[ItemResult, ...]
     run_s: float
     peak_memory_mib: float
+    cpu_s: float  # user + system; of a worker that did not live to tell, as last seen from outside
     log: str
     instance_alive: bool
+    refused_calls: Mapping[str, int] = field(default_factory=dict)  # system call → how often
 
     @classmethod
     def never_ran(cls, count: int) -> "RunReport":
         """Return the report of a batch whose instance was gone before it began."""
         return cls(
-            items=(NOT_RUN,) * count, run_s=0, peak_memory_mib=0, log="", instance_alive=False
+            items=(NOT_RUN,) * count,
+            run_s=0,
+            peak_memory_mib=0,
+            cpu_s=0,
+            log="",
+            instance_alive=False,
         )
 
 
@@ -103,23 +113,35 @@ class StartFailure(Exception):
 class Worker:
     """Speaks the frames of worker.py; knows at most one running batch."""
 
-    def __init__(self, instance_id: str, memory_mib: int, folder: Path) -> None:
+    def __init__(
+        self,
+        instance_id: str,
+        memory_mib: int,
+        folder: Path,
+        cpus: float = 0.0,
+        relay: Relay | None = None,
+    ) -> None:
         self.folder = folder
         self.on_idle_death: Callable[[str], None] = lambda instance_id: None
         self.on_imports: Callable[[list[str]], None] = lambda names: None
         self._instance_id = instance_id
         self._memory_mib = memory_mib
+        self._cpus = cpus
+        self._relay = relay
+        self._refused: Counter[str] = Counter()
         self._zygote: ZygoteProcess | None = None
         self._pipe: FramePipe | None = None
         self._loop = asyncio.get_running_loop()
         self._has_exit = False  # its function wants to be told of the end
         self._loaded: asyncio.Future[None] = self._loop.create_future()
         self._pid = 0
+        self._numbered: asyncio.Future[None] = self._loop.create_future()
         self._baseline_mib = 0.0
-        self._baseline_data_bytes = 0
         self._used_mib = 0.0  # as last seen, of the running batch
         self._limit_mib = memory_mib  # of the running batch, within what the process started with
         self._refs_fd = -1
+        self._cpu_s = 0.0  # since the fork: at the end of the last batch
+        self._cpu_seen_s = 0.0  # the same, now
         self._progress = mmap.mmap(-1, 8)
         self._log_fd = -1
         self._log = bytearray()
@@ -127,6 +149,7 @@ class Worker:
         self._exit_code: int | None = None
         self._is_ended = False
         self._is_closing = False
+        self._start_failure = ""
         self._killed: tuple[ItemKind, str] | None = None
         self._results: list[ItemResult | None] = []
         self._on_done: Callable[[RunReport], None] | None = None
@@ -142,25 +165,28 @@ class Worker:
             StartFailure: The zygote is gone, or the code could not be loaded.
         """
         self._zygote = zygote
+        code_fd = os.open(code_path, os.O_RDONLY | os.O_CLOEXEC)
         ours, theirs = socket.socketpair()
         self._log_fd, log_write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         os.set_blocking(log_write_fd, True)
-        progress_fd = os.memfd_create("progress")
+        progress_fd = os.memfd_create("progress", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(progress_fd, 8)
+        # A function that could shrink the page would kill us by SIGBUS at our next look at it.
+        fcntl.fcntl(progress_fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
         self._progress = mmap.mmap(progress_fd, 8)
+        network_fds = [] if self._relay is None else [self._relay.theirs.fileno()]
         try:
             zygote.fork(
                 self._instance_id,
                 {
-                    "code_path": str(code_path),
                     "code_digest": code_digest,
                     "folder": str(self.folder),
                     "memory_mib": self._memory_mib,
+                    "cpus": self._cpus,
                     "result_bytes_max": result_bytes_max,
                 },
-                [theirs.fileno(), log_write_fd, progress_fd],
-                on_forked=self._forked,
-                on_ended=self._ended,
+                [theirs.fileno(), log_write_fd, progress_fd, code_fd, *network_fds],
+                self,
             )
         except OSError as error:
             ours.close()
@@ -169,13 +195,18 @@ class Worker:
             theirs.close()
             os.close(log_write_fd)
             os.close(progress_fd)
+            os.close(code_fd)
+            if self._relay is not None:
+                self._relay.theirs.close()
         self._loop.add_reader(self._log_fd, self._read_log)
         self._pipe = FramePipe(ours, self._received, self._lost)
         await self._loaded
+        await self._numbered  # the instance may be quicker than its zygote's word of it
         self._baseline_mib = self.memory_mib()
-        self._baseline_data_bytes = self._statm(5) * PAGE_BYTES
-        with suppress(OSError):
+        with contextlib.suppress(OSError):
             self._refs_fd = os.open(f"/proc/{self._pid}/clear_refs", os.O_WRONLY | os.O_CLOEXEC)
+        self._see_cpu()
+        self._cpu_s = self._cpu_seen_s  # what loading took is no call's
 
     def run(
         self,
@@ -195,7 +226,7 @@ class Worker:
             memory_mib: What this batch may use, if less than the instance was started with.
         """
         assert self._on_done is None, "an instance runs one batch at a time"
-        self._resize(min(memory_mib or self._memory_mib, self._memory_mib))
+        self._limit_mib = min(memory_mib or self._memory_mib, self._memory_mib)
         self._reset_peak()
         self._on_done = on_done
         self._results = [None] * len(arguments)
@@ -206,7 +237,7 @@ class Worker:
             self._loop.call_soon(self._finish_dead)
             return
         _U32.pack_into(self._progress, 0, 0)
-        parts: list[bytes] = [_U32.pack(len(arguments))]
+        parts: list[bytes] = [_ITEM.pack(len(arguments), self._memory_mib - self._limit_mib)]
         files: list[Memfd] = []
         for blob in arguments:
             if len(blob) > IN_FILE_BYTES_MIN and len(files) < memfd.ATTACHMENTS_MAX:
@@ -222,6 +253,7 @@ class Worker:
         """Kill the process; the running item ends as `kind`."""
         if self._killed is None:
             self._killed = (kind, message)
+            self._see_cpu()
         if self._zygote is not None:
             self._zygote.kill(self._instance_id)
 
@@ -232,29 +264,13 @@ class Worker:
 
     def memory_mib(self) -> float:
         """Return the resident memory now; 0 if the process is gone."""
-        return self._statm(1) * PAGE_BYTES / 2**20
-
-    def _statm(self, column: int) -> int:
-        """Return a column of the process's statm, in pages; 0 if the process is gone."""
         if not self._pid or self._is_ended:
-            return 0
+            return 0.0
         try:
             with open(f"/proc/{self._pid}/statm", "rb") as file:
-                return int(file.read().split()[column])
-        except (OSError, IndexError, ValueError):
-            return 0
-
-    def _resize(self, memory_mib: int) -> None:
-        """Let the process use this much from now on: a warm instance fits any call."""
-        if memory_mib == self._limit_mib or self._is_ended:
-            return
-        self._limit_mib = memory_mib
-        soft_bytes = self._baseline_data_bytes + (memory_mib << 20)
-        with suppress(OSError, ValueError):  # then `check_memory` alone holds it to its limit
-            _, hard_bytes = resource.prlimit(self._pid, resource.RLIMIT_DATA)
-            if hard_bytes != resource.RLIM_INFINITY:
-                soft_bytes = min(soft_bytes, hard_bytes)
-            resource.prlimit(self._pid, resource.RLIMIT_DATA, (soft_bytes, hard_bytes))
+                return int(file.read().split()[1]) * PAGE_BYTES / 2**20
+        except (OSError, IndexError):
+            return 0.0
 
     def _reset_peak(self) -> None:
         """Have the kernel count the peak anew: each batch has its own (proc(5), value 5).
@@ -263,12 +279,20 @@ class Worker:
         """
         self._used_mib = 0.0
         if self._refs_fd >= 0:
-            with suppress(OSError):
+            with contextlib.suppress(OSError):
                 os.write(self._refs_fd, b"5")
+
+    def _see_cpu(self) -> None:
+        """Read the process's CPU clock from outside, for a worker that dies cannot tell."""
+        if self._pid and not self._is_ended:
+            with contextlib.suppress(OSError):
+                seen_s = time.clock_gettime(_cpu_clock(self._pid))
+                self._cpu_seen_s = max(self._cpu_seen_s, seen_s)
 
     def check_memory(self) -> None:
         """Kill the worker if it has outgrown its limit."""
         if self._on_done is not None and self._killed is None:
+            self._see_cpu()
             used_mib = self.memory_mib() - self._baseline_mib
             self._used_mib = max(self._used_mib, used_mib)
             if used_mib > self._limit_mib:
@@ -291,6 +315,8 @@ class Worker:
         await self._end_within(DEATH_WAIT_S)
         self._close_log()
         self._close_refs()
+        if self._relay is not None:
+            self._relay.close()
         if not self._loaded.done():
             self._loaded.cancel()
         if self._on_done is not None:
@@ -314,7 +340,7 @@ class Worker:
         if offence:
             self.kill(ItemKind.WORKER_DIED, offence)
         if not self._is_ended:
-            self._loop.call_later(DEATH_WAIT_S, self._ended, None)
+            self._loop.call_later(DEATH_WAIT_S, self.ended, None)
 
     # -- what the worker says -------------------------------------------------------------------
 
@@ -345,7 +371,8 @@ class Worker:
                 ItemKind(kind), bytes(value), error_type, text, remote_traceback, attachments
             )
         if done is not None:
-            run_s, peak_mib = done
+            run_s, peak_mib, cpu_s = done
+            self._cpu_seen_s = max(self._cpu_seen_s, float(cpu_s))
             has_exited = bool(items) and items[-1][1] == ItemKind.WORKER_EXITED
             used_mib = max(0.0, float(peak_mib) - self._baseline_mib)
             self._finish(float(run_s), used_mib, is_alive=not has_exited)
@@ -364,6 +391,11 @@ class Worker:
         on_done, self._on_done = self._on_done, None
         if on_done is None:
             return
+        if self._zygote is not None:
+            self._zygote.drain()  # each refusal was told before the function went on
+        refused, self._refused = self._refused, Counter()
+        cpu_s = self._cpu_seen_s - self._cpu_s
+        self._cpu_s = self._cpu_seen_s
         results, self._results = self._results, []  # they may be large, and the next may be far
         self._read_log()
         printed = self._log.decode(errors="replace")
@@ -374,9 +406,11 @@ class Worker:
                 items=tuple(NOT_RUN if item is None else item for item in results),
                 run_s=run_s,
                 peak_memory_mib=peak_mib,
+                cpu_s=min(max(0.0, cpu_s), run_s * CPU_COUNT),
                 log=printed,
                 # A kill that came too late for this batch must not hit the next one.
                 instance_alive=is_alive and self._killed is None,
+                refused_calls=refused,
             )
         )
 
@@ -385,6 +419,8 @@ class Worker:
         if self._on_done is None:
             return
         (running,) = _U32.unpack_from(self._progress, 0)
+        if running >= len(self._results):  # the function can write there too: believe no nonsense
+            running = next((i for i, item in enumerate(self._results) if item is None), 0)
         if running < len(self._results) and self._results[running] is None:
             kind, message = self._killed or (
                 ItemKind.WORKER_DIED,
@@ -401,18 +437,44 @@ class Worker:
             "send smaller inputs",
         )
 
-    def _forked(self, pid: int) -> None:
-        self._pid = pid
+    # -- what the zygote says (parent.Listener) -------------------------------------------------
 
-    def _ended(self, code: int | None) -> None:
+    def forked(self, pid: int) -> None:
+        """Remember whose memory to watch."""
+        self._pid = pid
+        if not self._numbered.done():
+            self._numbered.set_result(None)
+
+    def fork_failed(self, why: str) -> None:
+        """There will be no process."""
+        self._start_failure = f"the worker could not be made: {why}"
+        self.ended(None)
+
+    def call_refused(self, call: str) -> None:
+        """Count what the seal refused; the report of the running batch has it."""
+        self._refused[call] += 1
+
+    def ended(self, code: int | None, *, has_run_out_of_memory: bool = False) -> None:
+        """Say so to whoever waits."""
+        if has_run_out_of_memory and self._killed is None:
+            self._killed = (
+                ItemKind.OUT_OF_MEMORY,
+                "the function, its child processes and its files outgrew their memory; its limit "
+                f"is {self._memory_mib} MiB: {MORE_MEMORY}",
+            )
         if self._is_ended:
             return
         self._is_ended = True
         self._exit_code = code
+        if not self._numbered.done():
+            self._numbered.set_result(None)
         if not self._loaded.done():
             self._read_log()
             printed = self._log.decode(errors="replace").strip()
             message = f"the worker ended while loading: {_in_words(code)}"
+            if self._killed is not None and self._killed[0] is ItemKind.OUT_OF_MEMORY:
+                message = self._killed[1]
+            message = self._start_failure or message
             self._loaded.set_exception(StartFailure(f"{message}\n{printed}".strip()))
         elif self._on_done is not None:
             self._finish_dead()
@@ -451,6 +513,11 @@ class Worker:
             self._loop.remove_reader(self._log_fd)
             os.close(self._log_fd)
             self._log_fd = -1
+
+
+def _cpu_clock(pid: int) -> int:
+    """Return the clock of a process's CPU time, as Linux numbers them: clock_getcpuclockid(3)."""
+    return (~pid << 3) | 2
 
 
 def _in_words(code: int | None) -> str:

@@ -20,6 +20,7 @@ import structlog
 
 from agent.runtime.environments import Environment
 from agent.runtime.parent import ZygoteProcess
+from agent.runtime.sandbox import STANDARD
 from tierwise.files import write_atomically
 
 log = structlog.get_logger()
@@ -56,12 +57,14 @@ class _Tree:
 class Nursery:
     """Every zygote of one agent."""
 
-    def __init__(self, memory: Path | None = None) -> None:
+    def __init__(self, memory: Path | None = None, isolation: str = STANDARD) -> None:
         """Make an empty nursery.
 
         Args:
             memory: File in which imports are remembered over a restart.
+            isolation: strict, standard or off.
         """
+        self._isolation = isolation
         self._memory = memory
         self._trees: dict[str, _Tree] = {}
         self._locks: dict[str, asyncio.Lock] = {}
@@ -136,7 +139,7 @@ class Nursery:
                 await tree.root.close()
                 tree = None
             if tree is None:
-                root = ZygoteProcess(environment)
+                root = ZygoteProcess(environment, self._isolation)
                 await root.open()
                 tree = self._trees[name] = _Tree(root)
             return tree

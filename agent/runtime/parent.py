@@ -1,14 +1,20 @@
 """The agent's end of a zygote process."""
 
 import asyncio
+import itertools
 import json
 import os
 import socket
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
+import structlog
+
+from agent.runtime import cgroups
 from agent.runtime.environments import Environment
+from agent.runtime.sandbox import OFF, STANDARD, STRICT, tell
 from tierwise.wire import payload
 
 ZYGOTE = Path(__file__).with_name("zygote.py")
@@ -23,22 +29,42 @@ ENVIRONMENT = {
 }
 MESSAGE_MAX = 65536
 CLOSE_TIMEOUT_S = 2.0
+_numbers = itertools.count()
+log = structlog.get_logger()
+
+
+class Listener(Protocol):
+    """Hears what becomes of one instance."""
+
+    def forked(self, pid: int) -> None:
+        """It runs, under this process number."""
+
+    def fork_failed(self, why: str) -> None:
+        """It could not be made."""
+
+    def call_refused(self, call: str) -> None:
+        """It made a system call that it may not make."""
+
+    def ended(self, code: int | None, *, has_run_out_of_memory: bool) -> None:
+        """It is gone, with this exit code; None if nobody saw it."""
 
 
 class ZygoteProcess:
     """Forks instances on request and tells when they end; a root also branches into more."""
 
-    def __init__(self, environment: Environment) -> None:
+    def __init__(self, environment: Environment, isolation: str = STANDARD) -> None:
         self.environment = environment
         self.is_alive = False
+        self.missing: dict[str, str] = {}  # layers of the seal that this node lacks, and why
+        self._isolation = isolation
+        self._group = f"{cgroups.PREFIX}{os.getpid()}-{next(_numbers)}"
         self.private_mib = 0.0  # memory that it shares with nobody, when it was ready
         self.thread_count = 1
         self.on_idle: Callable[[], None] = lambda: None  # its last instance has ended
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._ready: asyncio.Future[None] | None = None
-        self._forked: dict[str, Callable[[int], None]] = {}
-        self._ended: dict[str, Callable[[int | None], None]] = {}
+        self._instances: dict[str, Listener] = {}
 
     async def open(self) -> None:
         """Start the process and wait until it has imported what it should.
@@ -47,6 +73,7 @@ class ZygoteProcess:
             OSError: The interpreter could not be started, or ended at once.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        own = os.pidfd_open(os.getpid())
         with theirs:
             self._process = subprocess.Popen(
                 [
@@ -54,17 +81,25 @@ class ZygoteProcess:
                     "-I",
                     str(ZYGOTE),
                     str(theirs.fileno()),
-                    str(os.getpid()),
+                    str(own),
+                    self._isolation,
+                    self._group,
                     str(payload.__file__),
                     *self.environment.preload,
                 ],
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), own],
                 stdin=subprocess.DEVNULL,
                 env=ENVIRONMENT,
                 cwd="/",
                 start_new_session=True,
             )
+        os.close(own)
         await self._listen(ours)
+        if self.missing and self._isolation == STRICT:
+            await self.close()
+            raise OSError(tell(self.missing))
+        if self.missing and self._isolation == STANDARD:
+            log.warning("seal.incomplete", missing=self.missing)
 
     async def branch(self, name: str, modules: Sequence[str]) -> "ZygoteProcess":
         """Return a new zygote, forked from this one, that has imported `modules` as well.
@@ -74,7 +109,7 @@ class ZygoteProcess:
         Raises:
             OSError: This zygote is gone, or the new one ended before it was ready.
         """
-        child = ZygoteProcess(self.environment)
+        child = ZygoteProcess(self.environment, self._isolation)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:
@@ -92,7 +127,7 @@ class ZygoteProcess:
     @property
     def instance_count(self) -> int:
         """Return how many instances it has that are not known to have ended."""
-        return len(self._ended)
+        return len(self._instances)
 
     async def _listen(self, control: socket.socket) -> None:
         control.setblocking(False)
@@ -109,31 +144,23 @@ class ZygoteProcess:
         socket.send_fds(self._control, [json.dumps(order).encode()], fds)
 
     def fork(
-        self,
-        instance_id: str,
-        order: dict[str, object],
-        fds: list[int],
-        *,
-        on_forked: Callable[[int], None],
-        on_ended: Callable[[int | None], None],
+        self, instance_id: str, order: dict[str, object], fds: list[int], listener: Listener
     ) -> None:
-        """Ask for an instance; `on_forked` gets its pid, `on_ended` its exit code.
+        """Ask for an instance; the listener hears of it from now on.
 
         Raises:
             OSError: The zygote is gone.
         """
-        self._forked[instance_id] = on_forked
-        self._ended[instance_id] = on_ended
+        self._instances[instance_id] = listener
         try:
             self._order({"fork": instance_id, **order}, fds)
         except OSError:
-            self._forked.pop(instance_id)
-            self._ended.pop(instance_id)
+            self._instances.pop(instance_id)
             raise
 
     def kill(self, instance_id: str) -> None:
         """Kill an instance if it has not ended yet; the zygote knows, so no pid is reused."""
-        if self._control is not None and instance_id in self._ended:
+        if self._control is not None and instance_id in self._instances:
             try:
                 self._control.send(json.dumps({"kill": instance_id}).encode())
             except OSError:
@@ -150,29 +177,54 @@ class ZygoteProcess:
         except subprocess.TimeoutExpired:
             process.kill()
             await asyncio.to_thread(process.wait)
+        if self._isolation != OFF:
+            left_count = await asyncio.to_thread(cgroups.sweep, self._group)
+            if left_count:
+                log.error("group.left_behind", group=self._group, count=left_count)
 
-    def _receive(self) -> None:
+    def drain(self) -> None:
+        """Hear what the zygote has said up to now."""
+        while self._control is not None and self._receive():
+            pass
+
+    def _receive(self) -> bool:
+        """Hear one message; return whether there was one."""
         assert self._control is not None
         try:
-            message = self._control.recv(MESSAGE_MAX)
+            message, fds, _, _ = socket.recv_fds(self._control, MESSAGE_MAX, 1)
         except BlockingIOError:
-            return
+            return False
         except OSError:
-            message = b""
+            message, fds = b"", []
         if not message:
             self._lost()
-            return
+            return False
         event = json.loads(message)
         if "forked" in event:
-            self._forked.pop(event["forked"], _ignore)(event["pid"])
+            pid = _pid_behind(fds[0])
+            for descriptor in fds:
+                os.close(descriptor)
+            if event["forked"] in self._instances:
+                self._instances[event["forked"]].forked(pid)
+        elif "refused" in event:
+            if event["refused"] in self._instances:
+                self._instances[event["refused"]].call_refused(event["call"])
+        elif "failed" in event:
+            if (listener := self._instances.pop(event["failed"], None)) is not None:
+                listener.fork_failed(event["why"])
         elif "ended" in event:
-            self._ended.pop(event["ended"], _ignore)(event["code"])
-            if not self._ended:
+            if event["left"]:
+                log.error("instance.left_behind", instance_id=event["ended"], what=event["left"])
+            if (listener := self._instances.pop(event["ended"], None)) is not None:
+                listener.ended(event["code"], has_run_out_of_memory=event["oom"])
+            if not self._instances:
                 self.on_idle()
         elif self._ready is not None and not self._ready.done():
+            self.missing = event["missing"]
             self.private_mib = event["private_kib"] / 1024
             self.thread_count = event["thread_count"]
             self._ready.set_result(None)
+        return True
 
     def _lost(self) -> None:
         """The zygote is gone, and with it, by the parent-death signal, all its children."""
@@ -183,11 +235,14 @@ class ZygoteProcess:
             control.close()
         if self._ready is not None and not self._ready.done():
             self._ready.set_exception(OSError("the zygote ended before it was ready"))
-        ended, self._ended = self._ended, {}
-        self._forked.clear()
-        for callback in ended.values():
-            callback(None)
+        instances, self._instances = self._instances, {}
+        for listener in instances.values():
+            listener.ended(None, has_run_out_of_memory=False)
 
 
-def _ignore(_: object) -> None:
-    """Take what nobody waits for any more."""
+def _pid_behind(pidfd: int) -> int:
+    """Return the number of a process as this one sees it; -1 if it is gone already."""
+    for line in Path(f"/proc/self/fdinfo/{pidfd}").read_text(encoding="ascii").splitlines():
+        if line.startswith("Pid:"):
+            return int(line.split()[1])
+    return -1

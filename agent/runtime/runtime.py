@@ -8,9 +8,12 @@ from pathlib import Path
 
 import structlog
 
+from agent.runtime import cgroups
 from agent.runtime.environments import Environment
 from agent.runtime.instance import ItemKind, ItemResult, RunReport, StartFailure, Worker
 from agent.runtime.nursery import Nursery
+from agent.runtime.relay import Relay
+from agent.runtime.sandbox import OFF, STANDARD
 from tierwise.wire.memfd import Memfd
 
 log = structlog.get_logger()
@@ -37,6 +40,8 @@ class Runtime:
         self,
         *,
         state_dir: Path,
+        isolation: str = STANDARD,
+        may_reach_node: bool = False,
         result_bytes_max: int = RESULT_BYTES_MAX,
         imports: Path | None = None,
     ) -> None:
@@ -44,12 +49,16 @@ class Runtime:
 
         Args:
             state_dir: Its own folder, emptied at every start.
+            isolation: strict, standard or off.
+            may_reach_node: Whether a function's `network=` may name the node itself.
             result_bytes_max: Larger results are refused.
             imports: File that remembers what functions import.
         """
         self._folder = state_dir
+        self._isolation = isolation
+        self._may_reach_node = may_reach_node
         self._result_bytes_max = result_bytes_max
-        self.nursery = Nursery(imports)
+        self.nursery = Nursery(imports, isolation)
         self._workers: dict[str, Worker] = {}
         self._memory_check: asyncio.TimerHandle | None = None
         self.on_died: Callable[[str], None] = lambda instance_id: None
@@ -58,6 +67,8 @@ class Runtime:
         """Make a clean folder and start watching memory."""
         await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
+        if self._isolation != OFF:
+            await asyncio.to_thread(cgroups.sweep_dead)
         self._watch_memory()
 
     async def close(self) -> None:
@@ -76,15 +87,29 @@ class Runtime:
         code_path: Path,
         environment: Environment,
         memory_mib: int,
+        cpus: float = 0.0,
+        network: tuple[str, ...] = (),
     ) -> None:
         """Fork an instance and load its function.
+
+        Args:
+            instance_id: A new name.
+            code_digest: SHA-256 of the code, hex.
+            code_path: The file with the code.
+            environment: The interpreter.
+            memory_mib: What the instance may use.
+            cpus: What it may use; 0 for as many as there are.
+            network: Targets, "host:port", that it may reach through this process.
 
         Raises:
             InstanceStartError: The zygote or the function's code could not be loaded in time.
         """
         folder = self._folder / "work" / instance_id
         folder.mkdir(parents=True)
-        worker = Worker(instance_id, memory_mib, folder)
+        relay = None
+        if network and self._isolation != OFF:  # without the seal it has the node's own network
+            relay = Relay(frozenset(network), may_reach_node=self._may_reach_node)
+        worker = Worker(instance_id, memory_mib, folder, cpus, relay)
         worker.on_idle_death = self._died
         worker.on_imports = functools.partial(self.nursery.learn, environment, code_digest)
         self._workers[instance_id] = worker

@@ -3,11 +3,13 @@
 Stands alone: it sees the standard library, msgspec, cloudpickle and the sibling files that the
 zygote loaded by path; never tierwise itself. Frames in both directions are a u32 length and a body.
 
-    agent → worker   u32 item count, then per item u32 length, u32 attachment count and the encoded
+    agent → worker   u32 item count, u32 MiB that the batch may use less than the instance was
+                     started with, then per item u32 length, u32 attachment count and the encoded
                      (args, kwargs)
     worker → agent   msgpack [items, done]; an item is [index, kind, value, type, message, trace,
-                     attachment count], done is None or [run seconds, peak MiB]; first of all one
-                     frame for the start; {"imports": [name, …]} whenever modules were imported
+                     attachment count], done is None or [run seconds, peak MiB, CPU seconds since
+                     the fork]; first of all one frame for the start; {"imports": [name, …]}
+                     whenever modules were imported
 
 What is larger than 1 MiB comes and goes as a sealed memfd: arrays as attachments, and a blob whose
 length is IN_FILE, or whose value is None. The descriptors ride on the length of the frame.
@@ -67,7 +69,7 @@ def run(
     progress: memoryview,
     payload: ModuleType,
     *,
-    code_path: str,
+    code_fd: int,
     code_digest: str,
     result_bytes_max: int,
 ) -> NoReturn:
@@ -77,7 +79,7 @@ def run(
         channel: To the agent, blocking.
         progress: 8 shared bytes: index of the running item.
         payload: The module tierwise/wire/payload.py.
-        code_path: File with the cloudpickle blob.
+        code_fd: The file with the cloudpickle blob, open; closed here.
         code_digest: Its SHA-256, hex.
         result_bytes_max: Larger results are refused.
     """
@@ -86,7 +88,7 @@ def run(
     for name in [name for name in sys.modules if name.partition(".")[0] in HIDDEN]:
         del sys.modules[name]
     try:
-        with open(code_path, "rb") as file:
+        with open(code_fd, "rb") as file:
             code = file.read()
         if hashlib.sha256(code).hexdigest() != code_digest:
             raise ValueError("the code on disk does not have the digest that was deployed")
@@ -211,6 +213,17 @@ class _Imports:
         return origin in ("built-in", "frozen") or origin.startswith(self._roots)
 
 
+def _limit(less_mib: int) -> None:
+    """Set this process's limit for one batch; it may always be set within the hard one.
+
+    A function that sets it back is found by the agent's look at resident memory.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = hard if hard == resource.RLIM_INFINITY else hard - (less_mib << 20)
+    if soft != wanted:
+        resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
+
+
 def _peak_kib() -> int:
     """Return the peak of resident memory; the agent has it counted anew for each batch."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -235,8 +248,9 @@ def _serve(
     imports: _Imports,
     loaded_kib: int,
 ) -> None:
-    (count,) = _U32.unpack_from(body)
-    offset = 4
+    count, less_mib = _ITEM.unpack_from(body)
+    offset = _ITEM.size
+    _limit(less_mib)
     files = iter([memfd.Memfd(fd) for fd in fds])
     items: list[tuple[int, int, bytes | None, str, str, str, int]] = []
     unsent: list[Any] = []  # files of the items that are not sent yet
@@ -269,11 +283,13 @@ def _serve(
     run_s = time.monotonic() - started_s
     _flush_output()
     imports.tell(channel)
-    peak_kib = _peak_kib()
-    if peak_kib - loaded_kib > TRIM_KIB:
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+    if own.ru_maxrss - loaded_kib > TRIM_KIB:
         _give_back()  # before the agent hears of the end, for it then counts the peak anew
-    peak_mib = peak_kib / 1024
-    _send(channel, msgspec.msgpack.encode([items, [run_s, peak_mib]]), unsent)
+    done = [run_s, own.ru_maxrss / 1024, cpu_s]
+    _send(channel, msgspec.msgpack.encode([items, done]), unsent)
     if has_exited:
         os._exit(0)
 

@@ -1,14 +1,17 @@
 """The clean parent of all workers of one environment. Run as a script, never imported.
 
-    ENV_PYTHON -I zygote.py <control fd> <agent pid> <payload.py> [module to pre-import]…
+    ENV_PYTHON -I zygote.py <control fd> <agent pidfd> <isolation> <group> <payload.py> [module]…
 
-It holds one thread and one socket, so a fork is cheap and safe. Over the control socket
-(SOCK_SEQPACKET, JSON) it is told to fork or kill instances, and tells when one has ended. Told to
-branch, it forks a zygote like itself, with a control socket of its own, that imports more modules:
-what some functions were seen to import never enters the root.
+It holds one thread and one socket, so a fork is cheap and safe. Before it imports the modules that
+functions need it goes where they will run: behind private mounts, without the host's files. Over
+the control socket (SOCK_SEQPACKET, JSON) it is told to fork or kill instances, and tells when one
+has ended or was refused a system call. Told to branch, it forks a zygote like itself, with a
+control socket of its own, that imports more modules: what some functions were seen to import never
+enters the root.
 """
 
 import array
+import dataclasses
 import gc
 import importlib
 import importlib.util
@@ -20,9 +23,11 @@ import signal
 import socket
 import sys
 from types import ModuleType
+from typing import Any, NoReturn
 
 MESSAGE_MAX = 65536
-FDS_PER_FORK = 3  # the instance's socket, its log pipe, its progress page
+SEAL_FILES = ("sandbox", "seal", "cell", "dialing")
+FDS_PER_FORK = 5  # socket, log pipe, progress page, code, and the way to the network if any
 
 
 def load(name: str, path: str) -> ModuleType:
@@ -35,24 +40,51 @@ def load(name: str, path: str) -> ModuleType:
     return module
 
 
+def open_package(folder: str) -> None:
+    """Make the seal's files importable by their names, and nothing else of the platform."""
+    for name, path in (("agent", ""), ("agent.runtime", folder)):
+        package = ModuleType(name)
+        package.__path__ = [path] if path else []
+        sys.modules[name] = package
+
+
+@dataclasses.dataclass(frozen=True)
+class Kit:
+    """The files that zygotes and instances are made of."""
+
+    sandbox: Any
+    seal: Any
+    cell: Any
+    dialing: Any
+    payload: Any
+    worker: Any
+
+
 def main() -> None:
     """Serve until the agent closes the socket or dies."""
     control = socket.socket(fileno=int(sys.argv[1]))
     here = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120 - keeps start-up small
-    sandbox = load("tierwise_sandbox", f"{here}/sandbox.py")
-    sandbox.die_with_parent(int(sys.argv[2]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    payload = load("tierwise_payload", sys.argv[3])
-    worker = load("tierwise_worker", f"{here}/worker.py")
-    vars(worker)["memfd"] = load(
-        "tierwise_memfd",
-        f"{os.path.dirname(sys.argv[3])}/memfd.py",  # noqa: PTH120
+    open_package(here)
+    kit = Kit(
+        **{name: importlib.import_module(f"agent.runtime.{name}") for name in SEAL_FILES},
+        payload=load("tierwise_payload", sys.argv[5]),
+        worker=load("tierwise_worker", f"{here}/worker.py"),
     )
-    prepare(control, sys.argv[4:])
-    serve(control, sandbox, payload, worker)
+    vars(kit.worker)["memfd"] = load(
+        "tierwise_memfd",
+        f"{os.path.dirname(sys.argv[5])}/memfd.py",  # noqa: PTH120
+    )
+    kit.sandbox.die_with_parent(int(sys.argv[2]))
+    os.close(int(sys.argv[2]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    seal = kit.seal.prepare(sys.argv[3], sys.argv[4])
+    prepare(control, sys.argv[6:], seal)
+    Zygote(control, seal, kit).serve()
+    if seal.groups is not None:
+        seal.groups.close()
 
 
-def prepare(control: socket.socket, modules: list[str]) -> None:
+def prepare(control: socket.socket, modules: list[str], seal: Any) -> None:
     """Import what the instances will want, and say that this zygote is ready."""
     for name in modules:
         try:
@@ -68,79 +100,124 @@ def prepare(control: socket.socket, modules: list[str]) -> None:
     )
     ready = {
         "ready": os.getpid(),
+        "missing": seal.missing,
         "thread_count": len(os.listdir("/proc/self/task")),  # noqa: PTH208
         "private_kib": private_kib,
     }
     control.send(json.dumps(ready).encode())
 
 
-def serve(
-    control: socket.socket, sandbox: ModuleType, payload: ModuleType, worker: ModuleType
-) -> None:
-    """Fork and reap until the control socket closes."""
-    pids: dict[str, int] = {}
-    names: dict[int, str] = {}  # pidfd → instance
-    poll = select.poll()
-    poll.register(control, select.POLLIN)
-    while True:
-        for descriptor, _ in poll.poll():
-            if descriptor != control.fileno():
-                poll.unregister(descriptor)
-                os.close(descriptor)
-                name = names.pop(descriptor)
-                _, status = os.waitpid(pids.pop(name), 0)
-                code = os.waitstatus_to_exitcode(status)
-                control.send(json.dumps({"ended": name, "code": code}).encode())
-                continue
-            message, fds = receive(control)
-            if not message:
-                for pid in pids.values():
-                    os.killpg(pid, signal.SIGKILL)
-                return
-            order = json.loads(message)
-            if "kill" in order:
-                kill(pids.get(order["kill"]))
-                continue
-            parent_pid = os.getpid()
-            pid = os.fork()
-            if pid == 0:
-                if "branch" in order:
-                    control.detach()  # the number is closed below, and may be given out again
-                    branch(order, fds[0], parent_pid, sandbox, payload, worker)
-                run_child(order, fds, sandbox, payload, worker)
-            for fd in fds:
-                os.close(fd)
-            name = order.get("fork") or order["branch"]
-            pids[name] = pid
-            pidfd = os.pidfd_open(pid)
-            names[pidfd] = name
-            poll.register(pidfd, select.POLLIN)
-            control.send(json.dumps({"forked": name, "pid": pid}).encode())
+class Zygote:
+    """Forks, reaps, and denies what instances may not do, until the control socket closes."""
 
+    def __init__(self, control: socket.socket, seal: Any, kit: Kit) -> None:
+        self._control = control
+        self._seal = seal
+        self._kit = kit
+        self._own = os.pidfd_open(os.getpid())
+        self._cells: dict[str, Any] = {}
+        self._owners: dict[int, Any] = {}  # descriptor that is polled → its cell
+        self._branches: dict[int, int] = {}  # pidfd → number
+        self._poll = select.poll()
+        self._poll.register(control, select.POLLIN)
 
-def branch(
-    order: dict[str, object],
-    control_fd: int,
-    parent_pid: int,
-    sandbox: ModuleType,
-    payload: ModuleType,
-    worker: ModuleType,
-) -> None:
-    """Become a zygote that has imported more; never returns."""
-    try:
-        os.setsid()
-        sandbox.die_with_parent(parent_pid)
-        os.closerange(3, control_fd)
-        os.closerange(control_fd + 1, 65536)
-        control = socket.socket(fileno=control_fd)
-        modules = order["modules"]
-        assert isinstance(modules, list)
-        prepare(control, modules)
-        serve(control, sandbox, payload, worker)
-    except BaseException as error:
-        os.write(2, f"zygote could not start: {error!r}\n".encode())
-    finally:
-        os._exit(0)
+    def serve(self) -> None:
+        """Do what the agent says; return when it is gone, and everything below with it."""
+        while True:
+            for descriptor, events in self._poll.poll():
+                if descriptor == self._control.fileno():
+                    message, fds = receive(self._control)
+                    if not message:
+                        self._end()
+                        return
+                    self._obey(json.loads(message), fds)
+                elif descriptor in self._branches:
+                    self._poll.unregister(descriptor)
+                    os.close(descriptor)
+                    os.waitpid(self._branches.pop(descriptor), 0)
+                elif descriptor in self._owners:  # else it ended earlier in this round
+                    self._hear(self._owners[descriptor], descriptor, events)
+
+    def _obey(self, order: dict[str, Any], fds: list[int]) -> None:
+        if "kill" in order:
+            if order["kill"] in self._cells:
+                self._cells[order["kill"]].kill()
+            return
+        if "branch" in order:
+            self._branch(order["modules"], fds[0])
+        else:
+            self._fork(order, fds)
+        for descriptor in fds:
+            os.close(descriptor)
+
+    def _fork(self, order: dict[str, Any], fds: list[int]) -> None:
+        name = order["fork"]
+        cell = None
+        try:
+            cell = self._kit.cell.Cell(
+                name, self._seal, memory_mib=order["memory_mib"], cpus=order["cpus"]
+            )
+            pid, first = self._seal.fork(self._own)
+        except OSError as error:
+            if cell is not None:
+                cell.abandon()
+            self._tell({"failed": name, "why": str(error)})
+            return
+        if pid == 0:
+            become_instance(order, fds, self._own, self._seal, cell, self._kit)
+        cell.forked(pid, first)
+        self._cells[name] = cell
+        self._watch(cell.descriptors(), cell)
+        self._tell({"forked": name}, (cell.pidfd,))
+
+    def _branch(self, modules: list[str], control_fd: int) -> None:
+        pid = os.fork()
+        if pid == 0:
+            self._control.detach()  # the number is closed below, and may be given out again
+            become_branch(modules, control_fd, self._own, self._seal, self._kit)
+        pidfd = os.pidfd_open(pid)
+        self._branches[pidfd] = pid
+        self._poll.register(pidfd, select.POLLIN)
+
+    def _hear(self, cell: Any, descriptor: int, events: int) -> None:
+        if descriptor == cell.pidfd:
+            self._forget(cell.descriptors())
+            del self._cells[cell.name]
+            code, has_run_out, left = cell.end()
+            self._tell({"ended": cell.name, "code": code, "oom": has_run_out, "left": left})
+        elif not cell.is_listening:
+            self._forget([descriptor])
+            cell.listen()
+            self._watch([fd for fd in cell.descriptors() if fd not in self._owners], cell)
+        elif events & select.POLLIN and (call := cell.refused()) is not None:
+            self._tell({"refused": cell.name, "call": call})  # told, then denied: never late
+            if not cell.deny():
+                self._forget([descriptor])
+        elif not events & select.POLLIN:
+            self._forget([descriptor])  # nobody is left who could be refused anything
+
+    def _end(self) -> None:
+        for cell in self._cells.values():
+            cell.kill()
+        for pid in self._branches.values():
+            os.kill(pid, signal.SIGKILL)
+        for cell in self._cells.values():
+            cell.end()
+        for pid in self._branches.values():
+            os.waitpid(pid, 0)
+
+    def _watch(self, descriptors: list[int], cell: Any) -> None:
+        for descriptor in descriptors:
+            self._owners[descriptor] = cell
+            self._poll.register(descriptor, select.POLLIN)
+
+    def _forget(self, descriptors: list[int]) -> None:
+        for descriptor in descriptors:
+            if self._owners.pop(descriptor, None) is not None:
+                self._poll.unregister(descriptor)
+
+    def _tell(self, message: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
+        socket.send_fds(self._control, [json.dumps(message).encode()], fds)
 
 
 def receive(control: socket.socket) -> tuple[bytes, list[int]]:
@@ -155,41 +232,52 @@ def receive(control: socket.socket) -> tuple[bytes, list[int]]:
     return message, list(fds)
 
 
-def kill(pid: int | None) -> None:
-    """Kill a child that is not reaped yet, and its session; others are left alone."""
-    if pid is None:
-        return
-    for send in (os.killpg, os.kill):  # before its setsid it has no group of its own
-        try:
-            send(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-
-
-def run_child(
-    order: dict[str, object],
-    fds: list[int],
-    sandbox: ModuleType,
-    payload: ModuleType,
-    worker: ModuleType,
-) -> None:
-    """Become the instance; never returns."""
+def become_branch(
+    modules: list[str], control_fd: int, parent: int, seal: Any, kit: Kit
+) -> NoReturn:
+    """Be a zygote that has imported more; it shares the seal that its root has prepared."""
     try:
-        channel_fd, log_fd, progress_fd = fds
-        sandbox.enter(
-            parent_pid=os.getppid(),
-            keep=(channel_fd, progress_fd),
+        os.setsid()
+        kit.sandbox.die_with_parent(parent)
+        low = 3
+        for descriptor in sorted({control_fd, *seal.descriptors()}):
+            os.closerange(low, descriptor)
+            low = descriptor + 1
+        os.closerange(low, 65536)
+        control = socket.socket(fileno=control_fd)
+        prepare(control, modules, seal)
+        Zygote(control, seal, kit).serve()
+    except BaseException as error:
+        os.write(2, f"zygote could not start: {error!r}\n".encode())
+    finally:
+        os._exit(0)
+
+
+def become_instance(
+    order: dict[str, Any], fds: list[int], parent: int, seal: Any, cell: Any, kit: Kit
+) -> NoReturn:
+    """Be the instance: put on the seal, load the function, serve calls."""
+    try:
+        channel_fd, log_fd, progress_fd, code_fd, *network_fds = fds
+        kit.sandbox.enter(
+            seal,
+            parent=parent,
+            group=cell.group,
+            keep=(channel_fd, progress_fd, code_fd, *network_fds),
             log=log_fd,
             folder=order["folder"],
             memory_mib=order["memory_mib"],
+            report=cell.report,
         )
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        for descriptor in network_fds:
+            kit.dialing.install(descriptor)
         progress = memoryview(mmap.mmap(progress_fd, 8))
-        worker.run(
+        kit.worker.run(
             socket.socket(fileno=channel_fd),
             progress,
-            payload,
-            code_path=order["code_path"],
+            kit.payload,
+            code_fd=code_fd,
             code_digest=order["code_digest"],
             result_bytes_max=order["result_bytes_max"],
         )

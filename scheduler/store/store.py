@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import structlog
-from sqlalchemy import Connection, Engine, create_engine, event, inspect, select
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, select, text, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from scheduler.store.tables import SCHEMA_VERSION, meta, metadata
+from scheduler.store.tables import MIGRATIONS, SCHEMA_VERSION, meta, metadata
 from tierwise.errors import FailedPrecondition, Overloaded, TierwiseError, Unavailable
 
 log = structlog.get_logger()
@@ -233,14 +233,26 @@ def _begin_sqlite(connection: Connection) -> None:
 
 
 def _check_schema(connection: Connection) -> None:
-    """Make the tables in an empty database; refuse one of another version, untouched."""
+    """Make the tables in an empty database, bring an older one up to date, in one transaction.
+
+    One of a later version, or too old to know the way, is refused and left as it is.
+    """
     if inspect(connection).has_table(meta.name):
         found = connection.scalar(select(meta.c.value).where(meta.c.key == "schema"))
-        if found != str(SCHEMA_VERSION):
+        version = int(found) if found is not None else 0
+        steps = range(version, SCHEMA_VERSION)
+        if version > SCHEMA_VERSION or not all(step in MIGRATIONS for step in steps):
             raise FailedPrecondition(
                 f"the database has schema {found}, this tierwise needs {SCHEMA_VERSION}: run the "
                 "version that made it, or start with a fresh state folder"
             )
+        for step in steps:
+            log.info("store.migrated", from_schema=step, to_schema=step + 1)
+            for statement in MIGRATIONS[step]:
+                connection.execute(text(statement))
+        if steps:
+            found_row = update(meta).where(meta.c.key == "schema")
+            connection.execute(found_row.values(value=str(SCHEMA_VERSION)))
     metadata.create_all(connection)
     if connection.scalar(select(meta.c.value).where(meta.c.key == "schema")) is None:
         connection.execute(meta.insert().values(key="schema", value=str(SCHEMA_VERSION)))

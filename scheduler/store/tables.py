@@ -15,7 +15,16 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+# What brings a database from one version to the next; new tables are made by themselves.
+MIGRATIONS: dict[int, tuple[str, ...]] = {
+    1: (
+        "ALTER TABLE usage ADD COLUMN gpu_s FLOAT NOT NULL DEFAULT 0",
+        "UPDATE usage SET cpu_s = 0",  # it held run seconds
+        "ALTER TABLE calls ADD COLUMN report_key VARCHAR(220)",
+        "CREATE UNIQUE INDEX ix_calls_report_key ON calls (report_key)",
+    ),
+}
 metadata = MetaData()
 _AutoId = BigInteger().with_variant(Integer, "sqlite")
 
@@ -110,6 +119,9 @@ calls = Table(
     Column("log", Text, nullable=False),
     Column("caller", String(200), nullable=False),
     Column("ended_unix_s", Float, nullable=False),
+    # Which report it came with: a report that comes twice is stored and billed once.
+    Column("report_key", String(220), nullable=True),
+    Index("ix_calls_report_key", "report_key", unique=True),
 )
 
 usage = Table(
@@ -126,6 +138,41 @@ usage = Table(
     Column("missed_count", BigInteger, nullable=False),
     Column("failed_count", BigInteger, nullable=False),
     Column("cold_count", BigInteger, nullable=False),
+    Column("gpu_s", Float, nullable=False),
+)
+
+# What requests and responses took over each class of link.
+usage_bytes = Table(
+    "usage_bytes",
+    metadata,
+    Column("namespace", String(63), primary_key=True),
+    Column("function", String(63), primary_key=True),
+    Column("day", String(10), primary_key=True),
+    Column("link", String(20), primary_key=True),
+    Column("moved_bytes", BigInteger, nullable=False),
+)
+
+# What warm instances held while nobody used them.
+idle_usage = Table(
+    "idle_usage",
+    metadata,
+    Column("namespace", String(63), primary_key=True),
+    Column("function", String(63), primary_key=True),
+    Column("day", String(10), primary_key=True),
+    Column("node_id", String(63), primary_key=True),
+    Column("idle_gb_s", Float, nullable=False),
+    Column("idle_usd", Float, nullable=False),
+)
+
+# What may be spent in a day; an empty function means the whole namespace.
+budgets = Table(
+    "budgets",
+    metadata,
+    Column("namespace", String(63), primary_key=True),
+    Column("function", String(63), primary_key=True),
+    Column("usd_per_day", Float, nullable=False),
+    Column("action", Integer, nullable=False),
+    Column("set_by", String(200), nullable=False),
 )
 
 profiles = Table(

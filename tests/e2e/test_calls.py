@@ -114,7 +114,8 @@ def test_a_function_that_misbehaves_gives_a_typed_error_and_harms_nobody(
     # Each under its own name: who kills two workers is quarantined.
     name = f"behave-{how.replace('.', '-')}"
     memory = "512MiB" if how == "large" else "300MiB"
-    function = app.function(behave.code, name=name, memory=memory, timeout="1s")
+    timeout = "1s" if how == "hang" else "60s"
+    function = app.function(behave.code, name=name, memory=memory, timeout=timeout)
     with pytest.raises(error, match=words):
         function.remote(how)
     assert function.remote("echo", 1) == 1

@@ -22,7 +22,7 @@ from tierwise.sdk.operator import Operator
 VERBS = (
     *("up", "agent", "scheduler", "deploy", "invoke", "submit", "get", "describe", "logs"),
     *("usage", "explain", "top", "drain", "remove", "login", "token", "policy", "doctor"),
-    *("version", "completion", "redrive", "delete"),
+    *("version", "completion", "redrive", "delete", "bill", "budget"),
 )
 
 POLICY_VERBS = ("promote", "publish", "rollback", "shadow", "canary", "estimate")
@@ -49,6 +49,25 @@ NODE = {
         {"policy_id": "odd@1", "duty": "active", "breaker": "open", "fallbacks": {"error": 9}},
         {"policy_id": "new@1", "duty": "shadow", "breaker": "open", "fallbacks": {"dropped": 5}},
     ],
+}
+IDLE = [
+    {
+        "namespace": "a",
+        "function": "f",
+        "node_id": "edge-1",
+        "warm_count": 2,
+        "idle_gb_s": 1.5,
+        "idle_usd": 3e-6,
+    }
+]
+BUDGET = {
+    "namespace": "a",
+    "function": "f",
+    "usd_per_day": 1.0,
+    "spent_usd": 1.5,
+    "action": "refuse",
+    "is_spent": True,
+    "set_by": "tierwise://admin/admin",
 }
 CANDIDATE = {
     "node_id": "edge-1",
@@ -182,6 +201,24 @@ class Asked:
     def namespace_usage(self, namespace: str = "") -> list[dict[str, Any]]:
         return Operator.namespace_usage(self, namespace)  # type: ignore[arg-type]
 
+    def bill(
+        self, namespace: str = "", by: Any = (), since: str = "", until: str = ""
+    ) -> dict[str, Any]:
+        self.orders.append(("bill", namespace, tuple(by), since, until))
+        return {"usage": self.used, "total": self.used[0] if self.used else {}, "idle": IDLE}
+
+    def budgets(self, namespace: str = "") -> list[dict[str, Any]]:
+        return [BUDGET]
+
+    def set_budget(
+        self, namespace: str, function: str, usd_per_day: float, action: str
+    ) -> dict[str, Any]:
+        self.orders.append(("budget", namespace, function, usd_per_day, action))
+        return BUDGET
+
+    def remove_budget(self, namespace: str, function: str = "") -> None:
+        self.orders.append(("no budget", namespace, function))
+
     def tokens(self) -> list[dict[str, Any]]:
         return []
 
@@ -204,7 +241,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     def operator() -> Any:
         yield stand_in
 
-    for module in ("get", "explain", "top", "admin", "common", "policy", "estimate"):
+    for module in ("get", "bill", "explain", "top", "admin", "common", "policy", "estimate"):
         monkeypatch.setattr(f"tierwise.cli.{module}.operator", operator)
     return stand_in
 
@@ -334,6 +371,9 @@ def test_a_bug_is_named_without_a_traceback(monkeypatch: pytest.MonkeyPatch, cap
         (["token", "create", "--ttl", "soon"], "'soon' is no duration"),
         (["up", "--nodes", "3x"], "1c,1f,2e"),
         (["usage", "--by", "moon"], "--by 'moon'"),
+        (["bill", "--by", "day,moon"], "--by 'day,moon'"),
+        (["bill", "--by", "day,day"], "--by 'day,day'"),
+        (["budget", "set", "a", "--usd-per-day", "1", "--action", "cry"], "--action 'cry'"),
         (["completion", "tcsh"], "choose one of bash"),
     ],
 )
@@ -460,6 +500,51 @@ def test_usage_is_summed_per_namespace(asked: Asked) -> None:
     assert [line.split()[:3] for line in lines[1:]] == [["a", "2", "3"], ["b", "1", "4"]]
     assert run("usage", "--namespace", "b", "-o", "name").stdout == "b/f\n"
     assert "nothing used yet in c" in run("usage", "--namespace", "c").stderr
+
+
+def test_a_bill_has_a_total_and_shows_idle_cost_and_spent_budgets_apart(asked: Asked) -> None:
+    asked.used = [
+        {
+            "namespace": "a",
+            "function": "f",
+            "day": "2026-01-31",
+            "call_count": 3,
+            "item_count": 5,
+            "gb_s": 0.5,
+            "cpu_s": 0.25,
+            "gpu_s": 0.0,
+            "money_usd": 1e-5,
+            "idle_gb_s": 2.0,
+            "idle_usd": 1e-6,
+            "moved_bytes": {"edge-cloud": 2_500_000},
+        }
+    ]
+    shown = run("bill", "--by", "day,namespace", "--since", "2026-01-01", "--namespace", "a")
+    assert asked.orders == [("bill", "a", ("day", "namespace"), "2026-01-01", "")]
+    header, row, total, blank, title, _, idle = shown.stdout.splitlines()
+    assert header.split()[:3] == ["DAY", "NAMESPACE", "CALLS"]
+    assert row.split()[:4] == ["2026-01-31", "a", "3", "5"]
+    assert "edge-cloud:2.5 MB" in row and "10.000 µ$" in row
+    assert total.split()[0] == "total"
+    assert blank == "" and "billed to nobody" in title
+    assert idle.split() == ["a/f", "edge-1", "2", "1.5", "3.000", "µ$"]
+    assert "a/f has spent 1.5000 $ of its 1.0000 $" in shown.stderr
+    found = json.loads(run("bill", "-o", "json").stdout)
+    assert set(found) == {"usage", "total", "idle", "budgets"}
+    assert run("bill", "-o", "name").stdout == "a/f\n"
+
+
+def test_budgets_are_set_listed_and_removed(asked: Asked) -> None:
+    assert run("budget", "set", "a/f", "--usd-per-day", "1.5", "--action", "warn").exit_code == 0
+    assert run("budget", "set", "a", "--usd-per-day", "2").exit_code == 0
+    assert run("budget", "rm", "a").exit_code == 0
+    assert asked.orders == [
+        ("budget", "a", "f", 1.5, "warn"),
+        ("budget", "a", "", 2.0, "refuse"),
+        ("no budget", "a", ""),
+    ]
+    assert run("budget", "list").stdout.splitlines()[1].split()[0] == "a/f"
+    assert run("budget", "list", "-o", "name").stdout == "a/f\n"
 
 
 # -- orders -------------------------------------------------------------------------------------
@@ -608,7 +693,7 @@ def test_the_doctor_answers_for_every_check(
     assert checks["python"]["result"] == "ok"
     assert checks["ports"]["result"] == "ok"
     assert checks["context"]["result"] == "warn"
-    assert {"cgroup", "gpu", "grpcio"} <= set(checks)
+    assert {"seal", "seal: resource limits", "gpu", "grpcio"} <= set(checks)
     assert all(
         check["hint"] or check["result"] == "ok"
         for check in checks.values()

@@ -11,11 +11,13 @@ from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tierwise.domain.budget import SpentBudget
 from tierwise.domain.decision import CandidateScore, Explanation, Reason, ShadowDecision
 from tierwise.domain.event import PeerSeen, ViewReceived
 from tierwise.domain.function import ALL_TIERS, Catalogue, FunctionProfile, FunctionSpec, Priority
 from tierwise.domain.ids import NodeId, is_name
 from tierwise.domain.outcome import LatencySplit, Outcome, OutcomeState
+from tierwise.domain.prices import LINK_CLASSES, PriceTable, TierPrice
 from tierwise.domain.request import Request
 from tierwise.domain.resources import Resources
 from tierwise.domain.sizing import Growth, Sizing, Term
@@ -66,6 +68,7 @@ specs = st.builds(
     retries_max=st.integers(0, 20),
     description=words,
     is_memory_auto=st.booleans(),
+    network=st.lists(st.sampled_from(["api.example:443", "10.0.0.1:80"]), max_size=2).map(tuple),
 )
 function_ids = specs.map(lambda spec: spec.function_id)
 profiles = st.builds(
@@ -204,6 +207,10 @@ outcomes = st.builds(
     peak_memory_mib=seconds,
     request_bytes=sizes,
     response_bytes=sizes,
+    gb_s=seconds,
+    gpu_s=seconds,
+    cpu_s=seconds,
+    link=st.sampled_from(("", *LINK_CLASSES)),
     money_usd=seconds,
     energy_j=seconds,
     is_cold=st.booleans(),
@@ -219,6 +226,25 @@ outcomes = st.builds(
     block=sizes,
     measures=measures,
     retried_gb_s=seconds,
+    refused_calls=st.dictionaries(words, counts, max_size=3).map(
+        lambda found: tuple(sorted(found.items()))
+    ),
+)
+usd = st.floats(0, 1e6)
+price_tables = st.builds(
+    PriceTable,
+    by_tier=st.fixed_dictionaries(
+        {tier: st.builds(TierPrice, **dict.fromkeys(TierPrice.__slots__, usd)) for tier in Tier}
+    ),
+    is_startup_billed=st.booleans(),
+)
+spent_budgets = st.builds(
+    SpentBudget,
+    namespace=names,
+    function=st.just("") | names,
+    usd_per_day=usd,
+    spent_usd=usd,
+    ends_unix_s=st.floats(0, 1e10),
 )
 times = st.floats(1e-3, 604_800) | st.floats(-604_800, -1e-3)
 blobs = st.lists(st.binary(max_size=8), min_size=1, max_size=3)
@@ -254,6 +280,8 @@ ROUND_TRIPS: dict[str, tuple[Any, Callable[..., Any], Callable[..., Any]]] = {
     "tiers": (some_tiers, convert.tiers_to_pb, convert.tiers_from_pb),
     "explanation": (explanations, convert.explanation_to_pb, convert.explanation_from_pb),
     "outcome": (outcomes, convert.outcome_to_pb, convert.outcome_from_pb),
+    "prices": (price_tables, convert.prices_to_pb, convert.prices_from_pb),
+    "spent": (spent_budgets, convert.spent_to_pb, convert.spent_from_pb),
 }
 
 
@@ -605,6 +633,10 @@ def test_a_link_with_one_wrong_field_is_refused_by_its_name(
         ({"money_usd": -1.0}, ("money_usd = -1",)),
         ({"money_usd": NAN}, ("money_usd = nan",)),
         ({"energy_j": INF}, ("energy_j = inf",)),
+        ({"gb_s": -1.0}, ("gb_s = -1",)),
+        ({"gpu_s": NAN}, ("gpu_s = nan",)),
+        ({"cpu_s": INF}, ("cpu_s = inf",)),
+        ({"link": "wire"}, ("link 'wire'", "edge-cloud")),
         ({"reason": 99}, ("reason = 99", "QUEUE_FULL (11)")),
         ({"tried": [types_pb2.NodeReason(node_id="n")]}, ("tried.reason is not set",)),
         ({"tried": [types_pb2.NodeReason(reason=1)]}, ("tried.node_id ''",)),

@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tierwise.cost.estimate import DEFAULT_PRICES
 from tierwise.domain.decision import NotPlaced, Reason
 from tierwise.domain.function import FunctionProfile, FunctionSpec
 from tierwise.domain.ids import NodeId
@@ -86,7 +85,7 @@ def test_uploads_share_an_ingress_as_messages_share_a_channel() -> None:
 
 def test_a_rounds_cost_is_what_hand_and_pencil_say() -> None:
     case = small()
-    problem = Problem.of(case.view, case.wanted, DEFAULT_PRICES)
+    problem = Problem.of(case.view, case.wanted)
     assert isinstance(problem, Problem)
     sole, usd = problem.outlook(problem.all_to(0))
     assert sole == pytest.approx(1.0 + 0.05 + 4 * 2.5 + 4 * 0.01)  # four uploads in a row

@@ -192,7 +192,7 @@ def test_chunks_are_bounded_and_slow_items_travel_alone() -> None:
 
 def test_a_chunk_ends_at_a_mebibyte() -> None:
     inputs = iter([(bytes(600_000),)] * 4)
-    assert [len(take(inputs, 512)) for _ in range(3)] == [2, 2, 0]
+    assert [len(take(inputs, 512, within_s=60.0)) for _ in range(3)] == [2, 2, 0]
 
 
 def test_an_input_that_cannot_travel_is_named() -> None:

@@ -66,7 +66,7 @@ class Bench:
             }
         )
         report = node_pb2.CallReport(outcome=convert.outcome_to_pb(outcome))
-        self.telemetry.take(NODE.node_id, [report], 0)
+        self.telemetry.take(NODE.node_id, node_pb2.Heartbeat(calls=[report]))
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from scheduler_builders import invocation, result_pb, spec_pb
 from sqlalchemy import text
 
 from scheduler import machine, window
+from scheduler.budgets import Budgets
 from scheduler.catalogue import FunctionCatalogue
 from scheduler.dispatch import Dispatcher
 from scheduler.inventory import NodeSession, Sessions
@@ -55,7 +56,8 @@ class Scheduler:
             assignment=node_pb2.PolicyAssignment,
             revoked=list,
             on_opened=lambda node_id: self.window.node_opened(node_id),
-            on_calls=lambda *_: None,
+            on_beat=lambda *_: None,
+            billing=node_pb2.Billing,
             on_result=lambda *result: self.window.finished(*result),
         )
         self.window = WorkWindow(
@@ -69,7 +71,10 @@ class Scheduler:
             group=group,
         )
         dispatcher.work, dispatcher.nodes = self.window, self.sessions
-        self.queue = WorkQueue(self.store, self.window, self.functions, queue_max=queue_max)
+        self.budgets = Budgets(self.store)
+        self.queue = WorkQueue(
+            self.store, self.window, self.functions, self.budgets, queue_max=queue_max
+        )
 
     async def deploy(self) -> None:
         request = function_pb2.DeployFunctionRequest(spec=spec_pb(), code=b"code")

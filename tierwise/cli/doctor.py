@@ -1,6 +1,5 @@
 """`tierwise doctor`: what this machine can do, and what stands in the way of the rest."""
 
-import os
 import socket
 import sys
 from importlib.metadata import PackageNotFoundError
@@ -15,6 +14,17 @@ from tierwise.errors import TierwiseError, Unavailable
 OK, WARN, FAIL = "ok", "warn", "fail"
 WEEK_S = 7 * 86_400.0
 PACKAGES = ("grpcio", "protobuf", "uvloop", "cloudpickle", "numpy")
+LAYER_HINTS = {
+    "control group": "run the agent as root, or under systemd with Delegate= and DelegateSubgroup=",
+    "process namespace": "run the agent as root, or allow user namespaces",
+    "network namespace": "run the agent as root, or allow user namespaces",
+    "private mounts": "run the agent as root, or allow user namespaces",
+    "own user": "run the agent as root",
+    "user namespace": "raise sysctl user.max_user_namespaces",
+    "landlock": "Linux 5.13 or newer, with landlock among its `lsm=`",
+    "seccomp": "Linux 5.0 or newer on x86-64 or aarch64",
+    "refusal reports": "do not run the agent under another seccomp supervisor",
+}
 COLUMNS = [
     ("check", lambda record: record["check"]),
     ("result", lambda record: record["result"]),
@@ -34,7 +44,6 @@ def doctor(output: Output = Format.TABLE) -> None:
         _python(),
         *_packages(),
         _ports(),
-        _cgroup(),
         _gpu(),
         *_layers(),
         *_context(),
@@ -73,42 +82,34 @@ def _ports() -> Record:
         return _check("ports", FAIL, str(error), "daemons must be allowed to listen on a port")
 
 
-def _cgroup() -> Record:
-    root = Path("/sys/fs/cgroup")
-    kind = "v2" if (root / "cgroup.controllers").exists() else "v1"
-    folder = root if kind == "v2" else root / "memory"
-    if os.access(folder, os.W_OK):
-        return _check("cgroup", OK, f"{kind}, writable")
-    hint = "memory limits rest on rlimits alone; delegate a cgroup to the agent's user"
-    return _check("cgroup", WARN, f"{kind}, not writable", hint)
-
-
 def _gpu() -> Record:
     count = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
     return _check("gpu", OK, f"{count} NVIDIA" if count else "none")
 
 
 def _layers() -> list[Record]:
+    """Try the seal on a process of its own, as an agent started from here would put it on."""
     import json
     import subprocess
 
-    code = (
-        "import json; from agent.runtime.sandbox import active_layers; print(json.dumps("
-        "active_layers()))"
-    )
+    code = "import json; from agent.runtime.seal import survey; print(json.dumps(survey()))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=30
     )
-    if done.returncode:
+    if done.returncode or not done.stdout:
         detail = (done.stderr.strip() or "no answer").splitlines()[-1]
-        return [_check("sandbox", FAIL, detail, "the agent is not installed completely")]
-    layers: dict[str, str] = json.loads(done.stdout)
-    found = [_check(f"sandbox: {name}", OK, what) for name, what in layers.items()]
-    missing = [name for name in ("namespaces", "landlock", "seccomp") if name not in layers]
+        return [_check("seal", FAIL, detail, "the agent is not installed completely")]
+    found = json.loads(done.stdout)
+    active, missing = found["active"], found["missing"]
+    checks = [_check(f"seal: {layer}", OK, what) for layer, what in active.items()]
+    for layer, why in missing.items():
+        checks.append(_check(f"seal: {layer}", WARN, why, LAYER_HINTS.get(layer, "")))
     if missing:
-        hint = "run only code that you trust"
-        found.append(_check("sandbox: isolation", WARN, f"without {', '.join(missing)}", hint))
-    return found
+        hint = 'isolation = "strict" would run nothing here: functions must be trusted that far'
+    else:
+        hint = ""
+    total = len(active) + len(missing)
+    return [*checks, _check("seal", WARN if missing else OK, f"{len(active)}/{total} layers", hint)]
 
 
 def _context() -> list[Record]:

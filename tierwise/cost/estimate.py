@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tierwise.cost.money import CallPrice, PriceTable
 from tierwise.domain.function import Priority
+from tierwise.domain.prices import CallPrice
 from tierwise.domain.request import Request
 from tierwise.domain.topology import Tier
 from tierwise.domain.view import ClusterView, NodeReading, NodeView
@@ -46,24 +46,18 @@ class Estimates:
         return seconds
 
 
-DEFAULT_PRICES = PriceTable()
 # Of a cold start, where instances of the function run but none is idle: one of them may come free
 # first. Tuned on validation worlds of the simulator.
 ENGAGED_SHARE = 0.5
 
 
-def estimate(
-    view: ClusterView,
-    request: Request,
-    candidates: Sequence[NodeView],
-    prices: PriceTable = DEFAULT_PRICES,
-) -> Estimates:
+def estimate(view: ClusterView, request: Request, candidates: Sequence[NodeView]) -> Estimates:
     """Predict latency and money of `request` on each of `candidates`: `predict`, as a matrix.
 
     Returns:
         Estimates with k = len(candidates) rows; k may be 0.
     """
-    rows = predict(view, request, candidates, prices)
+    rows = predict(view, request, candidates)
     terms = np.array(rows, dtype=np.float64).reshape(len(rows), len(TERMS))
     return Estimates(tuple(candidates), terms)
 
@@ -89,10 +83,7 @@ def predict_wait_s(row: NodeView, now_s: float, priority: Priority) -> float:
 
 
 def predict(
-    view: ClusterView,
-    request: Request,
-    candidates: Sequence[NodeView],
-    prices: PriceTable = DEFAULT_PRICES,
+    view: ClusterView, request: Request, candidates: Sequence[NodeView]
 ) -> list[tuple[float, ...]]:
     """Return one row of TERMS per candidate, as plain floats.
 
@@ -113,8 +104,9 @@ def predict(
     links = view.links
     data_nodes = request.data_nodes
     # Nodes of one tier have much in common: unless links are known by pair, also the way there.
-    ways: dict[Tier, tuple[float, float]] = {}
-    prices_of: dict[tuple[Tier, int], CallPrice] = {}
+    ways: dict[Tier, tuple[float, float, float]] = {}
+    prices = view.prices
+    prices_of: dict[tuple[Tier, float], CallPrice] = {}
     rows: list[tuple[float, ...]] = []
     for row in candidates:
         node = row.node
@@ -123,19 +115,22 @@ def predict(
         speed = node.speed
         if origin is None or origin_id == node.node_id:
             transfer_s = return_s = 0.0
-            moved_bytes = 0
+            moved_usd = 0.0
         else:
             way = ways.get(tier)
             if way is None:
                 there, back = links.between(origin, node), links.between(node, origin)
-                way = there.transfer_s(request.request_bytes), back.transfer_s(response_bytes)
+                way = (
+                    there.transfer_s(request.request_bytes),
+                    back.transfer_s(response_bytes),
+                    prices.round_trip_usd(origin.tier, tier, request.request_bytes, response_bytes),
+                )
                 if not links.by_pair:
                     ways[tier] = way
-            transfer_s, return_s = way
-            moved_bytes = request.request_bytes + response_bytes
+            transfer_s, return_s, moved_usd = way
         if data_nodes and node.node_id not in data_nodes:
             transfer_s += links.default.transfer_s(request.data_bytes)
-            moved_bytes += request.data_bytes
+            moved_usd += _data_usd(view, request, tier)
         here_cold_s = displaced_s = 0.0
         if reading.warm.get(function, 0) <= 0:
             here_cold_s = cold_s / speed
@@ -145,12 +140,12 @@ def predict(
             if missing_mib > 0:
                 displaced_s = missing_mib * reading.eviction_price_s_per_mib
         here_run_s = run_s / speed
-        price = prices_of.get((tier, moved_bytes))
+        price = prices_of.get((tier, moved_usd))
         if price is None:
-            price = prices_of[tier, moved_bytes] = prices.of_call(
+            price = prices_of[tier, moved_usd] = prices.of_call(
                 tier,
                 memory_mib=memory_mib,
-                moved_bytes=moved_bytes,
+                moved_usd=moved_usd,
                 gpu_slots=spec.gpu_slots,
                 item_count=request.item_count,
             )
@@ -162,7 +157,15 @@ def predict(
                 here_run_s,
                 return_s,
                 displaced_s,
-                price.usd(here_run_s),
+                price.usd(here_run_s + here_cold_s if prices.is_startup_billed else here_run_s),
             )
         )
     return rows
+
+
+def _data_usd(view: ClusterView, request: Request, tier: Tier) -> float:
+    """Return the price of bringing the data to a node of a tier, from where that is cheapest."""
+    holders = {row.node.tier for row in view.nodes if row.node.node_id in request.data_nodes}
+    return min(
+        view.prices.moved_usd(source, tier, request.data_bytes) for source in holders or {tier}
+    )

@@ -30,6 +30,7 @@ class Reason(IntEnum):
     STALE_VIEW = 17  # it is busier than the sender believed, who has others to ask
     WRONG_PYTHON = 24  # the code was pickled by another minor version
     QUARANTINED = 25  # the function has killed its workers there
+    BUDGET_SPENT = 30  # of the day, by its namespace or function
 
     @property
     def label(self) -> str:

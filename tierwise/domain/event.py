@@ -6,6 +6,7 @@ from tierwise.domain.decision import Decision
 from tierwise.domain.function import Catalogue, FunctionProfile
 from tierwise.domain.ids import FunctionId, InstanceId, NodeId, PolicyId, RequestId
 from tierwise.domain.outcome import Outcome
+from tierwise.domain.prices import PriceTable
 from tierwise.domain.request import Request
 from tierwise.domain.topology import LinkTable, Node, NodeState
 from tierwise.domain.view import NodeReading
@@ -69,10 +70,12 @@ class RunFinished:
     is_instance_alive: bool = True
     failed_item_count: int = 0
     peak_memory_mib: float = 0.0
+    cpu_s: float = 0.0  # user + system, of the worker and its own children
     response_bytes: int = 0
     error_code: str = ""
     message: str = ""
     is_out_of_memory: bool = False  # the batch, or an item of it
+    refused_calls: tuple[tuple[str, int], ...] = ()  # system calls that the seal refused, by name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +132,13 @@ class ViewReceived:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PricesReceived:
+    """The scheduler sent what calls cost from now on."""
+
+    prices: PriceTable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DrainAsked:
     """Take nothing new (`is_on`), or take work again."""
 
@@ -153,6 +163,7 @@ NodeEvent = (
     | PeerFailed
     | CatalogueReceived
     | ViewReceived
+    | PricesReceived
     | DrainAsked
     | Ticked
 )

@@ -53,6 +53,7 @@ class FunctionSpec:
     budget_usd: float | None = None  # per call
     retries_max: int = 2
     description: str = ""
+    network: tuple[str, ...] = ()  # "host:port" that it may reach, through the agent; else nothing
     instances_min: int = 0  # kept on every node that may host it, and takes memory there
     burst_max: int = 0  # starts per second and node; 0: as many as there is room for
     python_version: str = ""  # "3.11": what pickled the code, and all that can load it

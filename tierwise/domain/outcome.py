@@ -38,7 +38,12 @@ class LatencySplit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """One finished request, as recorded, billed and learnt from."""
+    """One finished request, as recorded, billed and learnt from.
+
+    `gb_s` and `gpu_s` are billed amounts: memory and GPU slots × the billed seconds, in whole
+    milliseconds. `cpu_s` is what its processes really used. `link` is one of LINK_CLASSES, the way
+    that request and response took; empty if it did not run, or nobody knows.
+    """
 
     request_id: RequestId
     function_id: FunctionId
@@ -54,6 +59,10 @@ class Outcome:
     peak_memory_mib: float = 0.0
     request_bytes: int = 0
     response_bytes: int = 0
+    gb_s: float = 0.0
+    gpu_s: float = 0.0
+    cpu_s: float = 0.0
+    link: str = ""
     money_usd: float = 0.0
     energy_j: float = 0.0
     is_cold: bool = False
@@ -66,6 +75,7 @@ class Outcome:
     lease: int = 0
     shadow: ShadowDecision | None = None
     trial_id: int = 0  # of the canary's trial during which it was decided, 0 for none
+    refused_calls: tuple[tuple[str, int], ...] = ()  # by the seal: system call and count, by name
     block: int = 0  # of that trial, from 1; 0 if the call does not count
     measures: Mapping[str, float] = field(default_factory=dict)  # of the input
     retried_gb_s: float = 0.0  # of a first attempt that ran out of memory; in `money_usd` too

@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 from tierwise.domain.function import PRIOR, FunctionProfile
 from tierwise.domain.ids import FunctionId, NodeId
+from tierwise.domain.prices import DEFAULT_PRICES, PriceTable
 from tierwise.domain.resources import NOTHING, Resources
 from tierwise.domain.topology import LinkTable, Node, NodeState
 
@@ -68,6 +69,7 @@ class ClusterView:
     nodes: tuple[NodeView, ...]
     links: LinkTable = field(default_factory=LinkTable)
     profiles: Mapping[FunctionId, FunctionProfile] = field(default_factory=dict)
+    prices: PriceTable = DEFAULT_PRICES
 
     def profile(self, function: FunctionId) -> FunctionProfile:
         """Return what is known of `function`, the prior if nothing is."""
@@ -80,6 +82,7 @@ class ViewTable:
     def __init__(self, origin: Node | None = None) -> None:
         self.origin = origin
         self.links = LinkTable()
+        self.prices = DEFAULT_PRICES
         self.profiles: Mapping[FunctionId, FunctionProfile] = {}
         self._rows: dict[NodeId, NodeView] = {}
         self._snapshot: tuple[NodeView, ...] | None = None
@@ -169,4 +172,5 @@ class ViewTable:
             nodes=self.rows(),
             links=self.links,
             profiles=self.profiles,
+            prices=self.prices,
         )

@@ -1,7 +1,5 @@
 """Which nodes may run a request at all, with a reason for each that may not."""
 
-from tierwise.cost.estimate import DEFAULT_PRICES
-from tierwise.cost.money import PriceTable
 from tierwise.domain.decision import Reason
 from tierwise.domain.function import FunctionSpec
 from tierwise.domain.ids import NodeId
@@ -11,7 +9,7 @@ from tierwise.domain.view import ClusterView, NodeView
 
 
 def feasible(
-    view: ClusterView, request: Request, prices: PriceTable = DEFAULT_PRICES
+    view: ClusterView, request: Request
 ) -> tuple[list[NodeView], list[tuple[NodeId, Reason]]]:
     """Split the view's nodes into candidates and (node, reason) pairs, both in view order.
 
@@ -22,7 +20,7 @@ def feasible(
     candidates: list[NodeView] = []
     masked: list[tuple[NodeId, Reason]] = []
     for row in view.nodes:
-        reason = _reason(view, request, row, prices)
+        reason = _reason(view, request, row)
         if reason is None:
             candidates.append(row)
         else:
@@ -52,9 +50,7 @@ def hard_limit(node: Node, spec: FunctionSpec, reserved_mib: int) -> Reason | No
     return None
 
 
-def _reason(
-    view: ClusterView, request: Request, row: NodeView, prices: PriceTable
-) -> Reason | None:
+def _reason(view: ClusterView, request: Request, row: NodeView) -> Reason | None:
     node = row.node
     spec = request.spec
     is_here = view.origin is not None and view.origin.node_id == node.node_id
@@ -67,11 +63,14 @@ def _reason(
     if (reason := hard_limit(node, spec, row.reading.reserved_mib)) is not None:
         return reason
     if request.budget_usd is not None:
-        usd = prices.call_usd(
+        moved_usd = 0.0
+        if view.origin is not None and not is_here:
+            moved_usd = view.prices.moved_usd(view.origin.tier, node.tier, request.request_bytes)
+        usd = view.prices.call_usd(
             node.tier,
             memory_mib=spec.memory_mib,
             billed_s=view.profile(spec.function_id).run_s * request.item_count / node.speed,
-            moved_bytes=0 if is_here else request.request_bytes,
+            moved_usd=moved_usd,
             gpu_slots=spec.gpu_slots,
             item_count=request.item_count,
         )

@@ -12,8 +12,6 @@ from itertools import product
 
 import numpy as np
 
-from tierwise.cost.estimate import DEFAULT_PRICES
-from tierwise.cost.money import PriceTable
 from tierwise.domain.decision import NotPlaced
 from tierwise.domain.view import ClusterView
 from tierwise.placement.federated_round import Association, Plan, Problem, Round
@@ -23,9 +21,7 @@ OPTIMUM_MAX = 2_000_000  # associations that the yardstick will try
 GAIN_S_MIN = 1e-9
 
 
-def place(
-    view: ClusterView, wanted: Round, prices: PriceTable = DEFAULT_PRICES
-) -> Plan | NotPlaced:
+def place(view: ClusterView, wanted: Round) -> Plan | NotPlaced:
     """Choose aggregators and the association of clients.
 
     Returns:
@@ -34,7 +30,7 @@ def place(
     Raises:
         ValueError: There is no client, or the view does not know the node of one.
     """
-    found = Problem.of(view, wanted, prices)
+    found = Problem.of(view, wanted)
     if isinstance(found, NotPlaced):
         return found
     problem = found
@@ -49,15 +45,13 @@ def place(
     return problem.plan(best, problem.cost_s(nearest))
 
 
-def optimum(
-    view: ClusterView, wanted: Round, prices: PriceTable = DEFAULT_PRICES
-) -> Plan | NotPlaced:
+def optimum(view: ClusterView, wanted: Round) -> Plan | NotPlaced:
     """Return the best plan of all: every set of aggregators with every association.
 
     Raises:
         ValueError: As `place`, or there are more than OPTIMUM_MAX associations.
     """
-    found = Problem.of(view, wanted, prices)
+    found = Problem.of(view, wanted)
     if isinstance(found, NotPlaced):
         return found
     problem = found

@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierwise.cost.estimate import predict_wait_s
-from tierwise.cost.money import PriceTable
 from tierwise.cost.objective import DEFAULT_OBJECTIVE
 from tierwise.domain.decision import NotPlaced, Reason
 from tierwise.domain.function import FunctionSpec, Priority
@@ -106,7 +105,7 @@ class Problem:
     """A round in arrays: n clients, m candidates (rows), the root among them."""
 
     @classmethod
-    def of(cls, view: ClusterView, wanted: Round, prices: PriceTable) -> "Problem | NotPlaced":
+    def of(cls, view: ClusterView, wanted: Round) -> "Problem | NotPlaced":
         """Return the problem, or why nothing may aggregate."""
         if not wanted.clients or wanted.aggregators_max < 1:
             raise ValueError("a round has at least one client, and one aggregator")
@@ -116,21 +115,20 @@ class Problem:
             origin=view.origin.node_id if view.origin is not None else wanted.root,
             item_count=len(wanted.clients),
         )
-        candidates, masked = feasible(view, request, prices)
+        candidates, masked = feasible(view, request)
         if all(row.node.node_id != wanted.root for row in candidates):
             return NotPlaced(reasons=tuple(masked) or ((wanted.root, Reason.NODE_UNREACHABLE),))
-        return cls(view, wanted, prices, candidates, masked)
+        return cls(view, wanted, candidates, masked)
 
     def __init__(
         self,
         view: ClusterView,
         wanted: Round,
-        prices: PriceTable,
         candidates: Sequence[NodeView],
         masked: Sequence[tuple[NodeId, Reason]],
     ) -> None:
         self._wanted = wanted
-        self._prices = prices
+        prices = self._prices = view.prices
         self._masked = tuple(masked)
         known = {row.node.node_id: row.node for row in view.nodes}
         unknown = [c.node_id for c in wanted.clients if c.node_id not in known]
@@ -173,6 +171,12 @@ class Problem:
         self._up_half_s = np.array([path.rtt_s / 2 for path in up])
         up_bandwidth = np.array([path.bandwidth_bytes_per_s for path in up])
         self._up_s = self._up_half_s + wanted.aggregate_bytes / up_bandwidth
+        # USD per byte from each client, and from each candidate to the root.
+        self._gate_usd = np.array(
+            [[prices.moved_usd(s.tier, node.tier, 1.0) for node in nodes] for s in senders]
+        )
+        root_tier = nodes[self._root].tier
+        self._up_gate_usd = np.array([prices.moved_usd(n.tier, root_tier, 1.0) for n in nodes])
         finite = up_bandwidth[np.isfinite(up_bandwidth)]
         self._up_ingress = float(finite.max()) if len(finite) else np.inf
 
@@ -239,7 +243,7 @@ class Problem:
             self._rows[self._root].node.tier,
             memory_mib=self._wanted.aggregate.memory_mib,
             billed_s=work_s,
-            moved_bytes=int(size * (~is_there).sum()),
+            moved_usd=size * float(self._up_gate_usd[used[~is_there]].sum()),
         )
         return start_s + float(work_s), usd
 
@@ -336,12 +340,13 @@ class Problem:
         return [int(i) for i in mine[np.argsort(-received_s, kind="stable")][:LATEST_MAX]]
 
     def _usd(self, row: int, is_mine: NDArray[np.bool_]) -> float:
-        moved = float(self._bytes[is_mine & ~self._is_here[:, row]].sum())
+        sent = is_mine & ~self._is_here[:, row]
+        moved_usd = float((self._bytes[sent] * self._gate_usd[sent, row]).sum())
         return self._prices.call_usd(
             self._rows[row].node.tier,
             memory_mib=self._wanted.aggregate.memory_mib,
             billed_s=int(is_mine.sum()) * float(self._run_s[row]),
-            moved_bytes=int(moved),
+            moved_usd=moved_usd,
         )
 
 

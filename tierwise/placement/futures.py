@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tierwise.cost.estimate import DEFAULT_PRICES, Float, predict_wait_s
+from tierwise.cost.estimate import Float, predict_wait_s
 from tierwise.cost.objective import DEFAULT_OBJECTIVE
 from tierwise.cost.profiles import RATE_WINDOW_S
 from tierwise.domain.function import FunctionProfile, Priority
 from tierwise.domain.ids import FunctionId
+from tierwise.domain.prices import PriceTable
 from tierwise.domain.topology import LinkTable, Node, Tier
 from tierwise.domain.view import ClusterView, NodeView
 from tierwise.placement.score import ScoreWeights
@@ -44,9 +45,10 @@ class Habit:
 class Ground:
     """What is fixed of the modelled nodes, n of them: paths, speeds, prices."""
 
-    def __init__(self, links: LinkTable, nodes: tuple[Node, ...]) -> None:
+    def __init__(self, links: LinkTable, nodes: tuple[Node, ...], prices: PriceTable) -> None:
         """Look everything up once; nodes and links change rarely, decisions are many."""
         self.links = links
+        self.prices = prices
         self.nodes = nodes
         self.place = {node.node_id: i for i, node in enumerate(nodes)}
         found = [[links.between(a, b) for b in nodes] for a in nodes]
@@ -56,11 +58,13 @@ class Ground:
         self.speed = np.array([node.speed for node in nodes])
         self.cpus = np.array([min(CPUS_MAX, max(1, int(n.capacity.cpus))) for n in nodes])
         self.room = self.speed * self.cpus
-        prices = [DEFAULT_PRICES.by_tier[node.tier] for node in nodes]
-        self.usd_per_mib_s = np.array([p.usd_per_gb_s for p in prices]) / 1024.0
-        self.usd_per_call = np.array([p.usd_per_request for p in prices])
-        self.usd_per_byte = np.array([p.usd_per_gb_in for p in prices]) / 1e9
-        self.is_away = ~np.eye(len(nodes), dtype=np.bool_)
+        by_node = [prices.by_tier[node.tier] for node in nodes]
+        self.usd_per_mib_s = np.array([p.usd_per_gb_s for p in by_node]) / 1024.0
+        self.usd_per_call = np.array([p.usd_per_request for p in by_node])
+        gate = [
+            [prices.moved_usd(a.tier, b.tier, 1.0) * (a is not b) for b in nodes] for a in nodes
+        ]
+        self.usd_per_byte = np.array(gate)  # (n, n): row source, column target
         edges = [i for i, node in enumerate(nodes) if node.tier is Tier.EDGE]
         self.origins = np.array(edges or range(len(nodes)))
 
@@ -226,7 +230,7 @@ class Model:
         run_s = self._run_s[kind][..., None] / ground.speed
         memory = self._memory[kind][..., None]
         usd = run_s * memory * ground.usd_per_mib_s + ground.usd_per_call
-        usd += (sent + answered) * ground.usd_per_byte * ground.is_away[origin]
+        usd += sent * ground.usd_per_byte[origin] + answered * ground.usd_per_byte.T[origin]
         cold_s = self._cold_s[kind][..., None] / ground.speed
         displaced_s = np.maximum(memory - self._free_mib, 0.0) * self._price
         cold_price = weights.cold_start * cold_s + weights.displaced * displaced_s

@@ -137,6 +137,7 @@ class App:
         keep_alive: str | float = "5m",
         budget_usd: float | None = None,
         retries: int = 2,
+        network: Iterable[str] = (),
     ) -> Any:
         """Declare a function. Use as `@app.function` or `@app.function(memory="1GiB", …)`.
 
@@ -165,6 +166,7 @@ class App:
             keep_alive: How long an idle instance is kept warm.
             budget_usd: Nodes where one call would cost more are not used.
             retries: How often durable work is tried again when the platform fails it.
+            network: What it may reach over TCP, ["api.example:443"]; default: nothing.
 
         Raises:
             InvalidArgument: A value is not understood.
@@ -177,7 +179,8 @@ class App:
                 name=name or function.__name__.lower().replace("_", "-").strip("-"),
                 version=1,
                 code_digest="",
-                requirements=_listed(requirements),
+                requirements=_listed(requirements, "requirements"),
+                network=_listed(network, "network"),
                 memory_mib=parse_memory_mib("256MiB" if memory == "auto" else memory),
                 cpus=cpus,
                 gpu_slots=gpu,
@@ -246,17 +249,15 @@ class App:
         return [await function.deploy.aio() for function in self.functions.values()]
 
 
-def _listed(requirements: Iterable[str]) -> tuple[str, ...]:
-    """Return the requirements; one that stands alone has to be in a list.
+def _listed(values: Iterable[str], name: str) -> tuple[str, ...]:
+    """Return the values; one that stands alone has to be in a list.
 
     Raises:
-        InvalidArgument: It is a text, whose letters would be taken for packages.
+        InvalidArgument: It is a text, whose letters would be taken for values.
     """
-    if isinstance(requirements, str):
-        raise InvalidArgument(
-            f"requirements={requirements!r}: write a list, requirements=[{requirements!r}]"
-        )
-    return tuple(requirements)
+    if isinstance(values, str):
+        raise InvalidArgument(f"{name}={values!r}: write a list, {name}=[{values!r}]")
+    return tuple(values)
 
 
 def _check_kind(function: Callable[..., Any]) -> None:

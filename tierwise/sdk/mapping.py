@@ -147,15 +147,17 @@ class Mapping:
         return [value_of(item) for item in answer.items]
 
 
-def take(inputs: Iterator[tuple[Any, ...]], item_count: int) -> list[bytes]:
-    """Encode the next inputs: up to the bounds of one message, or what comes within 20 ms.
+def take(
+    inputs: Iterator[tuple[Any, ...]], item_count: int, within_s: float = CHUNK_TARGET_S
+) -> list[bytes]:
+    """Encode the next inputs: up to the bounds of one message, or what comes in that time.
 
     Raises:
         InvalidArgument: An input cannot travel.
     """
     blobs: list[bytes] = []
     size_bytes = 0
-    ends_s = monotonic_s() + CHUNK_TARGET_S
+    ends_s = monotonic_s() + within_s
     for arguments in inputs:
         blobs.append(encode(arguments, {}))
         size_bytes += len(blobs[-1])

@@ -1,15 +1,25 @@
 """What an operator asks of a cluster, as plain dicts that print and serialise."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
 from tierwise.sdk.client import Client
-from tierwise.v1 import advisor_pb2, call_pb2, cluster_pb2, function_pb2, policy_pb2, work_pb2
+from tierwise.v1 import (
+    advisor_pb2,
+    budget_pb2,
+    call_pb2,
+    cluster_pb2,
+    function_pb2,
+    policy_pb2,
+    work_pb2,
+)
 
 Record = dict[str, Any]
 _PREFIXES = (
+    "BUDGET_ACTION_",
     "NODE_STATE_",
     "OUTCOME_STATE_",
     "WORK_STATE_",
@@ -77,6 +87,50 @@ class Operator:
         )
         return self._one("advisor", "ResizeFunction", request)
 
+    def bill(
+        self, namespace: str = "", by: Sequence[str] = (), since: str = "", until: str = ""
+    ) -> Record:
+        """Return what was used and what it cost.
+
+        Args:
+            namespace: This one only; empty means all.
+            by: What to tell apart: namespace, function, day. None means namespace and function.
+            since: First UTC day, ISO.
+            until: Last UTC day.
+
+        Returns:
+            `usage`, one row per combination; `total`, the same over all rows; and `idle`, what
+            warm instances held while nobody used them, per function and node.
+        """
+        request = call_pb2.GetUsageRequest(
+            namespace=namespace,
+            by=[call_pb2.UsageKey.Value(f"USAGE_KEY_{key.upper()}") for key in by],  # type: ignore[misc]
+            since=since,
+            until=until,
+        )
+        return self._one("calls", "GetUsage", request)
+
+    def budgets(self, namespace: str = "") -> list[Record]:
+        """Return budgets with what is spent today."""
+        request = budget_pb2.ListBudgetsRequest(namespace=namespace)
+        return self._list("budgets", "ListBudgets", request, "budgets")
+
+    def set_budget(self, namespace: str, function: str, usd_per_day: float, action: str) -> Record:
+        """Set a budget; an empty function means the whole namespace. `action`: warn, refuse."""
+        value = budget_pb2.BudgetAction.Value(f"BUDGET_ACTION_{action.upper()}")
+        request = budget_pb2.SetBudgetRequest(
+            namespace=namespace,
+            function=function,
+            usd_per_day=usd_per_day,
+            action=budget_pb2.BudgetAction.ValueType(value),
+        )
+        return dict(self._one("budgets", "SetBudget", request)["budget"])
+
+    def remove_budget(self, namespace: str, function: str = "") -> None:
+        """Remove a budget."""
+        request = budget_pb2.RemoveBudgetRequest(namespace=namespace, function=function)
+        self._one("budgets", "RemoveBudget", request)
+
     def usage(self, namespace: str = "") -> list[Record]:
         """Return what was used and what it cost, per function."""
         return self._list(
@@ -92,7 +146,7 @@ class Operator:
             )
             total["function_count"] += 1
             for key, value in row.items():
-                if key not in ("namespace", "function"):
+                if isinstance(value, int | float):
                     total[key] = total.get(key, 0) + value
         return list(sums.values())
 

@@ -25,13 +25,17 @@ _sym_db = _symbol_database.Default()
 from tierwise.v1 import types_pb2 as tierwise_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tierwise/v1/call.proto\x12\x0btierwise.v1\x1a\x17tierwise/v1/types.proto\"D\n\x10ListCallsRequest\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\r\n\x05limit\x18\x03 \x01(\x05\"5\n\x11ListCallsResponse\x12 \n\x05\x63\x61lls\x18\x01 \x03(\x0b\x32\x11.tierwise.v1.Call\"$\n\x0eGetCallRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"2\n\x0fGetCallResponse\x12\x1f\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x11.tierwise.v1.Call\"$\n\x0fGetUsageRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\"5\n\x10GetUsageResponse\x12!\n\x05usage\x18\x01 \x03(\x0b\x32\x12.tierwise.v1.Usage\"`\n\x04\x43\x61ll\x12%\n\x07outcome\x18\x01 \x01(\x0b\x32\x14.tierwise.v1.Outcome\x12\x0b\n\x03log\x18\x02 \x01(\t\x12\x14\n\x0c\x65nded_unix_s\x18\x03 \x01(\x01\x12\x0e\n\x06\x63\x61ller\x18\x04 \x01(\t\"\xc4\x01\n\x05Usage\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ncall_count\x18\x03 \x01(\x03\x12\x12\n\nitem_count\x18\x04 \x01(\x03\x12\x0c\n\x04gb_s\x18\x05 \x01(\x01\x12\r\n\x05\x63pu_s\x18\x06 \x01(\x01\x12\x11\n\tmoney_usd\x18\x07 \x01(\x01\x12\x14\n\x0cmissed_count\x18\x08 \x01(\x03\x12\x14\n\x0c\x66\x61iled_count\x18\t \x01(\x03\x12\x12\n\ncold_count\x18\n \x01(\x03\x32\xe8\x01\n\x0b\x43\x61llService\x12J\n\tListCalls\x12\x1d.tierwise.v1.ListCallsRequest\x1a\x1e.tierwise.v1.ListCallsResponse\x12\x44\n\x07GetCall\x12\x1b.tierwise.v1.GetCallRequest\x1a\x1c.tierwise.v1.GetCallResponse\x12G\n\x08GetUsage\x12\x1c.tierwise.v1.GetUsageRequest\x1a\x1d.tierwise.v1.GetUsageResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tierwise/v1/call.proto\x12\x0btierwise.v1\x1a\x17tierwise/v1/types.proto\"D\n\x10ListCallsRequest\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\r\n\x05limit\x18\x03 \x01(\x05\"5\n\x11ListCallsResponse\x12 \n\x05\x63\x61lls\x18\x01 \x03(\x0b\x32\x11.tierwise.v1.Call\"$\n\x0eGetCallRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"2\n\x0fGetCallResponse\x12\x1f\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x11.tierwise.v1.Call\"e\n\x0fGetUsageRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12!\n\x02\x62y\x18\x02 \x03(\x0e\x32\x15.tierwise.v1.UsageKey\x12\r\n\x05since\x18\x03 \x01(\t\x12\r\n\x05until\x18\x04 \x01(\t\"~\n\x10GetUsageResponse\x12!\n\x05usage\x18\x01 \x03(\x0b\x32\x12.tierwise.v1.Usage\x12!\n\x05total\x18\x02 \x01(\x0b\x32\x12.tierwise.v1.Usage\x12$\n\x04idle\x18\x03 \x03(\x0b\x32\x16.tierwise.v1.IdleUsage\"`\n\x04\x43\x61ll\x12%\n\x07outcome\x18\x01 \x01(\x0b\x32\x14.tierwise.v1.Outcome\x12\x0b\n\x03log\x18\x02 \x01(\t\x12\x14\n\x0c\x65nded_unix_s\x18\x03 \x01(\x01\x12\x0e\n\x06\x63\x61ller\x18\x04 \x01(\t\"\xf1\x02\n\x05Usage\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x12\n\ncall_count\x18\x03 \x01(\x03\x12\x12\n\nitem_count\x18\x04 \x01(\x03\x12\x0c\n\x04gb_s\x18\x05 \x01(\x01\x12\r\n\x05\x63pu_s\x18\x06 \x01(\x01\x12\x11\n\tmoney_usd\x18\x07 \x01(\x01\x12\x14\n\x0cmissed_count\x18\x08 \x01(\x03\x12\x14\n\x0c\x66\x61iled_count\x18\t \x01(\x03\x12\x12\n\ncold_count\x18\n \x01(\x03\x12\x0b\n\x03\x64\x61y\x18\x0b \x01(\t\x12\r\n\x05gpu_s\x18\x0c \x01(\x01\x12\x37\n\x0bmoved_bytes\x18\r \x03(\x0b\x32\".tierwise.v1.Usage.MovedBytesEntry\x12\x11\n\tidle_gb_s\x18\x0e \x01(\x01\x12\x10\n\x08idle_usd\x18\x0f \x01(\x01\x1a\x31\n\x0fMovedBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"z\n\tIdleUsage\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x11\n\tidle_gb_s\x18\x04 \x01(\x01\x12\x10\n\x08idle_usd\x18\x05 \x01(\x01\x12\x12\n\nwarm_count\x18\x06 \x01(\x03*i\n\x08UsageKey\x12\x19\n\x15USAGE_KEY_UNSPECIFIED\x10\x00\x12\x17\n\x13USAGE_KEY_NAMESPACE\x10\x01\x12\x16\n\x12USAGE_KEY_FUNCTION\x10\x02\x12\x11\n\rUSAGE_KEY_DAY\x10\x03\x32\xe8\x01\n\x0b\x43\x61llService\x12J\n\tListCalls\x12\x1d.tierwise.v1.ListCallsRequest\x1a\x1e.tierwise.v1.ListCallsResponse\x12\x44\n\x07GetCall\x12\x1b.tierwise.v1.GetCallRequest\x1a\x1c.tierwise.v1.GetCallResponse\x12G\n\x08GetUsage\x12\x1c.tierwise.v1.GetUsageRequest\x1a\x1d.tierwise.v1.GetUsageResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tierwise.v1.call_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_USAGE_MOVEDBYTESENTRY']._loaded_options = None
+  _globals['_USAGE_MOVEDBYTESENTRY']._serialized_options = b'8\001'
+  _globals['_USAGEKEY']._serialized_start=1104
+  _globals['_USAGEKEY']._serialized_end=1209
   _globals['_LISTCALLSREQUEST']._serialized_start=64
   _globals['_LISTCALLSREQUEST']._serialized_end=132
   _globals['_LISTCALLSRESPONSE']._serialized_start=134
@@ -41,13 +45,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETCALLRESPONSE']._serialized_start=227
   _globals['_GETCALLRESPONSE']._serialized_end=277
   _globals['_GETUSAGEREQUEST']._serialized_start=279
-  _globals['_GETUSAGEREQUEST']._serialized_end=315
-  _globals['_GETUSAGERESPONSE']._serialized_start=317
-  _globals['_GETUSAGERESPONSE']._serialized_end=370
-  _globals['_CALL']._serialized_start=372
-  _globals['_CALL']._serialized_end=468
-  _globals['_USAGE']._serialized_start=471
-  _globals['_USAGE']._serialized_end=667
-  _globals['_CALLSERVICE']._serialized_start=670
-  _globals['_CALLSERVICE']._serialized_end=902
+  _globals['_GETUSAGEREQUEST']._serialized_end=380
+  _globals['_GETUSAGERESPONSE']._serialized_start=382
+  _globals['_GETUSAGERESPONSE']._serialized_end=508
+  _globals['_CALL']._serialized_start=510
+  _globals['_CALL']._serialized_end=606
+  _globals['_USAGE']._serialized_start=609
+  _globals['_USAGE']._serialized_end=978
+  _globals['_USAGE_MOVEDBYTESENTRY']._serialized_start=929
+  _globals['_USAGE_MOVEDBYTESENTRY']._serialized_end=978
+  _globals['_IDLEUSAGE']._serialized_start=980
+  _globals['_IDLEUSAGE']._serialized_end=1102
+  _globals['_CALLSERVICE']._serialized_start=1212
+  _globals['_CALLSERVICE']._serialized_end=1444
 # @@protoc_insertion_point(module_scope)

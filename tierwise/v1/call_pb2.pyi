@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from tierwise.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
@@ -18,6 +19,25 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _UsageKey:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _UsageKeyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UsageKey.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    USAGE_KEY_UNSPECIFIED: _UsageKey.ValueType  # 0
+    USAGE_KEY_NAMESPACE: _UsageKey.ValueType  # 1
+    USAGE_KEY_FUNCTION: _UsageKey.ValueType  # 2
+    USAGE_KEY_DAY: _UsageKey.ValueType  # 3
+
+class UsageKey(_UsageKey, metaclass=_UsageKeyEnumTypeWrapper): ...
+
+USAGE_KEY_UNSPECIFIED: UsageKey.ValueType  # 0
+USAGE_KEY_NAMESPACE: UsageKey.ValueType  # 1
+USAGE_KEY_FUNCTION: UsageKey.ValueType  # 2
+USAGE_KEY_DAY: UsageKey.ValueType  # 3
+Global___UsageKey: _TypeAlias = UsageKey  # noqa: Y015
 
 @_typing.final
 class ListCallsRequest(_message.Message):
@@ -108,15 +128,28 @@ class GetUsageRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAMESPACE_FIELD_NUMBER: _builtins.int
+    BY_FIELD_NUMBER: _builtins.int
+    SINCE_FIELD_NUMBER: _builtins.int
+    UNTIL_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
+    since: _builtins.str
+    """UTC days such as 2026-01-31, both inclusive; empty means no limit."""
+    until: _builtins.str
+    @_builtins.property
+    def by(self) -> _containers.RepeatedScalarFieldContainer[Global___UsageKey.ValueType]:
+        """What to tell apart; none means namespace and function."""
+
     def __init__(
         self,
         *,
         namespace: _builtins.str = ...,
+        by: _abc.Iterable[Global___UsageKey.ValueType] | None = ...,
+        since: _builtins.str = ...,
+        until: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["namespace", b"namespace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by", b"by", "namespace", b"namespace", "since", b"since", "until", b"until"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -127,16 +160,28 @@ class GetUsageResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     USAGE_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    IDLE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def usage(self) -> _containers.RepeatedCompositeFieldContainer[Global___Usage]: ...
+    @_builtins.property
+    def total(self) -> Global___Usage:
+        """The same days, all rows together."""
+
+    @_builtins.property
+    def idle(self) -> _containers.RepeatedCompositeFieldContainer[Global___IdleUsage]:
+        """What warm instances cost while nobody used them, per node and function. Billed to nobody."""
+
     def __init__(
         self,
         *,
         usage: _abc.Iterable[Global___Usage] | None = ...,
+        total: Global___Usage | None = ...,
+        idle: _abc.Iterable[Global___IdleUsage] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["total", b"total"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["idle", b"idle", "total", b"total", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -175,6 +220,26 @@ Global___Call: _TypeAlias = Call  # noqa: Y015
 class Usage(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class MovedBytesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAMESPACE_FIELD_NUMBER: _builtins.int
     FUNCTION_FIELD_NUMBER: _builtins.int
     CALL_COUNT_FIELD_NUMBER: _builtins.int
@@ -185,6 +250,11 @@ class Usage(_message.Message):
     MISSED_COUNT_FIELD_NUMBER: _builtins.int
     FAILED_COUNT_FIELD_NUMBER: _builtins.int
     COLD_COUNT_FIELD_NUMBER: _builtins.int
+    DAY_FIELD_NUMBER: _builtins.int
+    GPU_S_FIELD_NUMBER: _builtins.int
+    MOVED_BYTES_FIELD_NUMBER: _builtins.int
+    IDLE_GB_S_FIELD_NUMBER: _builtins.int
+    IDLE_USD_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     function: _builtins.str
     call_count: _builtins.int
@@ -195,6 +265,14 @@ class Usage(_message.Message):
     missed_count: _builtins.int
     failed_count: _builtins.int
     cold_count: _builtins.int
+    day: _builtins.str
+    gpu_s: _builtins.float
+    idle_gb_s: _builtins.float
+    idle_usd: _builtins.float
+    @_builtins.property
+    def moved_bytes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Bytes of requests and responses per class of link: local, scheduler, edge-cloud, …."""
+
     def __init__(
         self,
         *,
@@ -208,11 +286,51 @@ class Usage(_message.Message):
         missed_count: _builtins.int = ...,
         failed_count: _builtins.int = ...,
         cold_count: _builtins.int = ...,
+        day: _builtins.str = ...,
+        gpu_s: _builtins.float = ...,
+        moved_bytes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        idle_gb_s: _builtins.float = ...,
+        idle_usd: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_count", b"call_count", "cold_count", b"cold_count", "cpu_s", b"cpu_s", "failed_count", b"failed_count", "function", b"function", "gb_s", b"gb_s", "item_count", b"item_count", "missed_count", b"missed_count", "money_usd", b"money_usd", "namespace", b"namespace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_count", b"call_count", "cold_count", b"cold_count", "cpu_s", b"cpu_s", "day", b"day", "failed_count", b"failed_count", "function", b"function", "gb_s", b"gb_s", "gpu_s", b"gpu_s", "idle_gb_s", b"idle_gb_s", "idle_usd", b"idle_usd", "item_count", b"item_count", "missed_count", b"missed_count", "money_usd", b"money_usd", "moved_bytes", b"moved_bytes", "namespace", b"namespace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Usage: _TypeAlias = Usage  # noqa: Y015
+
+@_typing.final
+class IdleUsage(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    IDLE_GB_S_FIELD_NUMBER: _builtins.int
+    IDLE_USD_FIELD_NUMBER: _builtins.int
+    WARM_COUNT_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    function: _builtins.str
+    node_id: _builtins.str
+    idle_gb_s: _builtins.float
+    idle_usd: _builtins.float
+    warm_count: _builtins.int
+    """Instances that are warm now, as the node said last."""
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        function: _builtins.str = ...,
+        node_id: _builtins.str = ...,
+        idle_gb_s: _builtins.float = ...,
+        idle_usd: _builtins.float = ...,
+        warm_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["function", b"function", "idle_gb_s", b"idle_gb_s", "idle_usd", b"idle_usd", "namespace", b"namespace", "node_id", b"node_id", "warm_count", b"warm_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IdleUsage: _TypeAlias = IdleUsage  # noqa: Y015

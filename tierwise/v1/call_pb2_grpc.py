@@ -72,7 +72,8 @@ class CallServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetUsage(self, request, context):
-        """Sums calls, GB-seconds and money per namespace and function. Read-only.
+        """Sums what was used and what it cost, by namespace, function and day. Read-only.
+        INVALID_ARGUMENT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -40,7 +40,9 @@ class CallServiceStub:
     NOT_FOUND.
     """
     GetUsage: _grpc.UnaryUnaryMultiCallable[_call_pb2.GetUsageRequest, _call_pb2.GetUsageResponse]
-    """Sums calls, GB-seconds and money per namespace and function. Read-only."""
+    """Sums what was used and what it cost, by namespace, function and day. Read-only.
+    INVALID_ARGUMENT.
+    """
 
 @_typing.type_check_only
 class CallServiceAsyncStub(CallServiceStub):
@@ -54,7 +56,9 @@ class CallServiceAsyncStub(CallServiceStub):
     NOT_FOUND.
     """
     GetUsage: _aio.UnaryUnaryMultiCallable[_call_pb2.GetUsageRequest, _call_pb2.GetUsageResponse]  # type: ignore[assignment]
-    """Sums calls, GB-seconds and money per namespace and function. Read-only."""
+    """Sums what was used and what it cost, by namespace, function and day. Read-only.
+    INVALID_ARGUMENT.
+    """
 
 class CallServiceServicer(metaclass=_abc_1.ABCMeta):
     """Records of finished calls, and what they cost."""
@@ -83,6 +87,8 @@ class CallServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _call_pb2.GetUsageRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_call_pb2.GetUsageResponse, _abc.Awaitable[_call_pb2.GetUsageResponse]]:
-        """Sums calls, GB-seconds and money per namespace and function. Read-only."""
+        """Sums what was used and what it cost, by namespace, function and day. Read-only.
+        INVALID_ARGUMENT.
+        """
 
 def add_CallServiceServicer_to_server(servicer: CallServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

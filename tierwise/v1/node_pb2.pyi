@@ -135,6 +135,26 @@ Global___Lease: _TypeAlias = Lease  # noqa: Y015
 class Heartbeat(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class IdleGbSEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     READING_FIELD_NUMBER: _builtins.int
     HOST_FIELD_NUMBER: _builtins.int
     CALLS_FIELD_NUMBER: _builtins.int
@@ -142,8 +162,12 @@ class Heartbeat(_message.Message):
     POLICY_ID_FIELD_NUMBER: _builtins.int
     POLICIES_FIELD_NUMBER: _builtins.int
     ENVIRONMENTS_FIELD_NUMBER: _builtins.int
+    IDLE_GB_S_FIELD_NUMBER: _builtins.int
+    REPORT_SEQUENCE_FIELD_NUMBER: _builtins.int
     dropped_call_count: _builtins.int
     policy_id: _builtins.str
+    report_sequence: _builtins.int
+    """Numbers the call reports of this and earlier heartbeats; acknowledged by ReportsAck."""
     @_builtins.property
     def reading(self) -> _types_pb2.NodeReading: ...
     @_builtins.property
@@ -158,6 +182,10 @@ class Heartbeat(_message.Message):
     def environments(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvironmentReading]:
         """Of all sets of requirements that the node has prepared, or tries to."""
 
+    @_builtins.property
+    def idle_gb_s(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """GB-seconds that idle instances held since the last heartbeat, per function version."""
+
     def __init__(
         self,
         *,
@@ -168,10 +196,12 @@ class Heartbeat(_message.Message):
         policy_id: _builtins.str = ...,
         policies: _abc.Iterable[_types_pb2.PolicyHealth] | None = ...,
         environments: _abc.Iterable[Global___EnvironmentReading] | None = ...,
+        idle_gb_s: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        report_sequence: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "reading", b"reading"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "dropped_call_count", b"dropped_call_count", "environments", b"environments", "host", b"host", "policies", b"policies", "policy_id", b"policy_id", "reading", b"reading"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "dropped_call_count", b"dropped_call_count", "environments", b"environments", "host", b"host", "idle_gb_s", b"idle_gb_s", "policies", b"policies", "policy_id", b"policy_id", "reading", b"reading", "report_sequence", b"report_sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -249,6 +279,8 @@ class SessionResponse(_message.Message):
     WORK_ACK_FIELD_NUMBER: _builtins.int
     DRAIN_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
+    BILLING_FIELD_NUMBER: _builtins.int
+    REPORTS_ACK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -265,6 +297,10 @@ class SessionResponse(_message.Message):
     def drain(self) -> Global___Drain: ...
     @_builtins.property
     def policy(self) -> Global___PolicyAssignment: ...
+    @_builtins.property
+    def billing(self) -> Global___Billing: ...
+    @_builtins.property
+    def reports_ack(self) -> Global___ReportsAck: ...
     def __init__(
         self,
         *,
@@ -276,12 +312,14 @@ class SessionResponse(_message.Message):
         work_ack: Global___WorkAck | None = ...,
         drain: Global___Drain | None = ...,
         policy: Global___PolicyAssignment | None = ...,
+        billing: Global___Billing | None = ...,
+        reports_ack: Global___ReportsAck | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "cancel", b"cancel", "catalogue", b"catalogue", "dispatch", b"dispatch", "drain", b"drain", "policy", b"policy", "view", b"view", "welcome", b"welcome", "work_ack", b"work_ack"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["billing", b"billing", "body", b"body", "cancel", b"cancel", "catalogue", b"catalogue", "dispatch", b"dispatch", "drain", b"drain", "policy", b"policy", "reports_ack", b"reports_ack", "view", b"view", "welcome", b"welcome", "work_ack", b"work_ack"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "cancel", b"cancel", "catalogue", b"catalogue", "dispatch", b"dispatch", "drain", b"drain", "policy", b"policy", "view", b"view", "welcome", b"welcome", "work_ack", b"work_ack"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["billing", b"billing", "body", b"body", "cancel", b"cancel", "catalogue", b"catalogue", "dispatch", b"dispatch", "drain", b"drain", "policy", b"policy", "reports_ack", b"reports_ack", "view", b"view", "welcome", b"welcome", "work_ack", b"work_ack"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["welcome", "catalogue", "view", "dispatch", "cancel", "work_ack", "drain", "policy"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["welcome", "catalogue", "view", "dispatch", "cancel", "work_ack", "drain", "policy", "billing", "reports_ack"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -453,6 +491,88 @@ class Drain(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Drain: _TypeAlias = Drain  # noqa: Y015
+
+@_typing.final
+class Billing(_message.Message):
+    """What calls cost, and who may not call any more today. Sent at the start and when it changes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PRICES_FIELD_NUMBER: _builtins.int
+    SPENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def prices(self) -> _types_pb2.PriceTable: ...
+    @_builtins.property
+    def spent(self) -> _containers.RepeatedCompositeFieldContainer[Global___SpentBudget]:
+        """Budgets that are spent and refuse, complete list."""
+
+    def __init__(
+        self,
+        *,
+        prices: _types_pb2.PriceTable | None = ...,
+        spent: _abc.Iterable[Global___SpentBudget] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prices", b"prices"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prices", b"prices", "spent", b"spent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Billing: _TypeAlias = Billing  # noqa: Y015
+
+@_typing.final
+class SpentBudget(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    USD_PER_DAY_FIELD_NUMBER: _builtins.int
+    SPENT_USD_FIELD_NUMBER: _builtins.int
+    ENDS_UNIX_S_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    function: _builtins.str
+    """Empty: every function of the namespace."""
+    usd_per_day: _builtins.float
+    spent_usd: _builtins.float
+    ends_unix_s: _builtins.float
+    """When the day is over, UTC."""
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        function: _builtins.str = ...,
+        usd_per_day: _builtins.float = ...,
+        spent_usd: _builtins.float = ...,
+        ends_unix_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ends_unix_s", b"ends_unix_s", "function", b"function", "namespace", b"namespace", "spent_usd", b"spent_usd", "usd_per_day", b"usd_per_day"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SpentBudget: _TypeAlias = SpentBudget  # noqa: Y015
+
+@_typing.final
+class ReportsAck(_message.Message):
+    """Call reports up to this number are stored, or will never be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPORT_SEQUENCE_FIELD_NUMBER: _builtins.int
+    report_sequence: _builtins.int
+    def __init__(
+        self,
+        *,
+        report_sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["report_sequence", b"report_sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportsAck: _TypeAlias = ReportsAck  # noqa: Y015
 
 @_typing.final
 class PolicyAssignment(_message.Message):

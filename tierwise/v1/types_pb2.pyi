@@ -137,6 +137,8 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """The code was pickled by another minor version of Python than the node has."""
     REASON_QUARANTINED: _Reason.ValueType  # 25
     """The function has killed its worker there again and again; see the message."""
+    REASON_BUDGET_SPENT: _Reason.ValueType  # 30
+    """Its namespace or function has spent its budget of the day."""
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """Why a node cannot or did not take a request."""
@@ -164,6 +166,8 @@ REASON_WRONG_PYTHON: Reason.ValueType  # 24
 """The code was pickled by another minor version of Python than the node has."""
 REASON_QUARANTINED: Reason.ValueType  # 25
 """The function has killed its worker there again and again; see the message."""
+REASON_BUDGET_SPENT: Reason.ValueType  # 30
+"""Its namespace or function has spent its budget of the day."""
 Global___Reason: _TypeAlias = Reason  # noqa: Y015
 
 @_typing.final
@@ -489,6 +493,7 @@ class FunctionSpec(_message.Message):
     BUDGET_USD_FIELD_NUMBER: _builtins.int
     RETRIES_MAX_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
+    NETWORK_FIELD_NUMBER: _builtins.int
     INSTANCES_MIN_FIELD_NUMBER: _builtins.int
     BURST_MAX_FIELD_NUMBER: _builtins.int
     PYTHON_VERSION_FIELD_NUMBER: _builtins.int
@@ -519,6 +524,10 @@ class FunctionSpec(_message.Message):
     def requirements(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def tiers(self) -> _containers.RepeatedScalarFieldContainer[Global___Tier.ValueType]: ...
+    @_builtins.property
+    def network(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """"host:port" that its instances may reach, through the agent; none means no network."""
+
     def __init__(
         self,
         *,
@@ -539,6 +548,7 @@ class FunctionSpec(_message.Message):
         budget_usd: _builtins.float | None = ...,
         retries_max: _builtins.int = ...,
         description: _builtins.str = ...,
+        network: _abc.Iterable[_builtins.str] | None = ...,
         instances_min: _builtins.int = ...,
         burst_max: _builtins.int = ...,
         python_version: _builtins.str = ...,
@@ -546,7 +556,7 @@ class FunctionSpec(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd", "budget_usd", b"budget_usd"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd", "budget_usd", b"budget_usd", "burst_max", b"burst_max", "code_digest", b"code_digest", "cpus", b"cpus", "deadline_s", b"deadline_s", "description", b"description", "gpu_slots", b"gpu_slots", "instances_max", b"instances_max", "instances_min", b"instances_min", "is_memory_auto", b"is_memory_auto", "keep_alive_s", b"keep_alive_s", "memory_mib", b"memory_mib", "name", b"name", "namespace", b"namespace", "priority", b"priority", "python_version", b"python_version", "requirements", b"requirements", "retries_max", b"retries_max", "tiers", b"tiers", "timeout_s", b"timeout_s", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd", "budget_usd", b"budget_usd", "burst_max", b"burst_max", "code_digest", b"code_digest", "cpus", b"cpus", "deadline_s", b"deadline_s", "description", b"description", "gpu_slots", b"gpu_slots", "instances_max", b"instances_max", "instances_min", b"instances_min", "is_memory_auto", b"is_memory_auto", "keep_alive_s", b"keep_alive_s", "memory_mib", b"memory_mib", "name", b"name", "namespace", b"namespace", "network", b"network", "priority", b"priority", "python_version", b"python_version", "requirements", b"requirements", "retries_max", b"retries_max", "tiers", b"tiers", "timeout_s", b"timeout_s", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__budget_usd: _TypeAlias = _typing.Literal["budget_usd"]  # noqa: Y015
     _WhichOneofArgType__budget_usd: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd"]  # noqa: Y015
@@ -769,6 +779,68 @@ class SizingFactor(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SizingFactor: _TypeAlias = SizingFactor  # noqa: Y015
+
+@_typing.final
+class TierPrice(_message.Message):
+    """What one tier charges, in USD."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIER_FIELD_NUMBER: _builtins.int
+    USD_PER_GB_S_FIELD_NUMBER: _builtins.int
+    USD_PER_REQUEST_FIELD_NUMBER: _builtins.int
+    USD_PER_GB_IN_FIELD_NUMBER: _builtins.int
+    USD_PER_GB_OUT_FIELD_NUMBER: _builtins.int
+    USD_PER_GPU_S_FIELD_NUMBER: _builtins.int
+    USD_PER_IDLE_GB_S_FIELD_NUMBER: _builtins.int
+    tier: Global___Tier.ValueType
+    usd_per_gb_s: _builtins.float
+    usd_per_request: _builtins.float
+    usd_per_gb_in: _builtins.float
+    usd_per_gb_out: _builtins.float
+    usd_per_gpu_s: _builtins.float
+    usd_per_idle_gb_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        tier: Global___Tier.ValueType = ...,
+        usd_per_gb_s: _builtins.float = ...,
+        usd_per_request: _builtins.float = ...,
+        usd_per_gb_in: _builtins.float = ...,
+        usd_per_gb_out: _builtins.float = ...,
+        usd_per_gpu_s: _builtins.float = ...,
+        usd_per_idle_gb_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tier", b"tier", "usd_per_gb_in", b"usd_per_gb_in", "usd_per_gb_out", b"usd_per_gb_out", "usd_per_gb_s", b"usd_per_gb_s", "usd_per_gpu_s", b"usd_per_gpu_s", "usd_per_idle_gb_s", b"usd_per_idle_gb_s", "usd_per_request", b"usd_per_request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TierPrice: _TypeAlias = TierPrice  # noqa: Y015
+
+@_typing.final
+class PriceTable(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIERS_FIELD_NUMBER: _builtins.int
+    IS_STARTUP_BILLED_FIELD_NUMBER: _builtins.int
+    is_startup_billed: _builtins.bool
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TierPrice]: ...
+    def __init__(
+        self,
+        *,
+        tiers: _abc.Iterable[Global___TierPrice] | None = ...,
+        is_startup_billed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_startup_billed", b"is_startup_billed", "tiers", b"tiers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PriceTable: _TypeAlias = PriceTable  # noqa: Y015
 
 @_typing.final
 class LatencySplit(_message.Message):
@@ -1046,6 +1118,26 @@ class Outcome(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
+    class RefusedCallsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
     class MeasuresEntry(_message.Message):
         DESCRIPTOR: _descriptor.Descriptor
 
@@ -1092,6 +1184,11 @@ class Outcome(_message.Message):
     SHADOW_FIELD_NUMBER: _builtins.int
     TRIAL_ID_FIELD_NUMBER: _builtins.int
     BLOCK_FIELD_NUMBER: _builtins.int
+    GB_S_FIELD_NUMBER: _builtins.int
+    GPU_S_FIELD_NUMBER: _builtins.int
+    CPU_S_FIELD_NUMBER: _builtins.int
+    LINK_FIELD_NUMBER: _builtins.int
+    REFUSED_CALLS_FIELD_NUMBER: _builtins.int
     MEASURES_FIELD_NUMBER: _builtins.int
     RETRIED_GB_S_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
@@ -1118,6 +1215,13 @@ class Outcome(_message.Message):
     trial_id: _builtins.int
     """The canary's trial and its time block during which the call was decided; 0 if none counts it."""
     block: _builtins.int
+    gb_s: _builtins.float
+    """Billed: memory and GPU slots × seconds in whole milliseconds."""
+    gpu_s: _builtins.float
+    cpu_s: _builtins.float
+    """Really used, user and system."""
+    link: _builtins.str
+    """The way of request and response: local, scheduler, or two tiers such as edge-cloud."""
     retried_gb_s: _builtins.float
     """Memory × time of a first attempt that ran out of memory; it is in money_usd."""
     @_builtins.property
@@ -1128,6 +1232,10 @@ class Outcome(_message.Message):
     def explanation(self) -> Global___Explanation: ...
     @_builtins.property
     def shadow(self) -> Global___ShadowDecision: ...
+    @_builtins.property
+    def refused_calls(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """System calls that the seal refused to the function while this call ran, by name."""
+
     @_builtins.property
     def measures(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Numbers, lengths and sizes of the input, by name."""
@@ -1162,12 +1270,17 @@ class Outcome(_message.Message):
         shadow: Global___ShadowDecision | None = ...,
         trial_id: _builtins.int = ...,
         block: _builtins.int = ...,
+        gb_s: _builtins.float = ...,
+        gpu_s: _builtins.float = ...,
+        cpu_s: _builtins.float = ...,
+        link: _builtins.str = ...,
+        refused_calls: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         measures: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         retried_gb_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["explanation", b"explanation", "latency", b"latency", "shadow", b"shadow"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "deadline_s", b"deadline_s", "energy_j", b"energy_j", "error_code", b"error_code", "explanation", b"explanation", "failed_item_count", b"failed_item_count", "function_id", b"function_id", "is_cold", b"is_cold", "item_count", b"item_count", "latency", b"latency", "lease", b"lease", "measures", b"measures", "memory_mib", b"memory_mib", "message", b"message", "money_usd", b"money_usd", "node_id", b"node_id", "origin", b"origin", "peak_memory_mib", b"peak_memory_mib", "policy_id", b"policy_id", "priority", b"priority", "reason", b"reason", "request_bytes", b"request_bytes", "request_id", b"request_id", "response_bytes", b"response_bytes", "retried_gb_s", b"retried_gb_s", "shadow", b"shadow", "state", b"state", "trial_id", b"trial_id", "tried", b"tried"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "cpu_s", b"cpu_s", "deadline_s", b"deadline_s", "energy_j", b"energy_j", "error_code", b"error_code", "explanation", b"explanation", "failed_item_count", b"failed_item_count", "function_id", b"function_id", "gb_s", b"gb_s", "gpu_s", b"gpu_s", "is_cold", b"is_cold", "item_count", b"item_count", "latency", b"latency", "lease", b"lease", "link", b"link", "measures", b"measures", "memory_mib", b"memory_mib", "message", b"message", "money_usd", b"money_usd", "node_id", b"node_id", "origin", b"origin", "peak_memory_mib", b"peak_memory_mib", "policy_id", b"policy_id", "priority", b"priority", "reason", b"reason", "refused_calls", b"refused_calls", "request_bytes", b"request_bytes", "request_id", b"request_id", "response_bytes", b"response_bytes", "retried_gb_s", b"retried_gb_s", "shadow", b"shadow", "state", b"state", "trial_id", b"trial_id", "tried", b"tried"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

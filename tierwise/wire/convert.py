@@ -1,9 +1,15 @@
-"""Domain ⇄ protobuf, the only translators: `X_to_pb` and `X_from_pb`, gathered from three modules.
+"""Domain ⇄ protobuf, the only translators: `X_to_pb` and `X_from_pb`, gathered from four modules.
 
 Whatever comes in is checked before it becomes a domain value: every `X_from_pb` raises
 InvalidArgument with the field, the value and what to do.
 """
 
+from tierwise.wire.convert_billing import (
+    prices_from_pb,
+    prices_to_pb,
+    spent_from_pb,
+    spent_to_pb,
+)
 from tierwise.wire.convert_call import (
     REQUEST_ID_MAX,
     explanation_from_pb,
@@ -62,6 +68,8 @@ __all__ = [
     "outcome_to_pb",
     "peer_from_pb",
     "peer_to_pb",
+    "prices_from_pb",
+    "prices_to_pb",
     "profile_from_pb",
     "profile_to_pb",
     "profiles_from_pb",
@@ -74,6 +82,8 @@ __all__ = [
     "sizing_to_pb",
     "spec_from_pb",
     "spec_to_pb",
+    "spent_from_pb",
+    "spent_to_pb",
     "tiers_from_pb",
     "tiers_to_pb",
     "view_from_pb",

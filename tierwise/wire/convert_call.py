@@ -6,6 +6,7 @@ from tierwise.domain.decision import CandidateScore, Explanation, Reason, Shadow
 from tierwise.domain.function import FunctionSpec, Priority
 from tierwise.domain.ids import FunctionId, NodeId, PolicyId, RequestId
 from tierwise.domain.outcome import LatencySplit, Outcome, OutcomeState
+from tierwise.domain.prices import LINK_CLASSES
 from tierwise.domain.request import Request
 from tierwise.domain.sizing import MEMORY_MIB_MAX
 from tierwise.errors import InvalidArgument
@@ -26,12 +27,16 @@ NODES_MAX = 10_000  # rows of an explanation, and nodes tried
 MESSAGE_LENGTH_MAX = 4_096
 POLICY_ID_MAX = 128
 ERROR_CODE_MAX = 64
+REFUSED_CALLS_MAX = 500  # names; there are not many more system calls
+CALL_NAME_MAX = 128
 # A part of the split is a remainder between two nodes' figures: it may fall a little below zero.
 PART_MIN_S = -1.0
 HUGE = 1e12
 MEASURES_MAX = 64
 MEASURE_LENGTH_MAX = 128
 HUGE_MEASURE = 1e15
+_FIGURES = ("peak_memory_mib", "money_usd", "energy_j", "gb_s", "gpu_s", "cpu_s")
+_LINKS = frozenset(("", *LINK_CLASSES))
 START_GRACE_S = 30.0  # beyond its timeout, a call without one of its own may wait this long
 
 
@@ -144,6 +149,10 @@ def outcome_to_pb(outcome: Outcome, *, with_explanation: bool = True) -> types_p
         peak_memory_mib=outcome.peak_memory_mib,
         request_bytes=outcome.request_bytes,
         response_bytes=outcome.response_bytes,
+        gb_s=outcome.gb_s,
+        gpu_s=outcome.gpu_s,
+        cpu_s=outcome.cpu_s,
+        link=outcome.link,
         money_usd=outcome.money_usd,
         energy_j=outcome.energy_j,
         is_cold=outcome.is_cold,
@@ -155,6 +164,7 @@ def outcome_to_pb(outcome: Outcome, *, with_explanation: bool = True) -> types_p
         block=outcome.block,
         measures=outcome.measures,
         retried_gb_s=outcome.retried_gb_s,
+        refused_calls=dict(outcome.refused_calls),
     )
     if outcome.reason is not None:
         pb.reason = types_pb2.Reason.ValueType(outcome.reason)
@@ -185,15 +195,17 @@ def outcome_from_pb(pb: types_pb2.Outcome) -> Outcome:
     # makes the sum one too, and the protobuf types bound the counts from above.
     if not (sum(parts_s) <= HUGE and min(parts_s) >= PART_MIN_S):
         _refuse(latency, ("queue_s", "transfer_s", "cold_start_s", "run_s", "return_s"), PART_MIN_S)
-    figures = (pb.peak_memory_mib, pb.money_usd, pb.energy_j)
+    figures = (pb.peak_memory_mib, pb.money_usd, pb.energy_j, pb.gb_s, pb.gpu_s, pb.cpu_s)
     if not (sum(figures) <= HUGE and min(figures) >= 0.0):
-        _refuse(pb, ("peak_memory_mib", "money_usd", "energy_j"), 0.0)
+        _refuse(pb, _FIGURES, 0.0)
     item_count, failed_item_count = pb.item_count, pb.failed_item_count
     counts = (failed_item_count, pb.memory_mib, pb.request_bytes, pb.response_bytes, pb.lease)
     if min(counts) < 0 or failed_item_count > item_count:
         checks.integer(item_count, "item_count", 0, INT32_MAX)
         checks.integer(failed_item_count, "failed_item_count", 0, item_count)
         _refuse(pb, ("memory_mib", "request_bytes", "response_bytes", "lease"), 0)
+    if pb.link not in _LINKS:
+        raise InvalidArgument(f"link {checks.shown(pb.link)}: use one of {', '.join(LINK_CLASSES)}")
     request_id, node_id, origin = pb.request_id, pb.node_id, pb.origin
     if not request_id:
         raise InvalidArgument("request_id is empty: an outcome is of some request")
@@ -218,6 +230,10 @@ def outcome_from_pb(pb: types_pb2.Outcome) -> Outcome:
         peak_memory_mib=figures[0],
         request_bytes=counts[2],
         response_bytes=counts[3],
+        gb_s=figures[3],
+        gpu_s=figures[4],
+        cpu_s=figures[5],
+        link=pb.link,
         money_usd=figures[1],
         energy_j=figures[2],
         is_cold=pb.is_cold,
@@ -233,6 +249,18 @@ def outcome_from_pb(pb: types_pb2.Outcome) -> Outcome:
         block=checks.integer(pb.block, "block", 0, INT64_MAX),
         measures=_measures_from_pb(pb.measures) if pb.measures else {},
         retried_gb_s=checks.number(pb.retried_gb_s, "retried_gb_s", 0.0, HUGE),
+        refused_calls=_refused_calls_from_pb(pb.refused_calls) if pb.refused_calls else (),
+    )
+
+
+def _refused_calls_from_pb(pb: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    checks.at_most(pb, "refused_calls", REFUSED_CALLS_MAX)
+    return tuple(
+        (
+            checks.text(name, "refused_calls", CALL_NAME_MAX),
+            checks.integer(count, f"refused_calls[{name!r}]", 0, INT32_MAX),
+        )
+        for name, count in sorted(pb.items())
     )
 
 

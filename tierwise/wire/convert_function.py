@@ -25,6 +25,8 @@ _REQUIREMENT = re.compile(
     rf"(?:{_VERSIONS}|\(\s*{_VERSIONS}\s*\))?\s*(?:;[\w\s.,'\"()<>=!~+*-]+)?",
     re.ASCII,
 )
+TARGETS_MAX = 64
+_TARGET = re.compile(rf"{_WORD}:([0-9]{{1,5}})", re.ASCII)  # a name or an IPv4 address, a port
 _PYTHON = re.compile(r"3\.[0-9]{1,3}", re.ASCII)
 INSTANCES_MAX = 10_000
 INT32_MAX = 2**31 - 1
@@ -74,6 +76,7 @@ def spec_to_pb(spec: FunctionSpec) -> types_pb2.FunctionSpec:
             budget_usd=spec.budget_usd,
             retries_max=spec.retries_max,
             description=spec.description,
+            network=spec.network,
             instances_min=spec.instances_min,
             burst_max=spec.burst_max,
             python_version=spec.python_version,
@@ -92,6 +95,9 @@ def spec_from_pb(pb: types_pb2.FunctionSpec) -> FunctionSpec:
     checks.at_most(pb.requirements, "requirements", REQUIREMENTS_MAX)
     for line in pb.requirements:
         _check_requirement(line)
+    checks.at_most(pb.network, "network", TARGETS_MAX)
+    for target in pb.network:
+        _check_target(target)
     instances_max = checks.integer(pb.instances_max, "instances_max", 1, INSTANCES_MAX)
     if pb.python_version and not _PYTHON.fullmatch(pb.python_version):
         raise InvalidArgument(
@@ -121,7 +127,18 @@ def spec_from_pb(pb: types_pb2.FunctionSpec) -> FunctionSpec:
         retries_max=checks.integer(pb.retries_max, "retries_max", 0, 20),
         description=checks.text(pb.description, "description", DESCRIPTION_LENGTH_MAX),
         is_memory_auto=pb.is_memory_auto,
+        network=tuple(pb.network),
     )
+
+
+def _check_target(target: str) -> None:
+    checks.text(target, "network", REQUIREMENT_LENGTH_MAX)
+    match = _TARGET.fullmatch(target)
+    if match is None or not 0 < int(match[1]) < 65536:
+        raise InvalidArgument(
+            f"network: {checks.shown(target)} is no target; write host:port, for example "
+            "api.example:443"
+        )
 
 
 def _check_requirement(line: str) -> None:

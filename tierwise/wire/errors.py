@@ -1,5 +1,6 @@
 """Errors ⇄ gRPC status and items: one table for both directions, in `tierwise.errors`."""
 
+import errno
 from typing import Any
 
 import grpc
@@ -28,6 +29,7 @@ from tierwise.wire.interception import Behaviour, Continuation, Handler, answer,
 
 log = structlog.get_logger()
 
+FULL_DISK_RETRY_S = 5.0
 DETAIL_KEY = "tierwise-error-bin"
 TYPE_LENGTH_MAX = 200
 MESSAGE_LENGTH_MAX = 4_096
@@ -194,7 +196,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
 async def _end(context: Any, error: Exception, method: str) -> None:
     """End an RPC that raised: with our error if it is one, as the end of a stream, or as a bug."""
-    ours = _first_of(TierwiseError, error)
+    ours = _first_of(TierwiseError, error) or _full_disk(error)
     if ours is not None:
         await abort(context, ours)
     elif _is_end_of_stream(error):
@@ -202,6 +204,18 @@ async def _end(context: Any, error: Exception, method: str) -> None:
     else:
         log.error("rpc.crashed", method=method, exc_info=error)
         await context.abort(grpc.StatusCode.UNKNOWN, "internal error; see the server's log")
+
+
+def _full_disk(error: BaseException) -> TierwiseError | None:
+    """Return what a full disk is to a caller: nobody's bug, and nothing was done."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        log.error("disk.full", cause=str(error))
+        return Unavailable(
+            f"no space is left on the server ({error.strerror}); nothing was stored: its operator "
+            "must free some",
+            retry_after_s=FULL_DISK_RETRY_S,
+        )
+    return None
 
 
 def _first_of(kind: type[TierwiseError], error: BaseException) -> TierwiseError | None:

@@ -107,8 +107,14 @@ class Rollout:
         rows = self._modelled(view, [candidates[i] for i in tried.tolist()])
         nodes = tuple([row.node for row in rows])
         ground = self._ground
-        if ground is None or ground.links is not view.links or ground.nodes != nodes:
-            ground = self._ground = Ground(view.links, nodes)
+        is_known = ground is not None and ground.links is view.links
+        if (
+            ground is None
+            or not is_known
+            or ground.prices is not view.prices
+            or (ground.nodes != nodes)
+        ):
+            ground = self._ground = Ground(view.links, nodes, view.prices)
         model = Model(view, rows, ground, self._habits, self.weights)
         place = ground.place
         terms = np.nan_to_num(ranking.estimates.terms[tried], posinf=1e6)
