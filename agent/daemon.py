@@ -77,6 +77,7 @@ async def serve(config: AgentConfig) -> None:
             state_dir=state / "runtime",
             imports=state / "imports.json",
             isolation=_isolation(config),
+            data=[str(Path(path).absolute()) for path in config.data],
             may_reach_node=config.functions_reach_node,
         )
         await runtime.open()

@@ -61,6 +61,7 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     queue_max: int = 256
     policy: str = "learned"  # until the scheduler assigns one
     isolation: str = "standard"  # strict (no code unless all layers hold), standard or off
+    data: list[str] = msgspec.field(default_factory=list)  # folders that functions may read
     functions_reach_node: bool = False  # whether network= may name the node itself
     emulate_links: bool = False  # delay traffic to peers by the cluster's link table
     emulate_speed: bool = False  # hold each result back as a node of this `speed` would

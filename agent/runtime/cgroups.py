@@ -102,6 +102,7 @@ class Parent:
     hierarchies: list[Hierarchy]
     name: str
     _folders: list[int] = field(default_factory=list)
+    _above: list[int] = field(default_factory=list)  # the agent's own group in each tree
 
     @classmethod
     def open(cls, name: str, hierarchies: list[Hierarchy]) -> "Parent":
@@ -123,6 +124,7 @@ class Parent:
                     " ".join(f"+{name}" for name in hierarchy.controllers),
                 )
             parent._folders.append(os.open(path, os.O_DIRECTORY | os.O_CLOEXEC))
+            parent._above.append(os.open(hierarchy.folder, os.O_DIRECTORY | os.O_CLOEXEC))
         return parent
 
     def make(self, name: str, limits: Limits) -> "Group":
@@ -142,15 +144,17 @@ class Parent:
 
     def descriptors(self) -> list[int]:
         """Return the open folders."""
-        return list(self._folders)
+        return [*self._folders, *self._above]
 
     def close(self) -> None:
         """Remove the folders; instances must have gone."""
-        for hierarchy, folder in zip(self.hierarchies, self._folders, strict=True):
+        for folder, above in zip(self._folders, self._above, strict=True):
             os.close(folder)
             with contextlib.suppress(OSError):
-                os.rmdir(f"{hierarchy.folder}/{self.name}")
+                os.rmdir(self.name, dir_fd=above)  # a path of the host means nothing any more
+            os.close(above)
         self._folders.clear()
+        self._above.clear()
 
 
 def _limits(hierarchy: Hierarchy, limits: Limits) -> list[tuple[str, str]]:

@@ -62,9 +62,9 @@ def _is_shared(prefix: str) -> bool:
     return prefix in ("/", "/usr", "/usr/local")
 
 
-def _covered() -> list[str]:
-    """Return the folders of the environment that an instance's own /tmp hides."""
-    return [path for path in environment_paths() if path.startswith(f"{WORK}/")]
+def _covered(data: list[str]) -> list[str]:
+    """Return the folders to be seen that an instance's own /tmp hides."""
+    return [path for path in [*environment_paths(), *data] if path.startswith(f"{WORK}/")]
 
 
 def unreadable() -> str:
@@ -76,11 +76,14 @@ def unreadable() -> str:
     return ""
 
 
-def make_private_root() -> list[str]:
+def make_private_root(data: list[str]) -> list[str]:
     """Leave the host's files; this process has a mount namespace of its own already.
 
+    Args:
+        data: Folders of this node that functions may read; those that do not exist are left out.
+
     Returns:
-        Folders of the environment below /tmp: each instance's own /tmp covers them.
+        Folders below /tmp that are to be seen: each instance's own /tmp covers them.
 
     Raises:
         OSError: A mount was refused; nothing outside this namespace has changed.
@@ -89,9 +92,10 @@ def make_private_root() -> list[str]:
     kernel.mount("tierwise", _SPOT, "tmpfs", kernel.MS_NOSUID, "size=1m,nr_inodes=4096,mode=755")
     for folder in (WORK, "/proc", "/dev", "/etc"):
         os.mkdir(f"{_SPOT}{folder}")
-    for path in environment_paths():
+    data = [path for path in data if os.path.isdir(path)]
+    for path in [*environment_paths(), *data]:
         _show(path)
-    covered = _covered()
+    covered = _covered(data)
     for index, path in enumerate(covered):
         os.makedirs(f"{_SPOT}{_SPARE}/{index}")
         kernel.bind(path, f"{_SPOT}{_SPARE}/{index}")

@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import re
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,13 +57,17 @@ class _Tree:
 class Nursery:
     """Every zygote of one agent."""
 
-    def __init__(self, memory: Path | None = None, isolation: str = STANDARD) -> None:
+    def __init__(
+        self, memory: Path | None = None, isolation: str = STANDARD, data: Sequence[str] = ()
+    ) -> None:
         """Make an empty nursery.
 
         Args:
             memory: File in which imports are remembered over a restart.
             isolation: strict, standard or off.
+            data: Folders of this node that functions may read.
         """
+        self._data = data
         self._isolation = isolation
         self._memory = memory
         self._trees: dict[str, _Tree] = {}
@@ -139,7 +143,7 @@ class Nursery:
                 await tree.root.close()
                 tree = None
             if tree is None:
-                root = ZygoteProcess(environment, self._isolation)
+                root = ZygoteProcess(environment, self._isolation, self._data)
                 await root.open()
                 tree = self._trees[name] = _Tree(root)
             return tree

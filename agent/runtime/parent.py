@@ -52,11 +52,14 @@ class Listener(Protocol):
 class ZygoteProcess:
     """Forks instances on request and tells when they end; a root also branches into more."""
 
-    def __init__(self, environment: Environment, isolation: str = STANDARD) -> None:
+    def __init__(
+        self, environment: Environment, isolation: str = STANDARD, data: Sequence[str] = ()
+    ) -> None:
         self.environment = environment
         self.is_alive = False
         self.missing: dict[str, str] = {}  # layers of the seal that this node lacks, and why
         self._isolation = isolation
+        self._data = data
         self._group = f"{cgroups.PREFIX}{os.getpid()}-{next(_numbers)}"
         self.private_mib = 0.0  # memory that it shares with nobody, when it was ready
         self.thread_count = 1
@@ -84,6 +87,7 @@ class ZygoteProcess:
                     str(own),
                     self._isolation,
                     self._group,
+                    json.dumps(list(self._data)),
                     str(payload.__file__),
                     *self.environment.preload,
                 ],
@@ -109,7 +113,7 @@ class ZygoteProcess:
         Raises:
             OSError: This zygote is gone, or the new one ended before it was ready.
         """
-        child = ZygoteProcess(self.environment, self._isolation)
+        child = ZygoteProcess(self.environment, self._isolation, self._data)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:

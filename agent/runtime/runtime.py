@@ -41,6 +41,7 @@ class Runtime:
         *,
         state_dir: Path,
         isolation: str = STANDARD,
+        data: Sequence[str] = (),
         may_reach_node: bool = False,
         result_bytes_max: int = RESULT_BYTES_MAX,
         imports: Path | None = None,
@@ -50,6 +51,7 @@ class Runtime:
         Args:
             state_dir: Its own folder, emptied at every start.
             isolation: strict, standard or off.
+            data: Folders of this node that functions may read.
             may_reach_node: Whether a function's `network=` may name the node itself.
             result_bytes_max: Larger results are refused.
             imports: File that remembers what functions import.
@@ -58,7 +60,7 @@ class Runtime:
         self._isolation = isolation
         self._may_reach_node = may_reach_node
         self._result_bytes_max = result_bytes_max
-        self.nursery = Nursery(imports, isolation)
+        self.nursery = Nursery(imports, isolation, data)
         self._workers: dict[str, Worker] = {}
         self._memory_check: asyncio.TimerHandle | None = None
         self.on_died: Callable[[str], None] = lambda instance_id: None

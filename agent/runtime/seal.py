@@ -15,7 +15,7 @@ from agent.runtime.sandbox import HOST_USERS, LAYERS, MINIMUM, OFF, STANDARD, Se
 TRIAL_MEMORY_MIB = 64
 
 
-def prepare(isolation: str, name: str) -> Seal:
+def prepare(isolation: str, name: str, data: list[str]) -> Seal:
     """Do what is done once, in the zygote, before it imports what functions need.
 
     An agent that is not root may make no mounts: the zygote then enters a user namespace first, in
@@ -24,6 +24,7 @@ def prepare(isolation: str, name: str) -> Seal:
     Args:
         isolation: strict, standard or off.
         name: Of the zygote's folder among the control groups.
+        data: Folders of this node that functions may read.
     """
     seal = Seal(isolation=isolation)
     missing = seal.missing
@@ -46,7 +47,7 @@ def prepare(isolation: str, name: str) -> Seal:
             if not seal.users:
                 missing["own user"] = "there is no other user in this user namespace"
         _prepare_process_namespaces(seal)
-        seal.covered = mounts.make_private_root()
+        seal.covered = mounts.make_private_root(data)
         seal.has_root = True
     if not seal.has_root:
         seal.users = range(0)
@@ -65,7 +66,7 @@ def survey() -> dict[str, dict[str, str]]:
 
     This process is changed by it and good for nothing else afterwards.
     """
-    seal = prepare(STANDARD, f"{cgroups.PREFIX}{os.getpid()}-survey")
+    seal = prepare(STANDARD, f"{cgroups.PREFIX}{os.getpid()}-survey", [])
     if seal.groups is not None:
         seal.groups.close()
     active = {layer: what for layer, what in LAYERS.items() if layer not in seal.missing}

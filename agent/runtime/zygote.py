@@ -67,18 +67,18 @@ def main() -> None:
     open_package(here)
     kit = Kit(
         **{name: importlib.import_module(f"agent.runtime.{name}") for name in SEAL_FILES},
-        payload=load("tierwise_payload", sys.argv[5]),
+        payload=load("tierwise_payload", sys.argv[6]),
         worker=load("tierwise_worker", f"{here}/worker.py"),
     )
     vars(kit.worker)["memfd"] = load(
         "tierwise_memfd",
-        f"{os.path.dirname(sys.argv[5])}/memfd.py",  # noqa: PTH120
+        f"{os.path.dirname(sys.argv[6])}/memfd.py",  # noqa: PTH120
     )
     kit.sandbox.die_with_parent(int(sys.argv[2]))
     os.close(int(sys.argv[2]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    seal = kit.seal.prepare(sys.argv[3], sys.argv[4])
-    prepare(control, sys.argv[6:], seal)
+    seal = kit.seal.prepare(sys.argv[3], sys.argv[4], json.loads(sys.argv[5]))
+    prepare(control, sys.argv[7:], seal)
     Zygote(control, seal, kit).serve()
     if seal.groups is not None:
         seal.groups.close()

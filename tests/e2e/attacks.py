@@ -593,3 +593,14 @@ ATTACKS = {
     and getattr(value, "__module__", "") == __name__
     and name not in ("stopped_is_fine", "kernel_call")
 }
+
+
+def reads_then_writes(path: str) -> list[str]:
+    from pathlib import Path
+
+    said = [Path(path).read_text()]
+    try:
+        Path(path).write_text("changed")
+    except OSError as error:
+        said.append(type(error).__name__)
+    return said

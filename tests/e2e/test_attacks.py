@@ -43,9 +43,11 @@ def healthy(x: int) -> int:
 class Node:
     """A runtime, and what attackers know of it."""
 
-    def __init__(self, folder: Path, isolation: str = ISOLATION) -> None:
+    def __init__(
+        self, folder: Path, isolation: str = ISOLATION, data: tuple[str, ...] = ()
+    ) -> None:
         self.folder = folder
-        self.runtime = Runtime(state_dir=folder / "runtime", isolation=isolation)
+        self.runtime = Runtime(state_dir=folder / "runtime", isolation=isolation, data=data)
         self._number = 0
         self.place: dict[str, Any] = {}
         self.missing: dict[str, str] = {}  # layers, and why
@@ -370,6 +372,14 @@ async def test_without_root_user_namespaces_give_the_rest() -> None:
 
 
 @needs_root
+async def test_a_trial_of_the_seal_leaves_no_group_behind() -> None:
+    survey_under()
+    found = [path for path, _, _ in os.walk("/sys/fs/cgroup") if path.endswith("-survey")]
+    owners = {int(path.split("-")[-2]) for path in found}
+    assert not {owner for owner in owners if not psutil.pid_exists(owner)}
+
+
+@needs_root
 async def test_a_missing_layer_is_named_with_its_reason() -> None:
     """Where a supervisor of seccomp watches the agent already, there can be no second one."""
     found = survey_under(
@@ -423,3 +433,21 @@ async def test_strict_isolation_runs_nothing_where_a_layer_is_missing(tmp_path: 
             await node.start(healthy, environment)
     finally:
         await node.runtime.close()
+
+
+async def test_a_nodes_data_can_be_read_by_its_functions_and_not_changed(tmp_path: Path) -> None:
+    cloudpickle.register_pickle_by_value(attacks)
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "pictures").write_text("digits")
+    node = Node(tmp_path, data=(str(data), str(tmp_path / "nothing")))
+    await node.runtime.open()
+    try:
+        report = await node.try_once(attacks.reads_then_writes, str(data / "pictures"))
+    finally:
+        await node.runtime.close()
+    [item] = report.items
+    text, refusal = payload.decode(item.value)
+    assert text == "digits"
+    assert refusal in ("OSError", "PermissionError")
+    assert (data / "pictures").read_text() == "digits"

@@ -500,7 +500,7 @@ async def test_reported_calls_are_listed_billed_and_learnt_from(
         connected(scheduler.main, scheduler.admin) as user,
     ):
         await user.deploy(name)
-        outcome = outcome_pb(call_id, agent.name, function_id=f"default/{name}@1")
+        outcome = outcome_pb(call_id, agent.name, function_id=f"default/{name}@1", gb_s=0.015625)
         await agent.report(outcome, log="hello", ended_ago_s=1000.0)
 
         async def call() -> call_pb2.Call:

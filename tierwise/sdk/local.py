@@ -281,6 +281,8 @@ class LocalCluster:
     def _start_agent(self, node: NodePlan, admin: Client) -> None:
         self._on_progress(f"starting {node.name}")
         folder = self.state / "agents" / node.name
+        data = self.state / "data"  # what functions may read on every node, as if it lay there
+        data.mkdir(exist_ok=True)
         config = AgentConfig(
             name=node.name,
             tier=node.tier.label,
@@ -291,6 +293,7 @@ class LocalCluster:
             memory_mib=MEMORY_MIB[node.tier],
             speed=SPEED[node.tier] if self._emulate else 1.0,
             policy=self._policy,
+            data=[str(data.resolve())],
             emulate_links=self._emulate,
             emulate_speed=self._emulate,
             seed=self._seed,
