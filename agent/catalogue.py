@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
@@ -61,13 +62,7 @@ class FunctionIndex:
     def add(self, spec: FunctionSpec) -> None:
         """Add one function that was pulled before its catalogue came."""
         functions = {**self.catalogue.functions, spec.function_id: spec}
-        self.replace(
-            Catalogue(
-                revision=self.catalogue.revision,
-                functions=functions,
-                profiles=self.catalogue.profiles,
-            )
-        )
+        self.replace(replace(self.catalogue, functions=functions))
 
 
 class CodeFolder:

@@ -99,6 +99,7 @@ async def serve(config: AgentConfig) -> None:
             group=group,
             slowdown=max(1.0, 1.0 / config.speed) if config.emulate_speed else 1.0,
         )
+        shell.sizings = functions.catalogue.sizings
         # Floors hold from the start, also when the scheduler is away.
         shell.feed(CatalogueReceived(catalogue=functions.catalogue))
         shell.feed(PricesReceived(prices=billing.prices))

@@ -60,6 +60,24 @@ def ran(
     )
 
 
+def charge(
+    ticket: Ticket, event: RunFinished, now_s: float, node: Node, prices: PriceTable
+) -> None:
+    """Note what a run that is out of memory has cost; the call's own bill comes on top."""
+    spec = ticket.request.spec
+    billed_s = prices.billed_s(now_s - ticket.run_at_s, ticket.cold_start_s)
+    ticket.retried_gb_s += spec.memory_mib / 1024.0 * billed_s
+    ticket.retried_gpu_s += spec.gpu_slots * billed_s
+    ticket.retried_cpu_s += event.cpu_s
+    ticket.retried_usd += prices.call_usd(
+        node.tier,
+        memory_mib=spec.memory_mib,
+        billed_s=billed_s,
+        gpu_slots=spec.gpu_slots,
+        item_count=0,
+    )
+
+
 def answered(
     ticket: Ticket,
     there: Outcome,
@@ -95,6 +113,7 @@ def answered(
         tried=tuple(ticket.tried),
         policy_id=ticket.policy_id,
         explanation=ticket.explanation,
+        measures=request.measures,
     )
 
 
@@ -280,11 +299,11 @@ def _outcome(
         peak_memory_mib=peak_memory_mib,
         request_bytes=request.request_bytes,
         response_bytes=response_bytes,
-        gb_s=gb_s,
-        gpu_s=gpu_s,
-        cpu_s=cpu_s,
+        gb_s=gb_s + ticket.retried_gb_s,
+        gpu_s=gpu_s + ticket.retried_gpu_s,
+        cpu_s=cpu_s + ticket.retried_cpu_s,
         link=link,
-        money_usd=money_usd,
+        money_usd=money_usd + ticket.retried_usd,
         energy_j=energy_j,
         is_cold=ticket.is_cold,
         error_code=error_code,
@@ -295,4 +314,6 @@ def _outcome(
         explanation=ticket.explanation,
         lease=request.lease,
         refused_calls=refused_calls,
+        measures=request.measures,
+        retried_gb_s=ticket.retried_gb_s,
     )

@@ -210,6 +210,7 @@ class Ingress(invocation_pb2_grpc.InvocationServiceServicer):
                 self._billing.check(spec)
                 invocation.hops = 0
                 invocation.lease = 0
+                invocation.memory_mib = 0
                 invocation.ClearField("expected_wait_s")
             origin = NodeId(invocation.origin) if caller.is_node else self._node_id
             request = convert.request_from_invocation(invocation, spec, origin=origin)

@@ -319,14 +319,16 @@ class NodeMachine:
                 continue
             if not pool.has_cpu_for(spec):
                 break
-            instance = pool.take_idle(function, ticket.request.request_id)
-            if instance is not None:
+            taken = pool.take_idle(spec, ticket.request.request_id, now_s)
+            if taken is not None:
+                instance, evicted = taken
+                out.extend(StopInstance(instance_id=old.instance_id) for old in evicted)
                 line.leave(ticket)
                 self._run(ticket, instance, now_s, out)
             elif self._outlook.coming_count(function, now_s) < line.count_of(function):
                 if self._start(spec, now_s, out):
                     continue
-                if pool.free.memory_mib < spec.memory_mib and not pool.count(function):
+                if pool.free.memory_mib < spec.memory_mib and not pool.may_free(spec):
                     break
         line.restore()
 
@@ -385,6 +387,7 @@ class NodeMachine:
                 instance_id=instance.instance_id,
                 request_id=ticket.request.request_id,
                 timeout_s=min(ticket.request.spec.timeout_s, ticket.ends_at_s - now_s),
+                memory_mib=ticket.request.spec.memory_mib,
             )
         )
 
@@ -397,6 +400,13 @@ class NodeMachine:
         else:
             self.pool.remove(event.instance_id)
         ticket = self._running.pop(event.request_id)
+        larger_mib = ticket.larger_mib(self.node.capacity.memory_mib, now_s)
+        if event.is_out_of_memory and larger_mib:
+            endings.charge(ticket, event, now_s, self.node, self._beliefs.prices)
+            ticket.request = ticket.request.with_memory(larger_mib)
+            self._line.join(ticket)
+            self._pump(now_s, out)
+            return
         if event.error_code == "function_died" and not event.is_instance_alive:
             event = self._died(event, instance.spec.function_id, now_s, out)
         outcome = endings.ran(ticket, event, now_s, self.node, self._beliefs.prices)

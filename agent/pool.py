@@ -131,6 +131,14 @@ class InstancePool:
                 if instance.state is InstanceState.STARTING:
                     yield instance
 
+    def may_free(self, spec: FunctionSpec) -> bool:
+        """Return whether a call may wait for an instance of its own function to come free.
+
+        One that is idle but could not grow to what the call needs will not do: memory must.
+        """
+        is_stuck = spec.is_memory_auto and spec.function_id in self.warm
+        return self.count(spec.function_id) > 0 and not is_stuck
+
     def has_cpu_for(self, spec: FunctionSpec) -> bool:
         """Return whether CPU and GPU are free for one more running instance."""
         return spec.cpus <= self._free_cpus + 1e-9 and spec.gpu_slots <= self._free_gpu_slots
@@ -144,23 +152,44 @@ class InstancePool:
             rate.per_s = rate.at(now_s) + 1.0 / RATE_WINDOW_S
             rate.at_s = now_s
 
-    def take_idle(self, function: FunctionId, request_id: RequestId) -> Instance | None:
-        """Make the most recently used idle instance busy, or return None.
+    def take_idle(
+        self, spec: FunctionSpec, request_id: RequestId, now_s: float
+    ) -> tuple[Instance, list[Instance]] | None:
+        """Make an idle instance busy, or return None.
 
+        It is the most recently used one; where memory is chosen per call, the smallest that is
+        large enough, else the largest. Its limit becomes that of the call: nothing is started anew.
         The caller has checked `has_cpu_for`.
+
+        Returns:
+            The instance and the ones evicted (removed already) so that it could grow, or None if
+            none is idle or evicting every other idle instance would not free enough.
         """
+        function = spec.function_id
         idle = self._idle.get(function)
         if not idle:
             return None
-        instance = self._instances[idle.pop()]
+        chosen = idle[-1]
+        if spec.is_memory_auto:
+            sizes = {name: self._instances[name].spec.memory_mib for name in idle}
+            fitting = [name for name in idle if sizes[name] >= spec.memory_mib]
+            chosen = min(fitting, key=sizes.__getitem__) if fitting else max(idle, key=sizes.get)  # type: ignore[arg-type]
+        instance = self._instances[chosen]
+        growth_mib = spec.memory_mib - instance.spec.memory_mib
+        evicted = self._make_room(growth_mib, now_s, keep=instance)
+        if evicted is None:
+            return None
+        idle.remove(chosen)
         self._set_warm(instance, len(idle), -1)
+        self._free_memory_mib -= growth_mib
+        instance.spec = spec
         instance.state = InstanceState.BUSY
         self._engage(function, 1)
         instance.request_id = request_id
         instance.run_count += 1
         self._free_cpus -= instance.spec.cpus
         self._free_gpu_slots -= instance.spec.gpu_slots
-        return instance
+        return instance, evicted
 
     def start(self, spec: FunctionSpec, now_s: float) -> tuple[Instance, list[Instance]] | None:
         """Reserve room for a new instance, evicting idle ones if memory must be freed.
@@ -176,18 +205,9 @@ class InstancePool:
         starts_left = self._starts_left(spec, now_s)
         if starts_left < 1.0:
             return None
-        evicted: list[Instance] = []
-        missing_mib = spec.memory_mib - self._free_memory_mib
-        if missing_mib > 0:
-            for victim in self._by_eviction_price(now_s):
-                evicted.append(victim)
-                missing_mib -= victim.spec.memory_mib
-                if missing_mib <= 0:
-                    break
-            else:
-                return None
-        for victim in evicted:
-            self.remove(victim.instance_id)
+        evicted = self._make_room(spec.memory_mib, now_s)
+        if evicted is None:
+            return None
         if spec.burst_max:
             self._bursts.pop(function, None)
             while len(self._bursts) >= REMEMBERED_MAX:
@@ -205,6 +225,26 @@ class InstancePool:
         self._free_memory_mib -= spec.memory_mib
         self._floored_count += spec.instances_min > 0
         return instance, evicted
+
+    def _make_room(
+        self, memory_mib: int, now_s: float, *, keep: Instance | None = None
+    ) -> list[Instance] | None:
+        """Evict idle instances until `memory_mib` are free; None, and none of them, if too few."""
+        evicted: list[Instance] = []
+        missing_mib = memory_mib - self._free_memory_mib
+        if missing_mib > 0:
+            for victim in self._by_eviction_price(now_s):
+                if victim is keep:
+                    continue
+                evicted.append(victim)
+                missing_mib -= victim.spec.memory_mib
+                if missing_mib <= 0:
+                    break
+            else:
+                return None
+        for victim in evicted:
+            self.remove(victim.instance_id)
+        return evicted
 
     def release(self, instance: Instance, now_s: float) -> None:
         """Make a started or finished instance idle."""

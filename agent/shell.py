@@ -5,7 +5,7 @@ Payload bytes live here, keyed by request id; the machine never sees them.
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, assert_never
@@ -17,6 +17,7 @@ from agent.machine import NodeMachine
 from agent.memory import GiveBack
 from agent.runtime.environments import Environments
 from agent.runtime.runtime import InstanceStartError, ItemKind, ItemResult, RunReport, Runtime
+from agent.sizing import sized
 from tierwise.clock import monotonic_s
 from tierwise.domain.command import (
     AskPolicy,
@@ -45,9 +46,10 @@ from tierwise.domain.event import (
     Ticked,
 )
 from tierwise.domain.function import FunctionSpec
-from tierwise.domain.ids import InstanceId, NodeId, RequestId
+from tierwise.domain.ids import FunctionId, InstanceId, NodeId, RequestId
 from tierwise.domain.outcome import Outcome, OutcomeState
 from tierwise.domain.request import Request
+from tierwise.domain.sizing import Sizing
 from tierwise.domain.view import NodeReading
 from tierwise.errors import TierwiseError
 from tierwise.v1 import types_pb2
@@ -203,6 +205,7 @@ class Shell:
         """
         self.machine = machine
         self.decider = decider
+        self.sizings: Mapping[FunctionId, Sizing] = {}
         self.reports: deque[ReportedCall] = deque()
         self.dropped_report_count = 0
         self._runtime = runtime
@@ -248,6 +251,8 @@ class Shell:
             self._calls[request.request_id] = Call(
                 arguments, [on_reply], caller, attachments=attachments, channel=channel
             )
+            if request.hops == 0:  # a peer has done so already
+                request = sized(request, arguments, self.sizings)
         self.feed(Arrived(request=request))
 
     def cancel(self, request_id: str) -> None:
@@ -355,13 +360,17 @@ class Shell:
             )
 
     async def _start_worker(self, instance_id: str, spec: FunctionSpec) -> None:
+        # Its limit is set anew for each call, within what it starts with.
+        limit_mib = (
+            self.machine.node.capacity.memory_mib if spec.is_memory_auto else spec.memory_mib
+        )
         environment = await self.environments.get(spec.requirements)
         await self._runtime.start(
             instance_id,
             code_digest=spec.code_digest,
             code_path=await self._code.path(spec.code_digest),
             environment=environment,
-            memory_mib=spec.memory_mib,
+            memory_mib=limit_mib,
             cpus=spec.cpus,
             network=spec.network,
         )
@@ -383,6 +392,7 @@ class Shell:
             timeout_s=command.timeout_s,
             on_done=finished,
             attachments=call.attachments,
+            memory_mib=command.memory_mib,
         )
 
     def _hold(self, command: RunOn, call: Call, report: RunReport, wait_s: float) -> None:
@@ -441,6 +451,7 @@ class Shell:
                 response_bytes=sum(item.size_bytes for item in report.items),
                 error_code=CODE_BY_KIND[first.kind] if first and is_whole else "",
                 message=_told(first, function) if first else "",
+                is_out_of_memory=any(item.kind is ItemKind.OUT_OF_MEMORY for item in failed),
                 refused_calls=tuple(sorted(report.refused_calls.items())),
             )
         )

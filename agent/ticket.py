@@ -7,6 +7,7 @@ from agent.pool import Instance
 from tierwise.domain.decision import Explanation, Reason
 from tierwise.domain.ids import NO_POLICY, NodeId, PolicyId
 from tierwise.domain.request import Request
+from tierwise.domain.sizing import RETRY_FACTOR
 
 
 class Phase(Enum):
@@ -46,6 +47,10 @@ class Ticket:
     instance: Instance | None = None
     explanation: Explanation | None = None
     policy_id: PolicyId = NO_POLICY
+    retried_gb_s: float = 0.0  # of an attempt that ran out of memory, and what it cost
+    retried_gpu_s: float = 0.0
+    retried_cpu_s: float = 0.0
+    retried_usd: float = 0.0
 
     @property
     def is_host(self) -> bool:
@@ -66,6 +71,18 @@ class Ticket:
     def has_callers_limit(self) -> bool:
         """Return whether its run ends when the caller gives up, before the function's own time."""
         return self.ends_at_s - self.run_at_s < self.request.spec.timeout_s
+
+    def larger_mib(self, capacity_mib: int, now_s: float) -> int:
+        """Return with how much memory to run once more what ran out of it; 0 for not at all.
+
+        Only where memory is chosen per call, once, and while somebody waits.
+        """
+        spec = self.request.spec
+        is_over = self.is_cancelled or self.is_late or self.ends_at_s <= now_s
+        larger_mib = min(RETRY_FACTOR * spec.memory_mib, capacity_mib)
+        if is_over or self.retried_gb_s > 0.0 or larger_mib <= spec.memory_mib:
+            return 0
+        return larger_mib if spec.is_memory_auto else 0
 
     def start_on(self, instance: Instance, now_s: float) -> None:
         """Note that the request runs from `now_s` on; the first run of an instance is cold."""

@@ -298,6 +298,7 @@ class Uplink:
             case "catalogue":
                 catalogue = convert.catalogue_from_pb(message.catalogue)
                 self._functions.replace(catalogue)
+                self._shell.sizings = catalogue.sizings
                 self._shell.feed(CatalogueReceived(catalogue=catalogue))
                 self._on_catalogue(catalogue)
             case "view":

@@ -16,6 +16,7 @@ from scheduler.store.tables import code, function_names, functions
 from tierwise.clock import wall_s
 from tierwise.domain.function import FunctionProfile, FunctionSpec
 from tierwise.domain.ids import FunctionId, function_id, split_function_id
+from tierwise.domain.sizing import Sizing
 from tierwise.domain.topology import Node
 from tierwise.errors import FailedPrecondition, InvalidArgument, NotFound, PayloadTooLarge
 from tierwise.v1 import function_pb2, function_pb2_grpc, types_pb2
@@ -44,6 +45,8 @@ class FunctionCatalogue(function_pb2_grpc.FunctionServiceServicer):
         self._deploying = asyncio.Lock()  # equal deployments at the same time are one version
         self.revision = int(wall_s() * 1000)  # higher at each start
         self.on_changed: Callable[[], None] = lambda: None
+        # How a function's memory follows its input, if that is known.
+        self.sizing: Callable[[FunctionId], Sizing | None] = lambda _: None
         self.nodes: Callable[[], Iterable[Node]] = tuple
         self.environments: Callable[[str], list[function_pb2.NodeEnvironment]] = lambda digest: []
         for row in store.read_now(lambda c: c.execute(select(functions)).mappings().all()):
@@ -79,7 +82,35 @@ class FunctionCatalogue(function_pb2_grpc.FunctionServiceServicer):
             revision=self.revision,
             functions=[convert.spec_to_pb(spec) for spec in self._specs.values()],
             profiles={str(key): convert.profile_to_pb(self._profile(key)) for key in self._specs},
+            sizings={
+                str(key): convert.sizing_to_pb(sizing)
+                for key in self._specs
+                if (sizing := self.sizing(key)) is not None
+            },
         )
+
+    def sizings_changed(self) -> None:
+        """Have agents told of what `sizing` says now."""
+        self._changed()
+
+    async def resize(
+        self, spec: FunctionSpec, *, memory_mib: int, is_memory_auto: bool
+    ) -> tuple[FunctionSpec, bool]:
+        """Deploy the code of `spec` with other memory; return the version and whether it is new.
+
+        Raises:
+            NotFound: Its code is gone.
+        """
+        query = select(code.c.content).where(code.c.digest == spec.code_digest)
+        content = await self._store.read(lambda c: c.scalar(query))
+        if content is None:
+            raise NotFound(f"the code of {spec.function_id} is gone; deploy it again")
+        asked = replace(spec, memory_mib=memory_mib, is_memory_auto=is_memory_auto)
+        async with self._deploying:
+            newest = self.find(f"{spec.namespace}/{spec.name}")
+            if replace(asked, version=newest.version) == newest:
+                return newest, False
+            return await self._add(asked, content), True
 
     # -- RPCs -----------------------------------------------------------------------------------
 
@@ -103,21 +134,7 @@ class FunctionCatalogue(function_pb2_grpc.FunctionServiceServicer):
             for known in self._versions(asked.namespace, asked.name):
                 if replace(asked, version=known.version) == known:
                     return function_pb2.DeployFunctionResponse(spec=convert.spec_to_pb(known))
-            if len(self._specs) >= FUNCTIONS_MAX:
-                raise FailedPrecondition(
-                    f"there are {FUNCTIONS_MAX} function versions; delete some with "
-                    "`tierwise delete function`"
-                )
-            created_unix_s = wall_s()
-
-            def added(spec: FunctionSpec) -> None:
-                self._specs[spec.function_id] = spec
-                self._created[spec.function_id] = created_unix_s
-                self._changed()
-
-            spec = await self._store.write(
-                lambda c: self._insert(c, asked, content, created_unix_s), on_stored=added
-            )
+            spec = await self._add(asked, content)
         return function_pb2.DeployFunctionResponse(spec=convert.spec_to_pb(spec), is_new=True)
 
     async def ListFunctions(
@@ -184,6 +201,28 @@ class FunctionCatalogue(function_pb2_grpc.FunctionServiceServicer):
         if content is None:
             raise NotFound(f"there is no code {request.code_digest[:12]}…")
         return function_pb2.GetCodeResponse(code=content)
+
+    async def _add(self, asked: FunctionSpec, content: bytes) -> FunctionSpec:
+        """Store the next version and tell of it; the caller holds `_deploying`.
+
+        Raises:
+            FailedPrecondition: There are too many.
+        """
+        if len(self._specs) >= FUNCTIONS_MAX:
+            raise FailedPrecondition(
+                f"there are {FUNCTIONS_MAX} function versions; delete some with "
+                "`tierwise delete function`"
+            )
+        created_unix_s = wall_s()
+
+        def added(spec: FunctionSpec) -> None:
+            self._specs[spec.function_id] = spec
+            self._created[spec.function_id] = created_unix_s
+            self._changed()
+
+        return await self._store.write(
+            lambda c: self._insert(c, asked, content, created_unix_s), on_stored=added
+        )
 
     def _insert(
         self, connection: Connection, asked: FunctionSpec, content: bytes, created_unix_s: float

@@ -25,6 +25,7 @@ from scheduler.machine import ControlPlane
 from scheduler.policies import FALLBACK, PolicyStore
 from scheduler.queue import WorkQueue
 from scheduler.roster import Roster
+from scheduler.sizings import Sizings
 from scheduler.store.store import Store
 from scheduler.telemetry import Telemetry
 from scheduler.window import WorkWindow
@@ -34,6 +35,7 @@ from tierwise.errors import FailedPrecondition, InvalidArgument, TierwiseError
 from tierwise.files import write_atomically
 from tierwise.placement.policy import create
 from tierwise.v1 import (
+    advisor_pb2_grpc,
     budget_pb2_grpc,
     call_pb2_grpc,
     cluster_pb2_grpc,
@@ -69,6 +71,7 @@ _RIGHTS = {
     "WorkService": dict.fromkeys(
         ("Submit", "Watch", "GetResult", "Cancel", "ListWork", "Redrive"), _PEOPLE
     ),
+    "AdvisorService": dict.fromkeys(("RecommendMemory", "ResizeFunction"), _PEOPLE),
     "CallService": dict.fromkeys(("ListCalls", "GetCall", "GetUsage"), _PEOPLE),
     "BudgetService": {"SetBudget": _ADMINS, "ListBudgets": _PEOPLE, "RemoveBudget": _ADMINS},
     "NodeService": {"Session": {Role.NODE}},
@@ -178,6 +181,9 @@ async def _serve(
     policies.on_changed = policy_changed
     policies.health = sessions.health
     telemetry.also_store = policies.trials.keep
+    sizings = Sizings(store, functions)
+    telemetry.also_learn = sizings.learn
+    functions.sizing = sizings.sizing
     telemetry.acknowledge = sessions.acknowledge_reports
     budgets.on_changed = sessions.billing_changed
 
@@ -186,6 +192,7 @@ async def _serve(
     cluster = ClusterGateway(store, dispatcher, sessions, authority)
     function_pb2_grpc.add_FunctionServiceServicer_to_server(functions, server)
     work_pb2_grpc.add_WorkServiceServicer_to_server(queue, server)
+    advisor_pb2_grpc.add_AdvisorServiceServicer_to_server(sizings, server)
     budget_pb2_grpc.add_BudgetServiceServicer_to_server(budgets, server)
     call_pb2_grpc.add_CallServiceServicer_to_server(telemetry, server)
     node_pb2_grpc.add_NodeServiceServicer_to_server(sessions, server)
@@ -214,6 +221,7 @@ async def _serve(
         group.create_task(window.run_forever()),
         group.create_task(telemetry.store_forever()),
         group.create_task(roster.store_forever()),
+        group.create_task(sizings.fit_forever()),
         group.create_task(budgets.check_forever()),
     ]
     await _stop_asked()

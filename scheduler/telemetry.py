@@ -65,6 +65,8 @@ class Telemetry(call_pb2_grpc.CallServiceServicer):
         self.acknowledge: Callable[[NodeId, int], None] = lambda *_: None
         # Stores more of the calls, in the same transaction.
         self.also_store: Callable[[Connection, Sequence[Outcome]], None] = lambda *_: None
+        # Learns more from a call; `speed` is that of its node, or None.
+        self.also_learn: Callable[[Outcome, float | None], None] = lambda *_: None
         rows = store.read_now(lambda c: c.execute(select(profiles)).mappings().all())
         self._profiles = Profiles(
             {
@@ -280,6 +282,7 @@ class Telemetry(call_pb2_grpc.CallServiceServicer):
         speed = None if row is None else row.node.speed
         if self._profiles.learn(outcome, speed, monotonic_s()):
             self._unstored.add(outcome.function_id)
+        self.also_learn(outcome, speed)
 
     # -- storage --------------------------------------------------------------------------------
 

@@ -75,7 +75,11 @@ NOT_RUN = ItemResult(ItemKind.NOT_RUN)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunReport:
-    """How one batch went; `items` has one entry per argument set."""
+    """How one batch went; `items` has one entry per argument set.
+
+    `peak_memory_mib` is the most that was resident at a time, beyond what the instance had when
+    its function was loaded: what its limit is compared with.
+    """
 
     items: tuple[ItemResult, ...]
     run_s: float
@@ -133,6 +137,9 @@ class Worker:
         self._pid = 0
         self._numbered: asyncio.Future[None] = self._loop.create_future()
         self._baseline_mib = 0.0
+        self._used_mib = 0.0  # as last seen, of the running batch
+        self._limit_mib = memory_mib  # of the running batch, within what the process started with
+        self._refs_fd = -1
         self._cpu_s = 0.0  # since the fork: at the end of the last batch
         self._cpu_seen_s = 0.0  # the same, now
         self._progress = mmap.mmap(-1, 8)
@@ -196,6 +203,8 @@ class Worker:
         await self._loaded
         await self._numbered  # the instance may be quicker than its zygote's word of it
         self._baseline_mib = self.memory_mib()
+        with contextlib.suppress(OSError):
+            self._refs_fd = os.open(f"/proc/{self._pid}/clear_refs", os.O_WRONLY | os.O_CLOEXEC)
         self._see_cpu()
         self._cpu_s = self._cpu_seen_s  # what loading took is no call's
 
@@ -205,9 +214,20 @@ class Worker:
         timeout_s: float,
         on_done: Callable[[RunReport], None],
         attachments: Sequence[Memfd] = (),
+        memory_mib: int | None = None,
     ) -> None:
-        """Send one batch; the instance must be idle. Attachments belong to its only item."""
+        """Send one batch; the instance must be idle.
+
+        Args:
+            arguments: One blob per item.
+            timeout_s: When it is killed.
+            on_done: Gets the report, once.
+            attachments: The detached arrays of the only item.
+            memory_mib: What this batch may use, if less than the instance was started with.
+        """
         assert self._on_done is None, "an instance runs one batch at a time"
+        self._limit_mib = min(memory_mib or self._memory_mib, self._memory_mib)
+        self._reset_peak()
         self._on_done = on_done
         self._results = [None] * len(arguments)
         self._log.clear()
@@ -217,7 +237,7 @@ class Worker:
             self._loop.call_soon(self._finish_dead)
             return
         _U32.pack_into(self._progress, 0, 0)
-        parts: list[bytes] = [_U32.pack(len(arguments))]
+        parts: list[bytes] = [_ITEM.pack(len(arguments), self._memory_mib - self._limit_mib)]
         files: list[Memfd] = []
         for blob in arguments:
             if len(blob) > IN_FILE_BYTES_MIN and len(files) < memfd.ATTACHMENTS_MAX:
@@ -252,6 +272,16 @@ class Worker:
         except (OSError, IndexError):
             return 0.0
 
+    def _reset_peak(self) -> None:
+        """Have the kernel count the peak anew: each batch has its own (proc(5), value 5).
+
+        Where it cannot, the peak is that of all batches so far: too high, never too low.
+        """
+        self._used_mib = 0.0
+        if self._refs_fd >= 0:
+            with contextlib.suppress(OSError):
+                os.write(self._refs_fd, b"5")
+
     def _see_cpu(self) -> None:
         """Read the process's CPU clock from outside, for a worker that dies cannot tell."""
         if self._pid and not self._is_ended:
@@ -264,10 +294,11 @@ class Worker:
         if self._on_done is not None and self._killed is None:
             self._see_cpu()
             used_mib = self.memory_mib() - self._baseline_mib
-            if used_mib > self._memory_mib:
+            self._used_mib = max(self._used_mib, used_mib)
+            if used_mib > self._limit_mib:
                 self.kill(
                     ItemKind.OUT_OF_MEMORY,
-                    f"the function used {used_mib:.0f} MiB; its limit is {self._memory_mib} MiB: "
+                    f"the function used {used_mib:.0f} MiB; its limit is {self._limit_mib} MiB: "
                     f"{MORE_MEMORY}",
                 )
 
@@ -283,6 +314,7 @@ class Worker:
             pipe.close()
         await self._end_within(DEATH_WAIT_S)
         self._close_log()
+        self._close_refs()
         if self._relay is not None:
             self._relay.close()
         if not self._loaded.done():
@@ -331,7 +363,7 @@ class Worker:
         items, done = message
         for index, kind, value, error_type, text, remote_traceback, attachment_count in items:
             if kind == ItemKind.OUT_OF_MEMORY:
-                text += f"; its limit is {self._memory_mib} MiB: {MORE_MEMORY}"
+                text += f"; its limit is {self._limit_mib} MiB: {MORE_MEMORY}"
             if value is None:
                 value = self._file().view()
             attachments = tuple(self._file() for _ in range(attachment_count))
@@ -342,7 +374,8 @@ class Worker:
             run_s, peak_mib, cpu_s = done
             self._cpu_seen_s = max(self._cpu_seen_s, float(cpu_s))
             has_exited = bool(items) and items[-1][1] == ItemKind.WORKER_EXITED
-            self._finish(float(run_s), float(peak_mib), is_alive=not has_exited)
+            used_mib = max(0.0, float(peak_mib) - self._baseline_mib)
+            self._finish(float(run_s), used_mib, is_alive=not has_exited)
 
     def _file(self) -> Memfd:
         assert self._pipe is not None
@@ -395,7 +428,7 @@ class Worker:
                 "process; `tierwise logs` shows what it printed",
             )
             self._results[running] = ItemResult(kind, message=message)
-        self._finish(self._loop.time() - self._started_s, 0.0, is_alive=False)
+        self._finish(self._loop.time() - self._started_s, self._used_mib, is_alive=False)
 
     def _timed_out(self, timeout_s: float) -> None:
         self.kill(
@@ -448,6 +481,12 @@ class Worker:
         elif not self._is_closing:
             self.on_idle_death(self._instance_id)
         self._close_log()
+        self._close_refs()
+
+    def _close_refs(self) -> None:
+        if self._refs_fd >= 0:
+            os.close(self._refs_fd)
+            self._refs_fd = -1
 
     # -- what the function prints ---------------------------------------------------------------
 

@@ -151,16 +151,18 @@ class Runtime:
         timeout_s: float,
         on_done: Callable[[RunReport], None],
         attachments: Sequence[Memfd] = (),
+        memory_mib: int | None = None,
     ) -> None:
         """Run one batch on an idle instance; `on_done` is called once, from the loop.
 
-        Attachments are the detached arrays of a batch of one item.
+        Attachments are the detached arrays of a batch of one item; `memory_mib` is what it may
+        use, if less than the instance was started with.
         """
         worker = self._workers.get(instance_id)
         if worker is None:
             asyncio.get_running_loop().call_soon(on_done, RunReport.never_ran(len(arguments)))
         else:
-            worker.run(arguments, timeout_s, on_done, attachments)
+            worker.run(arguments, timeout_s, on_done, attachments, memory_mib)
 
     def cancel(self, instance_id: str) -> None:
         """Kill an instance because its call is not wanted; its report says CANCELLED."""

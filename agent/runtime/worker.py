@@ -3,7 +3,8 @@
 Stands alone: it sees the standard library, msgspec, cloudpickle and the sibling files that the
 zygote loaded by path; never tierwise itself. Frames in both directions are a u32 length and a body.
 
-    agent → worker   u32 item count, then per item u32 length, u32 attachment count and the encoded
+    agent → worker   u32 item count, u32 MiB that the batch may use less than the instance was
+                     started with, then per item u32 length, u32 attachment count and the encoded
                      (args, kwargs)
     worker → agent   msgpack [items, done]; an item is [index, kind, value, type, message, trace,
                      attachment count], done is None or [run seconds, peak MiB, CPU seconds since
@@ -14,6 +15,7 @@ What is larger than 1 MiB comes and goes as a sealed memfd: arrays as attachment
 length is IN_FILE, or whose value is None. The descriptors ride on the length of the frame.
 """
 
+import ctypes
 import hashlib
 import importlib.abc
 import io
@@ -38,6 +40,7 @@ MESSAGE_MAX = 4096
 TRACEBACK_MAX = 16_384
 FLUSH_BYTES = 64 << 10
 FLUSH_S = 0.005
+TRIM_KIB = 4096  # batches that need more leave something to give back
 READ_BYTES = 1 << 16
 FDS_MAX = 64  # in one frame
 IN_FILE = 0xFFFFFFFF
@@ -99,13 +102,16 @@ def run(
     _send(channel, msgspec.msgpack.encode(None if leave is None else {"exits": True}))
     imports = _Imports(known)
     imports.tell(channel)
+    loaded_kib = _peak_kib()
     frames = _Frames(channel)
     while True:
         try:
             body, fds = frames.read()
         except EOFError:
             break
-        _serve(channel, progress, payload, function, body, fds, result_bytes_max, imports)
+        _serve(
+            channel, progress, payload, function, body, fds, result_bytes_max, imports, loaded_kib
+        )
         del body, fds  # may be large, and the next may be far
     if leave is not None:  # the agent kills us if this takes long
         try:
@@ -202,6 +208,30 @@ class _Imports:
         return origin in ("built-in", "frozen") or origin.startswith(self._roots)
 
 
+def _limit(less_mib: int) -> None:
+    """Set this process's limit for one batch; it may always be set within the hard one.
+
+    A function that sets it back is found by the agent's look at resident memory.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = hard if hard == resource.RLIM_INFINITY else hard - (less_mib << 20)
+    if soft != wanted:
+        resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
+
+
+def _peak_kib() -> int:
+    """Return the peak of resident memory; the agent has it counted anew for each batch."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _give_back() -> None:
+    """Return freed memory to the system, or the next batch's peak and limit would include it."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        pass  # another malloc
+
+
 def _serve(
     channel: socket.socket,
     progress: memoryview,
@@ -211,9 +241,11 @@ def _serve(
     fds: list[int],
     result_bytes_max: int,
     imports: _Imports,
+    loaded_kib: int,
 ) -> None:
-    (count,) = _U32.unpack_from(body)
-    offset = 4
+    count, less_mib = _ITEM.unpack_from(body)
+    offset = _ITEM.size
+    _limit(less_mib)
     files = iter([memfd.Memfd(fd) for fd in fds])
     items: list[tuple[int, int, bytes | None, str, str, str, int]] = []
     unsent: list[Any] = []  # files of the items that are not sent yet
@@ -249,6 +281,8 @@ def _serve(
     own = resource.getrusage(resource.RUSAGE_SELF)
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu_s = own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+    if own.ru_maxrss - loaded_kib > TRIM_KIB:
+        _give_back()  # before the agent hears of the end, for it then counts the peak anew
     done = [run_s, own.ru_maxrss / 1024, cpu_s]
     _send(channel, msgspec.msgpack.encode([items, done]), unsent)
     if has_exited:

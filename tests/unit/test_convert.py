@@ -20,6 +20,7 @@ from tierwise.domain.outcome import LatencySplit, Outcome, OutcomeState
 from tierwise.domain.prices import LINK_CLASSES, PriceTable, TierPrice
 from tierwise.domain.request import Request
 from tierwise.domain.resources import Resources
+from tierwise.domain.sizing import Growth, Sizing, Term
 from tierwise.domain.topology import Link, LinkTable, Node, NodeState, Tier
 from tierwise.domain.view import NodeReading
 from tierwise.errors import InvalidArgument
@@ -66,6 +67,7 @@ specs = st.builds(
     budget_usd=st.none() | st.floats(0, 1e9),
     retries_max=st.integers(0, 20),
     description=words,
+    is_memory_auto=st.booleans(),
     network=st.lists(st.sampled_from(["api.example:443", "10.0.0.1:80"]), max_size=2).map(tuple),
 )
 function_ids = specs.map(lambda spec: spec.function_id)
@@ -77,13 +79,38 @@ profiles = st.builds(
     rate_per_s=seconds,
     call_count=sizes,
 )
+measures = st.dictionaries(words, st.floats(-1e15, 1e15), max_size=4)
+growths = st.builds(
+    Growth,
+    terms=st.lists(
+        st.builds(
+            Term,
+            powers=st.lists(st.tuples(words, st.floats(0, 8)), max_size=2).map(tuple),
+            coefficient=st.floats(0, 1e12),
+        ),
+        max_size=3,
+    ).map(tuple),
+)
+sizings = st.builds(
+    Sizing,
+    memory=growths,
+    run=growths,
+    margin=st.floats(0, 1e6),
+    margin_beyond=st.floats(0, 1e6),
+    highest=measures,
+    sample_count=sizes,
+)
 catalogues = st.builds(
-    lambda revision, found, known: Catalogue(
-        revision=revision, functions={spec.function_id: spec for spec in found}, profiles=known
+    lambda revision, found, known, sized: Catalogue(
+        revision=revision,
+        functions={spec.function_id: spec for spec in found},
+        profiles=known,
+        sizings=sized,
     ),
     sizes,
     st.lists(specs, max_size=3),
     st.dictionaries(function_ids, profiles, max_size=3),
+    st.dictionaries(function_ids, sizings, max_size=3),
 )
 amounts = st.builds(
     Resources,
@@ -197,6 +224,8 @@ outcomes = st.builds(
     shadow=st.none() | shadows,
     trial_id=sizes,
     block=sizes,
+    measures=measures,
+    retried_gb_s=seconds,
     refused_calls=st.dictionaries(words, counts, max_size=3).map(
         lambda found: tuple(sorted(found.items()))
     ),
@@ -239,6 +268,7 @@ requests = st.builds(
 ROUND_TRIPS: dict[str, tuple[Any, Callable[..., Any], Callable[..., Any]]] = {
     "spec": (specs, convert.spec_to_pb, convert.spec_from_pb),
     "profile": (profiles, convert.profile_to_pb, convert.profile_from_pb),
+    "sizing": (sizings, convert.sizing_to_pb, convert.sizing_from_pb),
     "catalogue": (catalogues, convert.catalogue_to_pb, convert.catalogue_from_pb),
     "resources": (amounts, convert.resources_to_pb, convert.resources_from_pb),
     "node": (nodes, convert.node_to_pb, convert.node_from_pb),

@@ -146,7 +146,12 @@ def test_a_cold_call_starts_an_instance_runs_and_accounts_for_the_wait() -> None
         StartInstance(instance_id=InstanceId("edge-1-1"), spec=spec())
     ]
     assert machine.step(started("edge-1-1"), 0.2) == [
-        RunOn(instance_id=InstanceId("edge-1-1"), request_id=RequestId("r"), timeout_s=59.8)
+        RunOn(
+            instance_id=InstanceId("edge-1-1"),
+            request_id=RequestId("r"),
+            timeout_s=59.8,
+            memory_mib=256,
+        )
     ]
     commands = machine.step(finished("edge-1-1", "r"), 0.3)
     outcome = outcome_of(commands)
@@ -575,3 +580,144 @@ def test_a_run_that_outlives_the_functions_own_time_is_the_functions_failure() -
     end = finished(instance, "r", is_instance_alive=False, error_code="function_timed_out")
     outcome = outcome_of(machine.step(end, 1.5))
     assert (outcome.state, outcome.error_code) == (OutcomeState.FAILED, "function_timed_out")
+
+
+def sized(memory_mib: int, name: str = "auto") -> FunctionSpec:
+    return spec(name, is_memory_auto=True, memory_mib=memory_mib)
+
+
+def run_here(machine: NodeMachine, name: str, function: FunctionSpec, now_s: float) -> list[object]:
+    machine.step(Arrived(request=request(name, function)), now_s)
+    return list(machine.step(decided(name, EDGE), now_s))
+
+
+def test_a_warm_instance_takes_the_size_of_the_call_that_it_runs() -> None:
+    machine = NodeMachine(node(memory=1024))
+    instance = warm(machine, sized(400))
+    assert machine.pool.free.memory_mib == 624
+    [run] = run_here(machine, "small", sized(64), 1.0)
+    assert isinstance(run, RunOn)
+    assert run.instance_id == instance
+    assert run.memory_mib == 64
+    assert machine.pool.free.memory_mib == 960
+    machine.step(finished(instance, "small"), 2.0)
+    [run] = run_here(machine, "large", sized(1000), 3.0)
+    assert isinstance(run, RunOn)
+    assert run.memory_mib == 1000
+    assert machine.pool.free.memory_mib == 24
+
+
+def test_of_several_warm_instances_the_smallest_that_fits_is_taken() -> None:
+    machine = NodeMachine(node(cpus=4, memory=2048))
+    names = {}
+    for size_mib in (64, 512, 128):
+        name = f"r{size_mib}"
+        commands = run_here(machine, name, sized(size_mib), 0.0)
+        names[size_mib] = next(c.instance_id for c in commands if isinstance(c, StartInstance))
+        machine.step(started(names[size_mib]), 0.0)
+    for size_mib, instance in names.items():
+        machine.step(finished(instance, f"r{size_mib}"), 0.5)
+    [run] = run_here(machine, "r", sized(100), 1.0)
+    assert isinstance(run, RunOn)
+    assert run.instance_id == names[128]
+    [run] = run_here(machine, "r2", sized(1000), 1.0)
+    assert isinstance(run, RunOn)
+    assert run.instance_id == names[512]
+
+
+def test_an_instance_that_must_grow_evicts_others_and_waits_if_that_is_too_little() -> None:
+    machine = NodeMachine(node(cpus=2, memory=512))
+    other = warm(machine, spec("other", memory_mib=200))
+    mine = warm(machine, sized(100))
+    commands = run_here(machine, "r", sized(400), 1.0)
+    assert StopInstance(instance_id=InstanceId(other)) in commands
+    run = next(c for c in commands if isinstance(c, RunOn))
+    assert run.instance_id == mine
+    assert run_here(machine, "r2", sized(200), 1.0) == []  # 112 are free, nothing is idle
+    [*_, run2] = machine.step(finished(mine, "r"), 2.0)
+    assert isinstance(run2, RunOn)
+    assert run2.memory_mib == 200
+
+
+def test_a_call_out_of_memory_runs_once_more_at_double_and_both_are_billed() -> None:
+    machine = NodeMachine(node(tier=Tier.CLOUD, memory=1024))
+    [start, *_] = run_here(machine, "r", sized(100), 0.0)
+    assert isinstance(start, StartInstance)
+    machine.step(started(start.instance_id), 0.0)
+    died = finished(
+        start.instance_id,
+        "r",
+        is_out_of_memory=True,
+        is_instance_alive=False,
+        error_code="function_out_of_memory",
+    )
+    commands = machine.step(died, 2.0)
+    assert not any(isinstance(c, Reply) for c in commands)
+    start = next(c for c in commands if isinstance(c, StartInstance))
+    assert start.spec.memory_mib == 200
+    [run] = machine.step(started(start.instance_id), 2.0)
+    assert isinstance(run, RunOn)
+    assert run.memory_mib == 200
+    outcome = outcome_of(list(machine.step(finished(start.instance_id, "r"), 5.0)))
+    assert outcome.state is OutcomeState.OK
+    assert outcome.memory_mib == 200
+    assert outcome.retried_gb_s == 100 / 1024 * 2.0
+    once = replace(request("x", sized(200)))
+    single = NodeMachine(node(tier=Tier.CLOUD, memory=1024))
+    [start, *_] = run_here(single, "x", once.spec, 0.0)
+    single.step(started(start.instance_id), 0.0)  # type: ignore[union-attr]
+    alone = outcome_of(list(single.step(finished(start.instance_id, "x"), 3.0)))  # type: ignore[union-attr]
+    assert outcome.money_usd > 1.2 * alone.money_usd
+
+
+def test_a_second_time_out_of_memory_is_the_end_and_so_is_a_declared_size() -> None:
+    machine = NodeMachine(node(memory=4096))
+    for function, attempts in ((sized(100), [100, 200]), (spec("fixed", memory_mib=100), [100])):
+        commands = run_here(machine, function.name, function, 0.0)
+        seen = []
+        while True:
+            start = next((c for c in commands if isinstance(c, StartInstance)), None)
+            if start is None:
+                break
+            seen.append(start.spec.memory_mib)
+            machine.step(started(start.instance_id), 0.0)
+            died = finished(
+                start.instance_id,
+                function.name,
+                is_out_of_memory=True,
+                is_instance_alive=False,
+                error_code="function_out_of_memory",
+            )
+            commands = list(machine.step(died, 1.0))
+        assert seen == attempts
+        assert outcome_of(commands).error_code == "function_out_of_memory"
+
+
+def test_the_retry_takes_at_most_what_the_node_has_and_nothing_if_that_is_no_more() -> None:
+    machine = NodeMachine(node(memory=150))
+    [start, *_] = run_here(machine, "r", sized(100), 0.0)
+    assert isinstance(start, StartInstance)
+    machine.step(started(start.instance_id), 0.0)
+    ran_out = finished(start.instance_id, "r", is_out_of_memory=True, error_code="x")
+    [run] = machine.step(ran_out, 1.0)  # the process caught it: the instance lives and grows
+    assert isinstance(run, RunOn)
+    assert run.memory_mib == 150
+    full = NodeMachine(node(memory=100))
+    [start, *_] = run_here(full, "r", sized(100), 0.0)
+    assert isinstance(start, StartInstance)
+    full.step(started(start.instance_id), 0.0)
+    commands = full.step(finished(start.instance_id, "r", is_out_of_memory=True), 1.0)
+    assert any(isinstance(c, Reply) for c in commands)
+
+
+def test_small_calls_of_others_do_not_starve_one_whose_warm_instance_cannot_grow() -> None:
+    machine = NodeMachine(node(cpus=4, memory=512))
+    warm(machine, sized(50))
+    [start, *_] = run_here(machine, "long", spec("long", memory_mib=300), 1.0)
+    assert isinstance(start, StartInstance)
+    machine.step(started(start.instance_id), 1.0)
+    assert run_here(machine, "large", sized(400), 2.0) == []
+    assert run_here(machine, "small", spec("small", memory_mib=100), 2.1) == []  # it is behind
+    commands = machine.step(finished(start.instance_id, "long"), 2.2)
+    first = next(c for c in commands if isinstance(c, RunOn))
+    assert first.request_id == "large"

@@ -240,3 +240,38 @@ def test_of_what_pip_says_its_errors_are_told() -> None:
     assert reason(f"{warning}\nnetwork is unreachable\n{warning}\n") == "network is unreachable"
     assert reason(warning) == warning
     assert reason("") == ""
+
+
+def hold(mib: int, is_in_pieces: bool) -> int:
+    if is_in_pieces:
+        return len([bytes([i % 255]) * 262_144 for i in range(mib * 4)])
+    return len(b"x" * (mib << 20))
+
+
+async def test_each_batch_has_its_own_peak_whatever_ran_before(bench: Bench) -> None:
+    await bench.start("one", hold)
+    peaks = []
+    for mib, is_in_pieces in ((150, False), (2, False), (60, True), (20, False), (3, True)):
+        report = await bench.run("one", (mib, is_in_pieces))
+        assert values(report)
+        peaks.append((mib, report.peak_memory_mib))
+    for mib, peak_mib in peaks:
+        assert mib - 2 <= peak_mib <= mib + 10
+
+
+async def test_a_batch_is_held_to_its_own_limit_and_the_next_to_another(bench: Bench) -> None:
+    await bench.start("one", hold)
+
+    async def run(mib: int, memory_mib: int) -> ItemKind:
+        done = asyncio.get_running_loop().create_future()
+        blob = payload.encode(([mib, False], {}))
+        bench.runtime.run(
+            "one", [blob], timeout_s=20.0, on_done=done.set_result, memory_mib=memory_mib
+        )
+        return ItemKind((await done).items[0].kind)
+
+    assert await run(100, 64) is ItemKind.OUT_OF_MEMORY
+    assert await run(100, 160) is ItemKind.OK
+    assert await run(100, 64) is ItemKind.OUT_OF_MEMORY
+    assert await run(20, 64) is ItemKind.OK
+    assert await run(300, 1000) is ItemKind.OUT_OF_MEMORY  # started with 256

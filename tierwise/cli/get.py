@@ -243,7 +243,10 @@ NODE_COLUMNS = [
 ]
 FUNCTION_COLUMNS = [
     ("function", lambda r: _function(r["spec"])),
-    ("memory mib", lambda r: r["spec"]["memory_mib"]),
+    (
+        "memory mib",
+        lambda r: "auto" if r["spec"].get("is_memory_auto") else r["spec"]["memory_mib"],
+    ),
     ("deadline", lambda r: ms(r["spec"]["deadline_s"])),
     ("priority", lambda r: r["spec"]["priority"]),
     ("tiers", lambda r: ",".join(r["spec"]["tiers"])),

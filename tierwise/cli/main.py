@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from tierwise.cli import admin, bill, doctor, explain, get, policy, system, top, up, work
+from tierwise.cli import admin, bill, doctor, explain, get, memory, policy, system, top, up, work
 from tierwise.cli.completion import print_completion
 from tierwise.cli.output import complain
 from tierwise.errors import (
@@ -34,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verbs in (up, system, work, get, bill, explain, top, admin, doctor):
+for verbs in (up, system, work, get, bill, explain, memory, top, admin, doctor):
     verbs.add_to(app)
 app.add_typer(policy.app, name="policy")
 app.command(name="completion")(print_completion)

@@ -56,6 +56,7 @@ class RunOn:
     instance_id: InstanceId
     request_id: RequestId
     timeout_s: float
+    memory_mib: int  # what the batch may use
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -74,6 +74,7 @@ class RunFinished:
     response_bytes: int = 0
     error_code: str = ""
     message: str = ""
+    is_out_of_memory: bool = False  # the batch, or an item of it
     refused_calls: tuple[tuple[str, int], ...] = ()  # system calls that the seal refused, by name
 
 

@@ -6,6 +6,7 @@ from enum import IntEnum
 
 from tierwise.domain.ids import FunctionId, function_id
 from tierwise.domain.resources import Resources
+from tierwise.domain.sizing import Sizing
 from tierwise.domain.topology import Tier
 
 ALL_TIERS = frozenset(Tier)
@@ -56,6 +57,7 @@ class FunctionSpec:
     instances_min: int = 0  # kept on every node that may host it, and takes memory there
     burst_max: int = 0  # starts per second and node; 0: as many as there is room for
     python_version: str = ""  # "3.11": what pickled the code, and all that can load it
+    is_memory_auto: bool = False  # `memory_mib` is then for calls of which nothing is known yet
     function_id: FunctionId = field(init=False, compare=False)  # namespace/name@version
 
     def __post_init__(self) -> None:
@@ -98,6 +100,7 @@ class Catalogue:
     revision: int = 0
     functions: dict[FunctionId, FunctionSpec] = field(default_factory=dict)
     profiles: dict[FunctionId, FunctionProfile] = field(default_factory=dict)
+    sizings: dict[FunctionId, Sizing] = field(default_factory=dict)
 
     def profile(self, function: FunctionId) -> FunctionProfile:
         """Return what is known of `function`, the prior if nothing is."""

@@ -1,6 +1,7 @@
 """How a request ended."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 from tierwise.domain.decision import Explanation, Reason, ShadowDecision
@@ -76,6 +77,8 @@ class Outcome:
     trial_id: int = 0  # of the canary's trial during which it was decided, 0 for none
     refused_calls: tuple[tuple[str, int], ...] = ()  # by the seal: system call and count, by name
     block: int = 0  # of that trial, from 1; 0 if the call does not count
+    measures: Mapping[str, float] = field(default_factory=dict)  # of the input
+    retried_gb_s: float = 0.0  # of a first attempt that ran out of memory; in `money_usd` too
 
     @property
     def is_missed(self) -> bool:

@@ -1,6 +1,7 @@
 """One request to run a function. Payload bytes stay in the shells; this is what decisions see."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from tierwise.domain.function import FunctionSpec, Priority
 from tierwise.domain.ids import FunctionId, NodeId, RequestId
@@ -16,7 +17,8 @@ class Request:
 
     `deadline_s` and `timeout_s` are *remaining* seconds, counted from the moment this node
     received the request. `hops` counts the agents that passed it on already. `item_count` is
-    how many argument sets ride in it (a `.map` chunk is one request).
+    how many argument sets ride in it (a `.map` chunk is one request). If the function's memory is
+    chosen per call, `spec` has what was chosen.
     """
 
     request_id: RequestId
@@ -36,6 +38,11 @@ class Request:
     excluded: frozenset[NodeId] = field(default=frozenset())
     lease: int = 0  # fencing token of durable work; 0 for interactive calls
     expected_wait_s: float | None = None  # the sender's belief, if it has others to ask
+    measures: Mapping[str, float] = field(default_factory=dict)  # of its input; see wire/measures
+
+    def with_memory(self, memory_mib: int) -> "Request":
+        """Return the request with this memory in place of what its function declares."""
+        return replace(self, spec=replace(self.spec, memory_mib=memory_mib))
 
     @property
     def function_id(self) -> FunctionId:

@@ -147,7 +147,9 @@ class App:
         Args:
             code: The function or class, when used without parentheses.
             name: Default: the function's name in small letters, with `_` as `-`.
-            memory: What one instance may use; it is killed beyond that.
+            memory: What one call may use; it is killed beyond that. "auto" gives each call what
+                its input needs, learnt from the calls before; one that runs out of memory all the
+                same runs once more with twice as much.
             cpus: What one running call takes.
             gpu: GPU slots that one running call takes.
             deadline: How soon a result should be there; placement works for it, misses count.
@@ -178,7 +180,7 @@ class App:
                 code_digest="",
                 requirements=_listed(requirements, "requirements"),
                 network=_listed(network, "network"),
-                memory_mib=parse_memory_mib(memory),
+                memory_mib=parse_memory_mib("256MiB" if memory == "auto" else memory),
                 cpus=cpus,
                 gpu_slots=gpu,
                 timeout_s=parse_duration_s(timeout),
@@ -192,6 +194,7 @@ class App:
                 keep_alive_s=parse_duration_s(keep_alive),
                 budget_usd=budget_usd,
                 retries_max=retries,
+                is_memory_auto=memory == "auto",
                 description=(function.__doc__ or "").strip().partition("\n")[0],
             )
             convert.spec_from_pb(convert.spec_to_pb(spec))  # the scheduler's checks, early

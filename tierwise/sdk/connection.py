@@ -25,6 +25,7 @@ from tierwise.errors import (
 )
 from tierwise.files import write_atomically
 from tierwise.v1 import (
+    advisor_pb2_grpc,
     budget_pb2_grpc,
     call_pb2_grpc,
     cluster_pb2,
@@ -111,6 +112,7 @@ class Connection:
         self.functions = function_pb2_grpc.FunctionServiceStub(self._scheduler)
         self.work = work_pb2_grpc.WorkServiceStub(self._scheduler)
         self.calls = call_pb2_grpc.CallServiceStub(self._scheduler)
+        self.advisor = advisor_pb2_grpc.AdvisorServiceStub(self._scheduler)
         self.budgets = budget_pb2_grpc.BudgetServiceStub(self._scheduler)
         self.policies = policy_pb2_grpc.PolicyServiceStub(self._scheduler)
         self.cluster = cluster_pb2_grpc.ClusterServiceStub(self._scheduler)

@@ -7,7 +7,15 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
 from tierwise.sdk.client import Client
-from tierwise.v1 import budget_pb2, call_pb2, cluster_pb2, function_pb2, policy_pb2, work_pb2
+from tierwise.v1 import (
+    advisor_pb2,
+    budget_pb2,
+    call_pb2,
+    cluster_pb2,
+    function_pb2,
+    policy_pb2,
+    work_pb2,
+)
 
 Record = dict[str, Any]
 _PREFIXES = (
@@ -66,6 +74,18 @@ class Operator:
         request = call_pb2.GetCallRequest(request_id=request_id)
         found: Record = self._one("calls", "GetCall", request)["call"]
         return found
+
+    def recommend_memory(self, function: str) -> Record:
+        """Return how a function's memory should be declared, and what its calls say for that."""
+        request = advisor_pb2.RecommendMemoryRequest(function=function)
+        return self._one("advisor", "RecommendMemory", request)
+
+    def resize(self, function: str, *, memory_mib: int, is_memory_auto: bool) -> Record:
+        """Deploy a function's newest version again with this memory; 0 keeps what it has."""
+        request = advisor_pb2.ResizeFunctionRequest(
+            function=function, memory_mib=memory_mib, is_memory_auto=is_memory_auto
+        )
+        return self._one("advisor", "ResizeFunction", request)
 
     def bill(
         self, namespace: str = "", by: Sequence[str] = (), since: str = "", until: str = ""

@@ -497,6 +497,7 @@ class FunctionSpec(_message.Message):
     INSTANCES_MIN_FIELD_NUMBER: _builtins.int
     BURST_MAX_FIELD_NUMBER: _builtins.int
     PYTHON_VERSION_FIELD_NUMBER: _builtins.int
+    IS_MEMORY_AUTO_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     name: _builtins.str
     version: _builtins.int
@@ -517,6 +518,8 @@ class FunctionSpec(_message.Message):
     burst_max: _builtins.int
     python_version: _builtins.str
     """"3.11": of the interpreter that pickled the code, which runs on no other."""
+    is_memory_auto: _builtins.bool
+    """Each call gets what its input needs; memory_mib is for calls of which nothing is known yet."""
     @_builtins.property
     def requirements(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -549,10 +552,11 @@ class FunctionSpec(_message.Message):
         instances_min: _builtins.int = ...,
         burst_max: _builtins.int = ...,
         python_version: _builtins.str = ...,
+        is_memory_auto: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd", "budget_usd", b"budget_usd"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd", "budget_usd", b"budget_usd", "burst_max", b"burst_max", "code_digest", b"code_digest", "cpus", b"cpus", "deadline_s", b"deadline_s", "description", b"description", "gpu_slots", b"gpu_slots", "instances_max", b"instances_max", "instances_min", b"instances_min", "keep_alive_s", b"keep_alive_s", "memory_mib", b"memory_mib", "name", b"name", "namespace", b"namespace", "network", b"network", "priority", b"priority", "python_version", b"python_version", "requirements", b"requirements", "retries_max", b"retries_max", "tiers", b"tiers", "timeout_s", b"timeout_s", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd", "budget_usd", b"budget_usd", "burst_max", b"burst_max", "code_digest", b"code_digest", "cpus", b"cpus", "deadline_s", b"deadline_s", "description", b"description", "gpu_slots", b"gpu_slots", "instances_max", b"instances_max", "instances_min", b"instances_min", "is_memory_auto", b"is_memory_auto", "keep_alive_s", b"keep_alive_s", "memory_mib", b"memory_mib", "name", b"name", "namespace", b"namespace", "network", b"network", "priority", b"priority", "python_version", b"python_version", "requirements", b"requirements", "retries_max", b"retries_max", "tiers", b"tiers", "timeout_s", b"timeout_s", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__budget_usd: _TypeAlias = _typing.Literal["budget_usd"]  # noqa: Y015
     _WhichOneofArgType__budget_usd: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd"]  # noqa: Y015
@@ -618,28 +622,163 @@ class Catalogue(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class SizingsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___Sizing: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___Sizing | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     REVISION_FIELD_NUMBER: _builtins.int
     FUNCTIONS_FIELD_NUMBER: _builtins.int
     PROFILES_FIELD_NUMBER: _builtins.int
+    SIZINGS_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
     @_builtins.property
     def functions(self) -> _containers.RepeatedCompositeFieldContainer[Global___FunctionSpec]: ...
     @_builtins.property
     def profiles(self) -> _containers.MessageMap[_builtins.str, Global___FunctionProfile]: ...
+    @_builtins.property
+    def sizings(self) -> _containers.MessageMap[_builtins.str, Global___Sizing]:
+        """By function version."""
+
     def __init__(
         self,
         *,
         revision: _builtins.int = ...,
         functions: _abc.Iterable[Global___FunctionSpec] | None = ...,
         profiles: _abc.Mapping[_builtins.str, Global___FunctionProfile] | None = ...,
+        sizings: _abc.Mapping[_builtins.str, Global___Sizing] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["functions", b"functions", "profiles", b"profiles", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["functions", b"functions", "profiles", b"profiles", "revision", b"revision", "sizings", b"sizings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Catalogue: _TypeAlias = Catalogue  # noqa: Y015
+
+@_typing.final
+class Sizing(_message.Message):
+    """How a function's memory follows the measures of its input: a sum of terms, times a margin."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class HighestEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    MEMORY_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
+    MARGIN_FIELD_NUMBER: _builtins.int
+    MARGIN_BEYOND_FIELD_NUMBER: _builtins.int
+    HIGHEST_FIELD_NUMBER: _builtins.int
+    SAMPLE_COUNT_FIELD_NUMBER: _builtins.int
+    margin: _builtins.float
+    margin_beyond: _builtins.float
+    sample_count: _builtins.int
+    @_builtins.property
+    def memory(self) -> _containers.RepeatedCompositeFieldContainer[Global___SizingTerm]: ...
+    @_builtins.property
+    def run(self) -> _containers.RepeatedCompositeFieldContainer[Global___SizingTerm]: ...
+    @_builtins.property
+    def highest(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Largest value seen of each measure that is used."""
+
+    def __init__(
+        self,
+        *,
+        memory: _abc.Iterable[Global___SizingTerm] | None = ...,
+        run: _abc.Iterable[Global___SizingTerm] | None = ...,
+        margin: _builtins.float = ...,
+        margin_beyond: _builtins.float = ...,
+        highest: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        sample_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["highest", b"highest", "margin", b"margin", "margin_beyond", b"margin_beyond", "memory", b"memory", "run", b"run", "sample_count", b"sample_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Sizing: _TypeAlias = Sizing  # noqa: Y015
+
+@_typing.final
+class SizingTerm(_message.Message):
+    """coefficient × the product of measures, each to its power."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COEFFICIENT_FIELD_NUMBER: _builtins.int
+    FACTORS_FIELD_NUMBER: _builtins.int
+    coefficient: _builtins.float
+    @_builtins.property
+    def factors(self) -> _containers.RepeatedCompositeFieldContainer[Global___SizingFactor]: ...
+    def __init__(
+        self,
+        *,
+        coefficient: _builtins.float = ...,
+        factors: _abc.Iterable[Global___SizingFactor] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coefficient", b"coefficient", "factors", b"factors"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SizingTerm: _TypeAlias = SizingTerm  # noqa: Y015
+
+@_typing.final
+class SizingFactor(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEASURE_FIELD_NUMBER: _builtins.int
+    POWER_FIELD_NUMBER: _builtins.int
+    measure: _builtins.str
+    power: _builtins.float
+    def __init__(
+        self,
+        *,
+        measure: _builtins.str = ...,
+        power: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["measure", b"measure", "power", b"power"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SizingFactor: _TypeAlias = SizingFactor  # noqa: Y015
 
 @_typing.final
 class TierPrice(_message.Message):
@@ -998,6 +1137,26 @@ class Outcome(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class MeasuresEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     FUNCTION_ID_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
@@ -1030,6 +1189,8 @@ class Outcome(_message.Message):
     CPU_S_FIELD_NUMBER: _builtins.int
     LINK_FIELD_NUMBER: _builtins.int
     REFUSED_CALLS_FIELD_NUMBER: _builtins.int
+    MEASURES_FIELD_NUMBER: _builtins.int
+    RETRIED_GB_S_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     function_id: _builtins.str
     state: Global___OutcomeState.ValueType
@@ -1061,6 +1222,8 @@ class Outcome(_message.Message):
     """Really used, user and system."""
     link: _builtins.str
     """The way of request and response: local, scheduler, or two tiers such as edge-cloud."""
+    retried_gb_s: _builtins.float
+    """Memory × time of a first attempt that ran out of memory; it is in money_usd."""
     @_builtins.property
     def latency(self) -> Global___LatencySplit: ...
     @_builtins.property
@@ -1072,6 +1235,10 @@ class Outcome(_message.Message):
     @_builtins.property
     def refused_calls(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """System calls that the seal refused to the function while this call ran, by name."""
+
+    @_builtins.property
+    def measures(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Numbers, lengths and sizes of the input, by name."""
 
     def __init__(
         self,
@@ -1108,10 +1275,12 @@ class Outcome(_message.Message):
         cpu_s: _builtins.float = ...,
         link: _builtins.str = ...,
         refused_calls: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        measures: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        retried_gb_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["explanation", b"explanation", "latency", b"latency", "shadow", b"shadow"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "cpu_s", b"cpu_s", "deadline_s", b"deadline_s", "energy_j", b"energy_j", "error_code", b"error_code", "explanation", b"explanation", "failed_item_count", b"failed_item_count", "function_id", b"function_id", "gb_s", b"gb_s", "gpu_s", b"gpu_s", "is_cold", b"is_cold", "item_count", b"item_count", "latency", b"latency", "lease", b"lease", "link", b"link", "memory_mib", b"memory_mib", "message", b"message", "money_usd", b"money_usd", "node_id", b"node_id", "origin", b"origin", "peak_memory_mib", b"peak_memory_mib", "policy_id", b"policy_id", "priority", b"priority", "reason", b"reason", "refused_calls", b"refused_calls", "request_bytes", b"request_bytes", "request_id", b"request_id", "response_bytes", b"response_bytes", "shadow", b"shadow", "state", b"state", "trial_id", b"trial_id", "tried", b"tried"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "cpu_s", b"cpu_s", "deadline_s", b"deadline_s", "energy_j", b"energy_j", "error_code", b"error_code", "explanation", b"explanation", "failed_item_count", b"failed_item_count", "function_id", b"function_id", "gb_s", b"gb_s", "gpu_s", b"gpu_s", "is_cold", b"is_cold", "item_count", b"item_count", "latency", b"latency", "lease", b"lease", "link", b"link", "measures", b"measures", "memory_mib", b"memory_mib", "message", b"message", "money_usd", b"money_usd", "node_id", b"node_id", "origin", b"origin", "peak_memory_mib", b"peak_memory_mib", "policy_id", b"policy_id", "priority", b"priority", "reason", b"reason", "refused_calls", b"refused_calls", "request_bytes", b"request_bytes", "request_id", b"request_id", "response_bytes", b"response_bytes", "retried_gb_s", b"retried_gb_s", "shadow", b"shadow", "state", b"state", "trial_id", b"trial_id", "tried", b"tried"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1182,6 +1351,7 @@ class Invocation(_message.Message):
     EXPECTED_WAIT_S_FIELD_NUMBER: _builtins.int
     CHANNEL_ID_FIELD_NUMBER: _builtins.int
     ATTACHMENTS_FIELD_NUMBER: _builtins.int
+    MEMORY_MIB_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     function: _builtins.str
     """`name`, `namespace/name` or `namespace/name@version`."""
@@ -1201,6 +1371,8 @@ class Invocation(_message.Message):
     """What the sender believes that the call must wait; a node that is much busier refuses."""
     channel_id: _builtins.bytes
     """Names the socket, on the agent's own machine, over which large arrays are handed as memfds."""
+    memory_mib: _builtins.int
+    """What the call gets, of a function whose memory is chosen per call; set by agents only."""
     @_builtins.property
     def arguments(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Encoded (args, kwargs), one blob per item."""
@@ -1233,10 +1405,11 @@ class Invocation(_message.Message):
         expected_wait_s: _builtins.float | None = ...,
         channel_id: _builtins.bytes = ...,
         attachments: _abc.Iterable[_builtins.int] | None = ...,
+        memory_mib: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd", "_expected_wait_s", b"_expected_wait_s", "budget_usd", b"budget_usd", "expected_wait_s", b"expected_wait_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd", "_expected_wait_s", b"_expected_wait_s", "arguments", b"arguments", "attachments", b"attachments", "budget_usd", b"budget_usd", "channel_id", b"channel_id", "data_bytes", b"data_bytes", "data_nodes", b"data_nodes", "deadline_s", b"deadline_s", "expected_wait_s", b"expected_wait_s", "function", b"function", "hops", b"hops", "lease", b"lease", "node_id", b"node_id", "origin", b"origin", "priority", b"priority", "request_id", b"request_id", "tiers", b"tiers", "timeout_s", b"timeout_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd", "_expected_wait_s", b"_expected_wait_s", "arguments", b"arguments", "attachments", b"attachments", "budget_usd", b"budget_usd", "channel_id", b"channel_id", "data_bytes", b"data_bytes", "data_nodes", b"data_nodes", "deadline_s", b"deadline_s", "expected_wait_s", b"expected_wait_s", "function", b"function", "hops", b"hops", "lease", b"lease", "memory_mib", b"memory_mib", "node_id", b"node_id", "origin", b"origin", "priority", b"priority", "request_id", b"request_id", "tiers", b"tiers", "timeout_s", b"timeout_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__budget_usd: _TypeAlias = _typing.Literal["budget_usd"]  # noqa: Y015
     _WhichOneofArgType__budget_usd: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd"]  # noqa: Y015

@@ -8,6 +8,7 @@ from tierwise.domain.ids import FunctionId, NodeId, PolicyId, RequestId
 from tierwise.domain.outcome import LatencySplit, Outcome, OutcomeState
 from tierwise.domain.prices import LINK_CLASSES
 from tierwise.domain.request import Request
+from tierwise.domain.sizing import MEMORY_MIB_MAX
 from tierwise.errors import InvalidArgument
 from tierwise.v1 import types_pb2
 from tierwise.wire import checks
@@ -31,6 +32,9 @@ CALL_NAME_MAX = 128
 # A part of the split is a remainder between two nodes' figures: it may fall a little below zero.
 PART_MIN_S = -1.0
 HUGE = 1e12
+MEASURES_MAX = 64
+MEASURE_LENGTH_MAX = 128
+HUGE_MEASURE = 1e15
 _FIGURES = ("peak_memory_mib", "money_usd", "energy_j", "gb_s", "gpu_s", "cpu_s")
 _LINKS = frozenset(("", *LINK_CLASSES))
 START_GRACE_S = 30.0  # beyond its timeout, a call without one of its own may wait this long
@@ -67,7 +71,7 @@ def request_from_invocation(
         checks.at_most(data_nodes, "data_nodes", DATA_NODES_MAX)
         for name in data_nodes:
             checks.name(name, "data_nodes")
-    return Request(
+    request = Request(
         request_id=RequestId(request_id),
         spec=spec,
         origin=NodeId(checks.name(origin, "origin") if origin else origin),
@@ -89,6 +93,9 @@ def request_from_invocation(
             else None
         ),
     )
+    if pb.memory_mib and spec.is_memory_auto:
+        return request.with_memory(checks.integer(pb.memory_mib, "memory_mib", 1, MEMORY_MIB_MAX))
+    return request
 
 
 def invocation_from_request(request: Request, arguments: Sequence[bytes]) -> types_pb2.Invocation:
@@ -109,6 +116,7 @@ def invocation_from_request(request: Request, arguments: Sequence[bytes]) -> typ
         origin=request.origin,
         lease=request.lease,
         expected_wait_s=request.expected_wait_s,
+        memory_mib=request.spec.memory_mib if request.spec.is_memory_auto else 0,
     )
 
 
@@ -154,6 +162,8 @@ def outcome_to_pb(outcome: Outcome, *, with_explanation: bool = True) -> types_p
         lease=outcome.lease,
         trial_id=outcome.trial_id,
         block=outcome.block,
+        measures=outcome.measures,
+        retried_gb_s=outcome.retried_gb_s,
         refused_calls=dict(outcome.refused_calls),
     )
     if outcome.reason is not None:
@@ -237,6 +247,8 @@ def outcome_from_pb(pb: types_pb2.Outcome) -> Outcome:
         shadow=_shadow_from_pb(pb.shadow) if pb.HasField("shadow") else None,
         trial_id=checks.integer(pb.trial_id, "trial_id", 0, INT64_MAX),
         block=checks.integer(pb.block, "block", 0, INT64_MAX),
+        measures=_measures_from_pb(pb.measures) if pb.measures else {},
+        retried_gb_s=checks.number(pb.retried_gb_s, "retried_gb_s", 0.0, HUGE),
         refused_calls=_refused_calls_from_pb(pb.refused_calls) if pb.refused_calls else (),
     )
 
@@ -250,6 +262,16 @@ def _refused_calls_from_pb(pb: Mapping[str, int]) -> tuple[tuple[str, int], ...]
         )
         for name, count in sorted(pb.items())
     )
+
+
+def _measures_from_pb(found: Mapping[str, float]) -> dict[str, float]:
+    checks.at_most(found, "measures", MEASURES_MAX)
+    return {
+        checks.text(name, "measures", MEASURE_LENGTH_MAX): checks.number(
+            value, f"measures.{name}", -HUGE_MEASURE, HUGE_MEASURE
+        )
+        for name, value in found.items()
+    }
 
 
 def _refuse(

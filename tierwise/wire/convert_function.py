@@ -1,10 +1,11 @@
 """Functions ⇄ protobuf: specs, profiles, the catalogue."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from tierwise.domain.function import ALL_TIERS, Catalogue, FunctionProfile, FunctionSpec, Priority
 from tierwise.domain.ids import FunctionId
+from tierwise.domain.sizing import MEMORY_MIB_MAX, Growth, Sizing, Term
 from tierwise.domain.topology import Tier
 from tierwise.errors import InvalidArgument
 from tierwise.v1 import types_pb2
@@ -29,6 +30,7 @@ _TARGET = re.compile(rf"{_WORD}:([0-9]{{1,5}})", re.ASCII)  # a name or an IPv4 
 _PYTHON = re.compile(r"3\.[0-9]{1,3}", re.ASCII)
 INSTANCES_MAX = 10_000
 INT32_MAX = 2**31 - 1
+TERMS_MAX = 16  # of a sizing
 INT64_MAX = 2**63 - 1
 
 
@@ -78,6 +80,7 @@ def spec_to_pb(spec: FunctionSpec) -> types_pb2.FunctionSpec:
             instances_min=spec.instances_min,
             burst_max=spec.burst_max,
             python_version=spec.python_version,
+            is_memory_auto=spec.is_memory_auto,
         )
     except (TypeError, ValueError) as error:  # protobuf's own words do not name the function
         raise InvalidArgument(f"function {checks.shown(str(spec.name))}: {error}") from None
@@ -106,7 +109,7 @@ def spec_from_pb(pb: types_pb2.FunctionSpec) -> FunctionSpec:
         version=checks.integer(pb.version, "version", 1, INT32_MAX),
         code_digest=checks.digest(pb.code_digest, "code_digest"),
         requirements=tuple(pb.requirements),
-        memory_mib=checks.integer(pb.memory_mib, "memory_mib", 1, 10_000_000),
+        memory_mib=checks.integer(pb.memory_mib, "memory_mib", 1, MEMORY_MIB_MAX),
         cpus=checks.number(pb.cpus, "cpus", 0.01, 1024),
         gpu_slots=checks.integer(pb.gpu_slots, "gpu_slots", 0, 1024),
         timeout_s=checks.number(pb.timeout_s, "timeout_s", 1e-3, TIMEOUT_S_MAX),
@@ -123,6 +126,7 @@ def spec_from_pb(pb: types_pb2.FunctionSpec) -> FunctionSpec:
         else None,
         retries_max=checks.integer(pb.retries_max, "retries_max", 0, 20),
         description=checks.text(pb.description, "description", DESCRIPTION_LENGTH_MAX),
+        is_memory_auto=pb.is_memory_auto,
         network=tuple(pb.network),
     )
 
@@ -197,6 +201,7 @@ def catalogue_to_pb(catalogue: Catalogue) -> types_pb2.Catalogue:
         revision=catalogue.revision,
         functions=[spec_to_pb(spec) for spec in catalogue.functions.values()],
         profiles={str(key): profile_to_pb(value) for key, value in catalogue.profiles.items()},
+        sizings={str(key): sizing_to_pb(value) for key, value in catalogue.sizings.items()},
     )
 
 
@@ -212,4 +217,66 @@ def catalogue_from_pb(pb: types_pb2.Catalogue) -> Catalogue:
         revision=checks.integer(pb.revision, "revision", 0, INT64_MAX),
         functions={spec.function_id: spec for spec in specs},
         profiles=profiles_from_pb(pb.profiles),
+        sizings={
+            FunctionId(checks.function_id(key, "sizings")): sizing_from_pb(value)
+            for key, value in pb.sizings.items()
+        },
     )
+
+
+def sizing_to_pb(sizing: Sizing) -> types_pb2.Sizing:
+    """Return the message of a sizing."""
+    return types_pb2.Sizing(
+        memory=_growth_to_pb(sizing.memory),
+        run=_growth_to_pb(sizing.run),
+        margin=sizing.margin,
+        margin_beyond=sizing.margin_beyond,
+        highest=sizing.highest,
+        sample_count=sizing.sample_count,
+    )
+
+
+def sizing_from_pb(pb: types_pb2.Sizing) -> Sizing:
+    """Return the sizing of a message.
+
+    Raises:
+        InvalidArgument: A field is wrong; the message names it.
+    """
+    checks.at_most(pb.highest, "highest", TERMS_MAX)
+    return Sizing(
+        memory=_growth_from_pb(pb.memory, "memory"),
+        run=_growth_from_pb(pb.run, "run"),
+        margin=checks.number(pb.margin, "margin", 0, 1e6),
+        margin_beyond=checks.number(pb.margin_beyond, "margin_beyond", 0, 1e6),
+        highest={
+            name: checks.number(value, f"highest.{name}", -1e15, 1e15)
+            for name, value in pb.highest.items()
+        },
+        sample_count=checks.integer(pb.sample_count, "sample_count", 0, INT64_MAX),
+    )
+
+
+def _growth_to_pb(growth: Growth) -> list[types_pb2.SizingTerm]:
+    return [
+        types_pb2.SizingTerm(
+            coefficient=term.coefficient,
+            factors=[
+                types_pb2.SizingFactor(measure=name, power=power) for name, power in term.powers
+            ],
+        )
+        for term in growth.terms
+    ]
+
+
+def _growth_from_pb(terms: Sequence[types_pb2.SizingTerm], field: str) -> Growth:
+    checks.at_most(terms, field, TERMS_MAX)
+    found = []
+    for term in terms:
+        checks.at_most(term.factors, f"{field}.factors", TERMS_MAX)
+        powers = tuple(
+            (factor.measure, checks.number(factor.power, f"{field}.power", 0, 8))
+            for factor in term.factors
+        )
+        coefficient = checks.number(term.coefficient, f"{field}.coefficient", 0, 1e12)
+        found.append(Term(powers=powers, coefficient=coefficient))
+    return Growth(terms=tuple(found))

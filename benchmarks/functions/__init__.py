@@ -1,0 +1,1 @@
+"""Workloads whose memory follows their input, written for the memory benchmark."""

@@ -1,0 +1,1 @@
+"""Advice that refines a function's declaration before its calls are placed. Pure."""
