@@ -22,10 +22,11 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from tierwise.v1 import cache_pb2 as tierwise_dot_v1_dot_cache__pb2
 from tierwise.v1 import types_pb2 as tierwise_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tierwise/v1/node.proto\x12\x0btierwise.v1\x1a\x17tierwise/v1/types.proto\"\xc9\x01\n\x0eSessionRequest\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.tierwise.v1.HelloH\x00\x12+\n\theartbeat\x18\x02 \x01(\x0b\x32\x16.tierwise.v1.HeartbeatH\x00\x12\x34\n\x0bwork_result\x18\x03 \x01(\x0b\x32\x1d.tierwise.v1.InvocationResultH\x00\x12\'\n\x07goodbye\x18\x04 \x01(\x0b\x32\x14.tierwise.v1.GoodbyeH\x00\x42\x06\n\x04\x62ody\"\t\n\x07Goodbye\"\x8c\x01\n\x05Hello\x12\x1f\n\x04node\x18\x01 \x01(\x0b\x32\x11.tierwise.v1.Node\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x1a\n\x12\x63\x61talogue_revision\x18\x03 \x01(\x03\x12\x11\n\tpolicy_id\x18\x04 \x01(\t\x12\"\n\x06leases\x18\x05 \x03(\x0b\x32\x12.tierwise.v1.Lease\"*\n\x05Lease\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x03\"\x9a\x03\n\tHeartbeat\x12)\n\x07reading\x18\x01 \x01(\x0b\x32\x18.tierwise.v1.NodeReading\x12&\n\x04host\x18\x02 \x01(\x0b\x32\x18.tierwise.v1.HostReading\x12&\n\x05\x63\x61lls\x18\x03 \x03(\x0b\x32\x17.tierwise.v1.CallReport\x12\x1a\n\x12\x64ropped_call_count\x18\x04 \x01(\x03\x12\x11\n\tpolicy_id\x18\x05 \x01(\t\x12+\n\x08policies\x18\x06 \x03(\x0b\x32\x19.tierwise.v1.PolicyHealth\x12\x35\n\x0c\x65nvironments\x18\n \x03(\x0b\x32\x1f.tierwise.v1.EnvironmentReading\x12\x36\n\tidle_gb_s\x18\x1e \x03(\x0b\x32#.tierwise.v1.Heartbeat.IdleGbSEntry\x12\x17\n\x0freport_sequence\x18\x1f \x01(\x03\x1a.\n\x0cIdleGbSEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"Q\n\x12\x45nvironmentReading\x12\x1b\n\x13requirements_digest\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"e\n\nCallReport\x12%\n\x07outcome\x18\x01 \x01(\x0b\x32\x14.tierwise.v1.Outcome\x12\x0b\n\x03log\x18\x02 \x01(\t\x12\x0e\n\x06\x63\x61ller\x18\x03 \x01(\t\x12\x13\n\x0b\x65nded_ago_s\x18\x04 \x01(\x01\"\xc3\x03\n\x0fSessionResponse\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.tierwise.v1.WelcomeH\x00\x12+\n\tcatalogue\x18\x02 \x01(\x0b\x32\x16.tierwise.v1.CatalogueH\x00\x12!\n\x04view\x18\x03 \x01(\x0b\x32\x11.tierwise.v1.ViewH\x00\x12+\n\x08\x64ispatch\x18\x04 \x01(\x0b\x32\x17.tierwise.v1.InvocationH\x00\x12)\n\x06\x63\x61ncel\x18\x05 \x01(\x0b\x32\x17.tierwise.v1.CancelWorkH\x00\x12(\n\x08work_ack\x18\x06 \x01(\x0b\x32\x14.tierwise.v1.WorkAckH\x00\x12#\n\x05\x64rain\x18\x07 \x01(\x0b\x32\x12.tierwise.v1.DrainH\x00\x12/\n\x06policy\x18\x08 \x01(\x0b\x32\x1d.tierwise.v1.PolicyAssignmentH\x00\x12\'\n\x07\x62illing\x18\x1e \x01(\x0b\x32\x14.tierwise.v1.BillingH\x00\x12.\n\x0breports_ack\x18\x1f \x01(\x0b\x32\x17.tierwise.v1.ReportsAckH\x00\x42\x06\n\x04\x62ody\"C\n\x07Welcome\x12\x1c\n\x14heartbeat_interval_s\x18\x01 \x01(\x01\x12\x1a\n\x12revoked_identities\x18\x02 \x03(\t\"\xe6\x01\n\x04View\x12$\n\x05peers\x18\x01 \x03(\x0b\x32\x15.tierwise.v1.PeerView\x12%\n\x05links\x18\x02 \x01(\x0b\x32\x16.tierwise.v1.LinkTable\x12\x31\n\x08profiles\x18\x03 \x03(\x0b\x32\x1f.tierwise.v1.View.ProfilesEntry\x12\x0f\n\x07is_full\x18\x04 \x01(\x08\x1aM\n\rProfilesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12+\n\x05value\x18\x02 \x01(\x0b\x32\x1c.tierwise.v1.FunctionProfile:\x02\x38\x01\"\x8c\x01\n\x08PeerView\x12\x1f\n\x04node\x18\x01 \x01(\x0b\x32\x11.tierwise.v1.Node\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.tierwise.v1.NodeState\x12)\n\x07reading\x18\x03 \x01(\x0b\x32\x18.tierwise.v1.NodeReading\x12\r\n\x05\x61ge_s\x18\x04 \x01(\x01\" \n\nCancelWork\x12\x12\n\nrequest_id\x18\x01 \x01(\t\",\n\x07WorkAck\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x03\"\x16\n\x05\x44rain\x12\r\n\x05is_on\x18\x01 \x01(\x08\"[\n\x07\x42illing\x12\'\n\x06prices\x18\x01 \x01(\x0b\x32\x17.tierwise.v1.PriceTable\x12\'\n\x05spent\x18\x02 \x03(\x0b\x32\x18.tierwise.v1.SpentBudget\"o\n\x0bSpentBudget\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x13\n\x0busd_per_day\x18\x03 \x01(\x01\x12\x11\n\tspent_usd\x18\x04 \x01(\x01\x12\x13\n\x0b\x65nds_unix_s\x18\x05 \x01(\x01\"%\n\nReportsAck\x12\x17\n\x0freport_sequence\x18\x01 \x01(\x03\"\x9d\x01\n\x10PolicyAssignment\x12\x11\n\tpolicy_id\x18\x01 \x01(\t\x12\x0f\n\x07\x62uiltin\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12&\n\x06shadow\x18\x04 \x01(\x0b\x32\x16.tierwise.v1.PolicyRef\x12-\n\x06\x63\x61nary\x18\x05 \x01(\x0b\x32\x1d.tierwise.v1.CanaryAssignment\"/\n\tPolicyRef\x12\x11\n\tpolicy_id\x18\x01 \x01(\t\x12\x0f\n\x07\x62uiltin\x18\x02 \x01(\t\"\x8d\x01\n\x10\x43\x61naryAssignment\x12&\n\x06policy\x18\x01 \x01(\x0b\x32\x16.tierwise.v1.PolicyRef\x12\x10\n\x08trial_id\x18\x02 \x01(\x03\x12\r\n\x05share\x18\x03 \x01(\x01\x12\x0f\n\x07\x62lock_s\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x03\x12\x11\n\telapsed_s\x18\x06 \x01(\x01\x32W\n\x0bNodeService\x12H\n\x07Session\x12\x1b.tierwise.v1.SessionRequest\x1a\x1c.tierwise.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tierwise/v1/node.proto\x12\x0btierwise.v1\x1a\x17tierwise/v1/cache.proto\x1a\x17tierwise/v1/types.proto\"\xc9\x01\n\x0eSessionRequest\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.tierwise.v1.HelloH\x00\x12+\n\theartbeat\x18\x02 \x01(\x0b\x32\x16.tierwise.v1.HeartbeatH\x00\x12\x34\n\x0bwork_result\x18\x03 \x01(\x0b\x32\x1d.tierwise.v1.InvocationResultH\x00\x12\'\n\x07goodbye\x18\x04 \x01(\x0b\x32\x14.tierwise.v1.GoodbyeH\x00\x42\x06\n\x04\x62ody\"\t\n\x07Goodbye\"\x8c\x01\n\x05Hello\x12\x1f\n\x04node\x18\x01 \x01(\x0b\x32\x11.tierwise.v1.Node\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x1a\n\x12\x63\x61talogue_revision\x18\x03 \x01(\x03\x12\x11\n\tpolicy_id\x18\x04 \x01(\t\x12\"\n\x06leases\x18\x05 \x03(\x0b\x32\x12.tierwise.v1.Lease\"*\n\x05Lease\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x03\"\xc1\x03\n\tHeartbeat\x12)\n\x07reading\x18\x01 \x01(\x0b\x32\x18.tierwise.v1.NodeReading\x12&\n\x04host\x18\x02 \x01(\x0b\x32\x18.tierwise.v1.HostReading\x12&\n\x05\x63\x61lls\x18\x03 \x03(\x0b\x32\x17.tierwise.v1.CallReport\x12\x1a\n\x12\x64ropped_call_count\x18\x04 \x01(\x03\x12\x11\n\tpolicy_id\x18\x05 \x01(\t\x12+\n\x08policies\x18\x06 \x03(\x0b\x32\x19.tierwise.v1.PolicyHealth\x12\x35\n\x0c\x65nvironments\x18\n \x03(\x0b\x32\x1f.tierwise.v1.EnvironmentReading\x12\x36\n\tidle_gb_s\x18\x1e \x03(\x0b\x32#.tierwise.v1.Heartbeat.IdleGbSEntry\x12\x17\n\x0freport_sequence\x18\x1f \x01(\x03\x12%\n\x04held\x18( \x03(\x0b\x32\x17.tierwise.v1.HeldRounds\x1a.\n\x0cIdleGbSEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"Q\n\x12\x45nvironmentReading\x12\x1b\n\x13requirements_digest\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"e\n\nCallReport\x12%\n\x07outcome\x18\x01 \x01(\x0b\x32\x14.tierwise.v1.Outcome\x12\x0b\n\x03log\x18\x02 \x01(\t\x12\x0e\n\x06\x63\x61ller\x18\x03 \x01(\t\x12\x13\n\x0b\x65nded_ago_s\x18\x04 \x01(\x01\"\xf5\x03\n\x0fSessionResponse\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.tierwise.v1.WelcomeH\x00\x12+\n\tcatalogue\x18\x02 \x01(\x0b\x32\x16.tierwise.v1.CatalogueH\x00\x12!\n\x04view\x18\x03 \x01(\x0b\x32\x11.tierwise.v1.ViewH\x00\x12+\n\x08\x64ispatch\x18\x04 \x01(\x0b\x32\x17.tierwise.v1.InvocationH\x00\x12)\n\x06\x63\x61ncel\x18\x05 \x01(\x0b\x32\x17.tierwise.v1.CancelWorkH\x00\x12(\n\x08work_ack\x18\x06 \x01(\x0b\x32\x14.tierwise.v1.WorkAckH\x00\x12#\n\x05\x64rain\x18\x07 \x01(\x0b\x32\x12.tierwise.v1.DrainH\x00\x12/\n\x06policy\x18\x08 \x01(\x0b\x32\x1d.tierwise.v1.PolicyAssignmentH\x00\x12\'\n\x07\x62illing\x18\x1e \x01(\x0b\x32\x14.tierwise.v1.BillingH\x00\x12.\n\x0breports_ack\x18\x1f \x01(\x0b\x32\x17.tierwise.v1.ReportsAckH\x00\x12\x30\n\nopen_round\x18( \x01(\x0b\x32\x1a.tierwise.v1.RoundManifestH\x00\x42\x06\n\x04\x62ody\"C\n\x07Welcome\x12\x1c\n\x14heartbeat_interval_s\x18\x01 \x01(\x01\x12\x1a\n\x12revoked_identities\x18\x02 \x03(\t\"\xe6\x01\n\x04View\x12$\n\x05peers\x18\x01 \x03(\x0b\x32\x15.tierwise.v1.PeerView\x12%\n\x05links\x18\x02 \x01(\x0b\x32\x16.tierwise.v1.LinkTable\x12\x31\n\x08profiles\x18\x03 \x03(\x0b\x32\x1f.tierwise.v1.View.ProfilesEntry\x12\x0f\n\x07is_full\x18\x04 \x01(\x08\x1aM\n\rProfilesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12+\n\x05value\x18\x02 \x01(\x0b\x32\x1c.tierwise.v1.FunctionProfile:\x02\x38\x01\"\xb3\x01\n\x08PeerView\x12\x1f\n\x04node\x18\x01 \x01(\x0b\x32\x11.tierwise.v1.Node\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.tierwise.v1.NodeState\x12)\n\x07reading\x18\x03 \x01(\x0b\x32\x18.tierwise.v1.NodeReading\x12\r\n\x05\x61ge_s\x18\x04 \x01(\x01\x12%\n\x04held\x18\n \x03(\x0b\x32\x17.tierwise.v1.HeldRounds\" \n\nCancelWork\x12\x12\n\nrequest_id\x18\x01 \x01(\t\",\n\x07WorkAck\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05lease\x18\x02 \x01(\x03\"\x16\n\x05\x44rain\x12\r\n\x05is_on\x18\x01 \x01(\x08\"[\n\x07\x42illing\x12\'\n\x06prices\x18\x01 \x01(\x0b\x32\x17.tierwise.v1.PriceTable\x12\'\n\x05spent\x18\x02 \x03(\x0b\x32\x18.tierwise.v1.SpentBudget\"o\n\x0bSpentBudget\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x10\n\x08\x66unction\x18\x02 \x01(\t\x12\x13\n\x0busd_per_day\x18\x03 \x01(\x01\x12\x11\n\tspent_usd\x18\x04 \x01(\x01\x12\x13\n\x0b\x65nds_unix_s\x18\x05 \x01(\x01\"%\n\nReportsAck\x12\x17\n\x0freport_sequence\x18\x01 \x01(\x03\"\x9d\x01\n\x10PolicyAssignment\x12\x11\n\tpolicy_id\x18\x01 \x01(\t\x12\x0f\n\x07\x62uiltin\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12&\n\x06shadow\x18\x04 \x01(\x0b\x32\x16.tierwise.v1.PolicyRef\x12-\n\x06\x63\x61nary\x18\x05 \x01(\x0b\x32\x1d.tierwise.v1.CanaryAssignment\"/\n\tPolicyRef\x12\x11\n\tpolicy_id\x18\x01 \x01(\t\x12\x0f\n\x07\x62uiltin\x18\x02 \x01(\t\"\x8d\x01\n\x10\x43\x61naryAssignment\x12&\n\x06policy\x18\x01 \x01(\x0b\x32\x16.tierwise.v1.PolicyRef\x12\x10\n\x08trial_id\x18\x02 \x01(\x03\x12\r\n\x05share\x18\x03 \x01(\x01\x12\x0f\n\x07\x62lock_s\x18\x04 \x01(\x01\x12\x0c\n\x04seed\x18\x05 \x01(\x03\x12\x11\n\telapsed_s\x18\x06 \x01(\x01\x32W\n\x0bNodeService\x12H\n\x07Session\x12\x1b.tierwise.v1.SessionRequest\x1a\x1c.tierwise.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,50 +37,50 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HEARTBEAT_IDLEGBSENTRY']._serialized_options = b'8\001'
   _globals['_VIEW_PROFILESENTRY']._loaded_options = None
   _globals['_VIEW_PROFILESENTRY']._serialized_options = b'8\001'
-  _globals['_SESSIONREQUEST']._serialized_start=65
-  _globals['_SESSIONREQUEST']._serialized_end=266
-  _globals['_GOODBYE']._serialized_start=268
-  _globals['_GOODBYE']._serialized_end=277
-  _globals['_HELLO']._serialized_start=280
-  _globals['_HELLO']._serialized_end=420
-  _globals['_LEASE']._serialized_start=422
-  _globals['_LEASE']._serialized_end=464
-  _globals['_HEARTBEAT']._serialized_start=467
-  _globals['_HEARTBEAT']._serialized_end=877
-  _globals['_HEARTBEAT_IDLEGBSENTRY']._serialized_start=831
-  _globals['_HEARTBEAT_IDLEGBSENTRY']._serialized_end=877
-  _globals['_ENVIRONMENTREADING']._serialized_start=879
-  _globals['_ENVIRONMENTREADING']._serialized_end=960
-  _globals['_CALLREPORT']._serialized_start=962
-  _globals['_CALLREPORT']._serialized_end=1063
-  _globals['_SESSIONRESPONSE']._serialized_start=1066
-  _globals['_SESSIONRESPONSE']._serialized_end=1517
-  _globals['_WELCOME']._serialized_start=1519
-  _globals['_WELCOME']._serialized_end=1586
-  _globals['_VIEW']._serialized_start=1589
-  _globals['_VIEW']._serialized_end=1819
-  _globals['_VIEW_PROFILESENTRY']._serialized_start=1742
-  _globals['_VIEW_PROFILESENTRY']._serialized_end=1819
-  _globals['_PEERVIEW']._serialized_start=1822
-  _globals['_PEERVIEW']._serialized_end=1962
-  _globals['_CANCELWORK']._serialized_start=1964
-  _globals['_CANCELWORK']._serialized_end=1996
-  _globals['_WORKACK']._serialized_start=1998
-  _globals['_WORKACK']._serialized_end=2042
-  _globals['_DRAIN']._serialized_start=2044
-  _globals['_DRAIN']._serialized_end=2066
-  _globals['_BILLING']._serialized_start=2068
-  _globals['_BILLING']._serialized_end=2159
-  _globals['_SPENTBUDGET']._serialized_start=2161
-  _globals['_SPENTBUDGET']._serialized_end=2272
-  _globals['_REPORTSACK']._serialized_start=2274
-  _globals['_REPORTSACK']._serialized_end=2311
-  _globals['_POLICYASSIGNMENT']._serialized_start=2314
-  _globals['_POLICYASSIGNMENT']._serialized_end=2471
-  _globals['_POLICYREF']._serialized_start=2473
-  _globals['_POLICYREF']._serialized_end=2520
-  _globals['_CANARYASSIGNMENT']._serialized_start=2523
-  _globals['_CANARYASSIGNMENT']._serialized_end=2664
-  _globals['_NODESERVICE']._serialized_start=2666
-  _globals['_NODESERVICE']._serialized_end=2753
+  _globals['_SESSIONREQUEST']._serialized_start=90
+  _globals['_SESSIONREQUEST']._serialized_end=291
+  _globals['_GOODBYE']._serialized_start=293
+  _globals['_GOODBYE']._serialized_end=302
+  _globals['_HELLO']._serialized_start=305
+  _globals['_HELLO']._serialized_end=445
+  _globals['_LEASE']._serialized_start=447
+  _globals['_LEASE']._serialized_end=489
+  _globals['_HEARTBEAT']._serialized_start=492
+  _globals['_HEARTBEAT']._serialized_end=941
+  _globals['_HEARTBEAT_IDLEGBSENTRY']._serialized_start=895
+  _globals['_HEARTBEAT_IDLEGBSENTRY']._serialized_end=941
+  _globals['_ENVIRONMENTREADING']._serialized_start=943
+  _globals['_ENVIRONMENTREADING']._serialized_end=1024
+  _globals['_CALLREPORT']._serialized_start=1026
+  _globals['_CALLREPORT']._serialized_end=1127
+  _globals['_SESSIONRESPONSE']._serialized_start=1130
+  _globals['_SESSIONRESPONSE']._serialized_end=1631
+  _globals['_WELCOME']._serialized_start=1633
+  _globals['_WELCOME']._serialized_end=1700
+  _globals['_VIEW']._serialized_start=1703
+  _globals['_VIEW']._serialized_end=1933
+  _globals['_VIEW_PROFILESENTRY']._serialized_start=1856
+  _globals['_VIEW_PROFILESENTRY']._serialized_end=1933
+  _globals['_PEERVIEW']._serialized_start=1936
+  _globals['_PEERVIEW']._serialized_end=2115
+  _globals['_CANCELWORK']._serialized_start=2117
+  _globals['_CANCELWORK']._serialized_end=2149
+  _globals['_WORKACK']._serialized_start=2151
+  _globals['_WORKACK']._serialized_end=2195
+  _globals['_DRAIN']._serialized_start=2197
+  _globals['_DRAIN']._serialized_end=2219
+  _globals['_BILLING']._serialized_start=2221
+  _globals['_BILLING']._serialized_end=2312
+  _globals['_SPENTBUDGET']._serialized_start=2314
+  _globals['_SPENTBUDGET']._serialized_end=2425
+  _globals['_REPORTSACK']._serialized_start=2427
+  _globals['_REPORTSACK']._serialized_end=2464
+  _globals['_POLICYASSIGNMENT']._serialized_start=2467
+  _globals['_POLICYASSIGNMENT']._serialized_end=2624
+  _globals['_POLICYREF']._serialized_start=2626
+  _globals['_POLICYREF']._serialized_end=2673
+  _globals['_CANARYASSIGNMENT']._serialized_start=2676
+  _globals['_CANARYASSIGNMENT']._serialized_end=2817
+  _globals['_NODESERVICE']._serialized_start=2819
+  _globals['_NODESERVICE']._serialized_end=2906
 # @@protoc_insertion_point(module_scope)

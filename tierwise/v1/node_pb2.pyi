@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from tierwise.v1 import cache_pb2 as _cache_pb2
 from tierwise.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
@@ -164,6 +165,7 @@ class Heartbeat(_message.Message):
     ENVIRONMENTS_FIELD_NUMBER: _builtins.int
     IDLE_GB_S_FIELD_NUMBER: _builtins.int
     REPORT_SEQUENCE_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
     dropped_call_count: _builtins.int
     policy_id: _builtins.str
     report_sequence: _builtins.int
@@ -186,6 +188,10 @@ class Heartbeat(_message.Message):
     def idle_gb_s(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """GB-seconds that idle instances held since the last heartbeat, per function version."""
 
+    @_builtins.property
+    def held(self) -> _containers.RepeatedCompositeFieldContainer[_cache_pb2.HeldRounds]:
+        """Of the newest 256 jobs in the node's cache."""
+
     def __init__(
         self,
         *,
@@ -198,10 +204,11 @@ class Heartbeat(_message.Message):
         environments: _abc.Iterable[Global___EnvironmentReading] | None = ...,
         idle_gb_s: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         report_sequence: _builtins.int = ...,
+        held: _abc.Iterable[_cache_pb2.HeldRounds] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "reading", b"reading"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "dropped_call_count", b"dropped_call_count", "environments", b"environments", "host", b"host", "idle_gb_s", b"idle_gb_s", "policies", b"policies", "policy_id", b"policy_id", "reading", b"reading", "report_sequence", b"report_sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "dropped_call_count", b"dropped_call_count", "environments", b"environments", "held", b"held", "host", b"host", "idle_gb_s", b"idle_gb_s", "policies", b"policies", "policy_id", b"policy_id", "reading", b"reading", "report_sequence", b"report_sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -281,6 +288,7 @@ class SessionResponse(_message.Message):
     POLICY_FIELD_NUMBER: _builtins.int
     BILLING_FIELD_NUMBER: _builtins.int
     REPORTS_ACK_FIELD_NUMBER: _builtins.int
+    OPEN_ROUND_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -301,6 +309,10 @@ class SessionResponse(_message.Message):
     def billing(self) -> Global___Billing: ...
     @_builtins.property
     def reports_ack(self) -> Global___ReportsAck: ...
+    @_builtins.property
+    def open_round(self) -> _cache_pb2.RoundManifest:
+        """A round of a job that the scheduler runs: this node's cache will get its updates."""
+
     def __init__(
         self,
         *,
@@ -314,12 +326,13 @@ class SessionResponse(_message.Message):
         policy: Global___PolicyAssignment | None = ...,
         billing: Global___Billing | None = ...,
         reports_ack: Global___ReportsAck | None = ...,
+        open_round: _cache_pb2.RoundManifest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["billing", b"billing", "body", b"body", "cancel", b"cancel", "catalogue", b"catalogue", "dispatch", b"dispatch", "drain", b"drain", "policy", b"policy", "reports_ack", b"reports_ack", "view", b"view", "welcome", b"welcome", "work_ack", b"work_ack"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["billing", b"billing", "body", b"body", "cancel", b"cancel", "catalogue", b"catalogue", "dispatch", b"dispatch", "drain", b"drain", "open_round", b"open_round", "policy", b"policy", "reports_ack", b"reports_ack", "view", b"view", "welcome", b"welcome", "work_ack", b"work_ack"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["billing", b"billing", "body", b"body", "cancel", b"cancel", "catalogue", b"catalogue", "dispatch", b"dispatch", "drain", b"drain", "policy", b"policy", "reports_ack", b"reports_ack", "view", b"view", "welcome", b"welcome", "work_ack", b"work_ack"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["billing", b"billing", "body", b"body", "cancel", b"cancel", "catalogue", b"catalogue", "dispatch", b"dispatch", "drain", b"drain", "open_round", b"open_round", "policy", b"policy", "reports_ack", b"reports_ack", "view", b"view", "welcome", b"welcome", "work_ack", b"work_ack"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["welcome", "catalogue", "view", "dispatch", "cancel", "work_ack", "drain", "policy", "billing", "reports_ack"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["welcome", "catalogue", "view", "dispatch", "cancel", "work_ack", "drain", "policy", "billing", "reports_ack", "open_round"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -410,12 +423,15 @@ class PeerView(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     READING_FIELD_NUMBER: _builtins.int
     AGE_S_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
     state: _types_pb2.NodeState.ValueType
     age_s: _builtins.float
     @_builtins.property
     def node(self) -> _types_pb2.Node: ...
     @_builtins.property
     def reading(self) -> _types_pb2.NodeReading: ...
+    @_builtins.property
+    def held(self) -> _containers.RepeatedCompositeFieldContainer[_cache_pb2.HeldRounds]: ...
     def __init__(
         self,
         *,
@@ -423,10 +439,11 @@ class PeerView(_message.Message):
         state: _types_pb2.NodeState.ValueType = ...,
         reading: _types_pb2.NodeReading | None = ...,
         age_s: _builtins.float = ...,
+        held: _abc.Iterable[_cache_pb2.HeldRounds] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "reading", b"reading"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "node", b"node", "reading", b"reading", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "held", b"held", "node", b"node", "reading", b"reading", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

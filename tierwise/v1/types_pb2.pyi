@@ -11,6 +11,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from tierwise.v1 import cache_pb2 as _cache_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -1352,6 +1353,8 @@ class Invocation(_message.Message):
     CHANNEL_ID_FIELD_NUMBER: _builtins.int
     ATTACHMENTS_FIELD_NUMBER: _builtins.int
     MEMORY_MIB_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     function: _builtins.str
     """`name`, `namespace/name` or `namespace/name@version`."""
@@ -1385,6 +1388,16 @@ class Invocation(_message.Message):
     def attachments(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Numbers of the files there that hold the arrays that `arguments`, a single set, lacks."""
 
+    @_builtins.property
+    def inputs(self) -> _containers.RepeatedCompositeFieldContainer[_cache_pb2.ObjectRef]:
+        """Cached objects that hold the arrays which `arguments`, a single set, lacks, in order. The node
+        that runs the call fetches what it does not hold.
+        """
+
+    @_builtins.property
+    def output(self) -> _cache_pb2.ObjectSink:
+        """Puts the result into a cache; the caller gets a receipt."""
+
     def __init__(
         self,
         *,
@@ -1406,10 +1419,12 @@ class Invocation(_message.Message):
         channel_id: _builtins.bytes = ...,
         attachments: _abc.Iterable[_builtins.int] | None = ...,
         memory_mib: _builtins.int = ...,
+        inputs: _abc.Iterable[_cache_pb2.ObjectRef] | None = ...,
+        output: _cache_pb2.ObjectSink | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd", "_expected_wait_s", b"_expected_wait_s", "budget_usd", b"budget_usd", "expected_wait_s", b"expected_wait_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd", "_expected_wait_s", b"_expected_wait_s", "budget_usd", b"budget_usd", "expected_wait_s", b"expected_wait_s", "output", b"output"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd", "_expected_wait_s", b"_expected_wait_s", "arguments", b"arguments", "attachments", b"attachments", "budget_usd", b"budget_usd", "channel_id", b"channel_id", "data_bytes", b"data_bytes", "data_nodes", b"data_nodes", "deadline_s", b"deadline_s", "expected_wait_s", b"expected_wait_s", "function", b"function", "hops", b"hops", "lease", b"lease", "memory_mib", b"memory_mib", "node_id", b"node_id", "origin", b"origin", "priority", b"priority", "request_id", b"request_id", "tiers", b"tiers", "timeout_s", b"timeout_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd", "_expected_wait_s", b"_expected_wait_s", "arguments", b"arguments", "attachments", b"attachments", "budget_usd", b"budget_usd", "channel_id", b"channel_id", "data_bytes", b"data_bytes", "data_nodes", b"data_nodes", "deadline_s", b"deadline_s", "expected_wait_s", b"expected_wait_s", "function", b"function", "hops", b"hops", "inputs", b"inputs", "lease", b"lease", "memory_mib", b"memory_mib", "node_id", b"node_id", "origin", b"origin", "output", b"output", "priority", b"priority", "request_id", b"request_id", "tiers", b"tiers", "timeout_s", b"timeout_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__budget_usd: _TypeAlias = _typing.Literal["budget_usd"]  # noqa: Y015
     _WhichOneofArgType__budget_usd: _TypeAlias = _typing.Literal["_budget_usd", b"_budget_usd"]  # noqa: Y015

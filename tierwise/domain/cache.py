@@ -1,0 +1,88 @@
+"""Objects of federated jobs as the metadata cache names them."""
+
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+
+
+class ObjectKind(StrEnum):
+    """What an object is."""
+
+    UPDATE = "update"
+    AGGREGATE = "aggregate"
+    METADATA = "metadata"
+    MATRIX = "matrix"
+
+
+class Durability(IntEnum):
+    """How far an object is from being lost, ascending."""
+
+    MEMORY = 1
+    DISK = 2
+    REPLICATED = 3
+    STORED = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class ObjectKey:
+    """Names one object: `client` is empty for what belongs to a whole round."""
+
+    namespace: str
+    job: str
+    round: int
+    kind: ObjectKind
+    client: str = ""
+
+    def __str__(self) -> str:
+        """Return `namespace/job/round/kind[/client]`, as people and object stores read it."""
+        parts = [self.namespace, self.job, f"{self.round:06d}", self.kind.value]
+        return "/".join([*parts, self.client] if self.client else parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundClient:
+    """One client of a round, and the identity that may put its update; empty: the owner."""
+
+    client: str
+    writer: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundManifest:
+    """One round as it is announced. Rows of its matrix are in the order of `clients`.
+
+    Attributes:
+        parameter_count: Elements of every vector, float32.
+        distance_max: Euclidean distance from `base` beyond which an update is quarantined; 0: any.
+        base: What deltas are taken from; without it statistics are of the vectors themselves.
+        replica_nodes: Nodes that get a copy of every object.
+        owner: Identity (URI) that opened it.
+    """
+
+    namespace: str
+    job: str
+    round: int
+    clients: tuple[RoundClient, ...]
+    parameter_count: int
+    distance_max: float = 0.0
+    base: ObjectKey | None = None
+    replica_nodes: tuple[str, ...] = ()
+    owner: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectInfo:
+    """One object as lists show it.
+
+    Attributes:
+        quarantined: Why it does not count; empty if it does.
+        metadata: Small facts that came with it: example_count, loss, metrics.
+    """
+
+    key: ObjectKey
+    size_bytes: int
+    digest: str
+    durability: Durability
+    node_ids: tuple[str, ...] = ()
+    is_in_memory: bool = False
+    quarantined: str = ""
+    metadata: dict[str, object] | None = None
