@@ -1,0 +1,1 @@
+"""What federated rounds run in workers: aggregation, and questions about rounds."""
