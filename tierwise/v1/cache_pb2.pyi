@@ -514,12 +514,33 @@ class CacheReading(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class MovedBytesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_MAX_FIELD_NUMBER: _builtins.int
     DISK_BYTES_FIELD_NUMBER: _builtins.int
     HIT_COUNT_FIELD_NUMBER: _builtins.int
     MISS_COUNT_FIELD_NUMBER: _builtins.int
     POLICIES_FIELD_NUMBER: _builtins.int
+    MOVED_BYTES_FIELD_NUMBER: _builtins.int
     memory_bytes: _builtins.int
     memory_bytes_max: _builtins.int
     disk_bytes: _builtins.int
@@ -528,6 +549,10 @@ class CacheReading(_message.Message):
     @_builtins.property
     def policies(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Policy per job, namespace/job."""
+
+    @_builtins.property
+    def moved_bytes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """What moved between caches since the agent started, by link class, such as edge-cloud."""
 
     def __init__(
         self,
@@ -538,10 +563,11 @@ class CacheReading(_message.Message):
         hit_count: _builtins.int = ...,
         miss_count: _builtins.int = ...,
         policies: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        moved_bytes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["disk_bytes", b"disk_bytes", "hit_count", b"hit_count", "memory_bytes", b"memory_bytes", "memory_bytes_max", b"memory_bytes_max", "miss_count", b"miss_count", "policies", b"policies"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["disk_bytes", b"disk_bytes", "hit_count", b"hit_count", "memory_bytes", b"memory_bytes", "memory_bytes_max", b"memory_bytes_max", "miss_count", b"miss_count", "moved_bytes", b"moved_bytes", "policies", b"policies"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

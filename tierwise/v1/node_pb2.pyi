@@ -206,12 +206,12 @@ class Heartbeat(_message.Message):
     IDLE_GB_S_FIELD_NUMBER: _builtins.int
     REPORT_SEQUENCE_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
-    HELD_SEQUENCE_FIELD_NUMBER: _builtins.int
+    IS_HELD_KNOWN_FIELD_NUMBER: _builtins.int
     dropped_call_count: _builtins.int
     policy_id: _builtins.str
     report_sequence: _builtins.int
     """Numbers the call reports of this and earlier heartbeats; acknowledged by ReportsAck."""
-    held_sequence: _builtins.int
+    is_held_known: _builtins.bool
     @_builtins.property
     def reading(self) -> _types_pb2.NodeReading: ...
     @_builtins.property
@@ -232,7 +232,7 @@ class Heartbeat(_message.Message):
 
     @_builtins.property
     def held(self) -> _containers.RepeatedCompositeFieldContainer[_cache_pb2.HeldRounds]:
-        """Of the newest 256 jobs in the node's cache: all of it, or no news if held_sequence is 0."""
+        """Of the newest 256 jobs in the node's cache: all that it holds, or no news."""
 
     def __init__(
         self,
@@ -247,11 +247,11 @@ class Heartbeat(_message.Message):
         idle_gb_s: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         report_sequence: _builtins.int = ...,
         held: _abc.Iterable[_cache_pb2.HeldRounds] | None = ...,
-        held_sequence: _builtins.int = ...,
+        is_held_known: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "reading", b"reading"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "dropped_call_count", b"dropped_call_count", "environments", b"environments", "held", b"held", "held_sequence", b"held_sequence", "host", b"host", "idle_gb_s", b"idle_gb_s", "policies", b"policies", "policy_id", b"policy_id", "reading", b"reading", "report_sequence", b"report_sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "dropped_call_count", b"dropped_call_count", "environments", b"environments", "held", b"held", "host", b"host", "idle_gb_s", b"idle_gb_s", "is_held_known", b"is_held_known", "policies", b"policies", "policy_id", b"policy_id", "reading", b"reading", "report_sequence", b"report_sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -467,17 +467,17 @@ class PeerView(_message.Message):
     READING_FIELD_NUMBER: _builtins.int
     AGE_S_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
-    HELD_SEQUENCE_FIELD_NUMBER: _builtins.int
+    IS_HELD_KNOWN_FIELD_NUMBER: _builtins.int
     state: _types_pb2.NodeState.ValueType
     age_s: _builtins.float
-    held_sequence: _builtins.int
+    is_held_known: _builtins.bool
     @_builtins.property
     def node(self) -> _types_pb2.Node: ...
     @_builtins.property
     def reading(self) -> _types_pb2.NodeReading: ...
     @_builtins.property
     def held(self) -> _containers.RepeatedCompositeFieldContainer[_cache_pb2.HeldRounds]:
-        """All that it holds, or no news if held_sequence is 0."""
+        """All that it holds, or no news."""
 
     def __init__(
         self,
@@ -487,11 +487,11 @@ class PeerView(_message.Message):
         reading: _types_pb2.NodeReading | None = ...,
         age_s: _builtins.float = ...,
         held: _abc.Iterable[_cache_pb2.HeldRounds] | None = ...,
-        held_sequence: _builtins.int = ...,
+        is_held_known: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "reading", b"reading"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "held", b"held", "held_sequence", b"held_sequence", "node", b"node", "reading", b"reading", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "held", b"held", "is_held_known", b"is_held_known", "node", b"node", "reading", b"reading", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
