@@ -83,7 +83,7 @@ def encoded(
         if relative_to is not None:
             part = part - relative_to[start:stop]
         if encoding == RAW:
-            yield memoryview(np.ascontiguousarray(part)).cast("B")
+            yield np.ascontiguousarray(part).view(np.uint8).data
             continue
         if residual is not None:
             part = part + residual[start:stop]

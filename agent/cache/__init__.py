@@ -1,0 +1,1 @@
+"""The metadata cache of one node: objects of federated rounds, kept where they are used."""
