@@ -85,6 +85,18 @@ def inline(blob: bytes, attachments: Sequence[Any]) -> bytes:
     return _assemble(bytes(head), [array.nbytes for array in arrays], arrays)
 
 
+def detached_bytes(blob: bytes) -> list[int]:
+    """Return the sizes of the arrays that travel beside a blob, in order; none if it is damaged."""
+    try:
+        magic, count, _ = _HEADER.unpack_from(blob)
+        if magic != MAGIC or count > ARRAYS_MAX:
+            return []
+        lengths = struct.unpack_from(f"<{count}Q", blob, _HEADER.size)
+    except struct.error:
+        return []
+    return [length ^ DETACHED for length in lengths if length & DETACHED]
+
+
 def view_of(array: Any) -> memoryview:
     """Return the bytes of what `encode` detaches."""
     return (
