@@ -1,1 +1,1 @@
-"""The metadata cache of one node: objects of federated rounds, kept where they are used."""
+"""The metadata cache of one node: rounds in shared memory, on disk and in an object store."""
