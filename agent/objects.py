@@ -7,7 +7,7 @@ and its caller gets a receipt.
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from agent.runtime.instance import ItemKind, ItemResult, RunReport
 from tierwise.clock import monotonic_s
 from tierwise.domain.cache import ObjectInfo, ObjectKey, ObjectKind
 from tierwise.domain.ids import NodeId
+from tierwise.domain.request import Request
 from tierwise.errors import (
     DeadlineExceeded,
     FailedPrecondition,
@@ -35,6 +36,7 @@ from tierwise.wire.convert_cache import (
 from tierwise.wire.memfd import ATTACHMENTS_MAX, Memfd
 
 SINK_TIMEOUT_S = 120.0
+DATA_NODES_MAX = 8
 
 OnDone = Callable[[RunReport], None]
 Start = Callable[[Sequence[Memfd], float, OnDone], None]
@@ -249,6 +251,16 @@ class CallObjects:
         )
         info = await self._reach.put(outgoing, NodeId(sink.node_id))
         return ItemResult(ItemKind.OK, payload.encode(receipt(info, metadata)))
+
+
+def placed(
+    request: Request, cached: Cached, argument: bytes, objects: CallObjects | None
+) -> Request:
+    """Return the request with where its data lies, if nobody has said so, and how much that is."""
+    if objects is None or not cached.inputs or request.data_nodes:
+        return request
+    nodes, size_bytes = objects.holders(cached, argument)
+    return replace(request, data_nodes=nodes[:DATA_NODES_MAX], data_bytes=size_bytes)
 
 
 def receipt(info: ObjectInfo, metadata: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import structlog
 
 from agent.billing import Billing
 from agent.catalogue import FunctionIndex
+from agent.objects import Cached
 from agent.policies import PolicySlots
 from agent.probe import Probe
 from agent.runtime.environments import EnvironmentReading
@@ -385,6 +386,7 @@ class Uplink:
                 raise NotFound(f"there is no function {invocation.function!r} any more")
             here = self._shell.machine.node.node_id
             request = convert.request_from_invocation(invocation, spec, origin=here)
+            cached = Cached.of(invocation)
         except TierwiseError as error:
             self._outbox.put(
                 types_pb2.InvocationResult(
@@ -404,7 +406,7 @@ class Uplink:
                 )
             )
             return
-        self._shell.invoke(request, invocation.arguments, self._outbox.put, caller="scheduler")
+        self._shell.invoke(request, invocation.arguments, self._outbox.put, caller="scheduler", cached=cached)
 
     async def _open_round(self, manifest: cache_pb2.RoundManifest) -> None:
         answer = node_pb2.RoundOpened(

@@ -69,17 +69,44 @@ def make(parts: Iterable[Any]) -> Memfd:
     Raises:
         OSError: There is no memory, or this process may not make such files.
     """
-    fd = _create()
+    file = Filling()
     try:
         for part in parts:
-            left = memoryview(part).cast("B")
-            while left:
-                left = left[os.write(fd, left) :]
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS | fcntl.F_SEAL_SEAL)
-    except BaseException:
-        os.close(fd)
-        raise
-    return Memfd(fd)
+            file.write(part)
+        return file.seal()
+    finally:
+        file.close()
+
+
+class Filling:
+    """A file that is being filled, for bytes that come over time. Close it if it is not sealed."""
+
+    def __init__(self) -> None:
+        self._fd = _create()
+        self.nbytes = 0
+
+    def write(self, part: Any) -> None:
+        """Append bytes.
+
+        Raises:
+            OSError: There is no memory.
+        """
+        left = memoryview(part).cast("B")
+        self.nbytes += len(left)
+        while left:
+            left = left[os.write(self._fd, left) :]
+
+    def seal(self) -> Memfd:
+        """Return the file; nobody can change it any more."""
+        fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS | fcntl.F_SEAL_SEAL)
+        fd, self._fd = self._fd, -1
+        return Memfd(fd)
+
+    def close(self) -> None:
+        """Give up what was not sealed. Safe to call twice."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 def _create() -> int:
