@@ -1,0 +1,1 @@
+"""Analytics on rounds of federated learning. Pure NumPy."""
