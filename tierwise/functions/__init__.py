@@ -1,1 +1,1 @@
-"""Function code that ships to workers by value: NumPy and the standard library only."""
+"""Function code that ships to workers, and the questions that rounds can be asked."""

@@ -1,1 +1,1 @@
-"""Analytics on rounds of federated learning. Pure NumPy."""
+"""Federated learning: what is known of a round, and what can be made of it."""
