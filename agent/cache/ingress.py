@@ -12,7 +12,7 @@ import numpy as np
 import structlog
 
 from agent.cache.answers import Answers
-from agent.cache.index import HolderIndex
+from agent.cache.holders import HolderIndex
 from agent.cache.lists import merged
 from agent.cache.peers import CachePeers
 from agent.cache.reach import CHUNK_BYTES, HOLDERS_TRIED_MAX, Reach

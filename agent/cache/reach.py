@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from agent.cache.index import HolderIndex, common
+from agent.cache.holders import HolderIndex, common
 from agent.cache.peers import CachePeers
 from agent.cache.residuals import Residuals
 from agent.cache.rights import CLUSTER, Rights

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from agent.cache.index import HolderIndex
+from agent.cache.holders import HolderIndex
 from agent.cache.ingress import CacheIngress
 from agent.cache.peers import CachePeers
 from agent.cache.reach import Reach
