@@ -108,9 +108,7 @@ def bipartition(similarities: Float) -> tuple[Mask, float]:
     return sides, float(edges[cut])
 
 
-def _seeds(
-    points: Float, squares: Float, k: int, rng: np.random.Generator, restarts: int
-) -> Index:
+def _seeds(points: Float, squares: Float, k: int, rng: np.random.Generator, restarts: int) -> Index:
     """Return rows of the first centres, shape (restarts, k): each drawn ∝ distance² to the last."""
     count = len(points)
     seeds = np.empty((restarts, k), dtype=np.intp)

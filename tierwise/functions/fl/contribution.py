@@ -7,8 +7,8 @@ FedAvg's weights n_i and Δ_S = Σ_S n_i δ_i ÷ Σ_S n_i:
     linear       v(S) = ⟨Σ_S n_i δ_i, Δ_N⟩ ÷ (Σ_N n_i · ‖Δ_N‖²): the share of the round's move along
                  itself. Additive, so leave-one-out and Shapley value are the same, and sum to 1
 
-`alignment` is 1 for all clients together and punishes those who pull elsewhere; both know nothing of
-accuracy. For that, `gtg_shapley` takes any utility, such as a model's score on held-out data.
+`alignment` is 1 for all clients together and punishes those who pull elsewhere; both know nothing
+of accuracy. For that, `gtg_shapley` takes any utility, such as a model's score on held-out data.
 """
 
 from collections.abc import Callable, Iterable
@@ -47,12 +47,13 @@ def linear_values(gram: Float, weights: Float) -> Float:
 def leave_one_out(gram: Float, weights: Float) -> Float:
     """Return v(N) − v(N∖i) of the alignment, shape (K,).
 
-    Large for who turned the round's direction. Leaving out the only client leaves nothing: v(∅) = 0.
+    Large for who turned the round's direction. Without the only client nothing is left: v(∅) = 0.
     """
     count = len(weights)
     everybody_but = ~np.eye(count, dtype=np.bool_)
     together = alignments(gram, weights, np.ones((1, count), dtype=np.bool_))[0]
-    return together - alignments(gram, weights, everybody_but)
+    found: Float = together - alignments(gram, weights, everybody_but)
+    return found
 
 
 def influences(gram: Float, weights: Float) -> Float:
@@ -79,7 +80,7 @@ def exact_shapley(values: Float) -> Float:
     Args:
         values: Shape (2^K,): v of the coalition whose members are the bits of its position.
     """
-    count = int(len(values)).bit_length() - 1
+    count = len(values).bit_length() - 1
     sizes = np.array([bin(code).count("1") for code in range(len(values))])
     factorials = np.cumprod(np.concatenate([[1.0], np.arange(1.0, count + 1)]))
     found = np.empty(count)
@@ -95,7 +96,8 @@ def exact_shapley(values: Float) -> Float:
 def all_coalitions(count: int) -> Mask:
     """Return membership of all 2^K coalitions, shape (2^K, K), as `exact_shapley` counts them."""
     codes = np.arange(1 << count)[:, None]
-    return (codes >> np.arange(count)[None, :]) & 1 == 1
+    found: Mask = (codes >> np.arange(count)[None, :]) & 1 == 1
+    return found
 
 
 def gtg_shapley(

@@ -38,8 +38,8 @@ def odd_ones(fired: Mask, faulty: int) -> NDArray[np.int64]:
     """Return on how many inputs each client is one of the `faulty` odd ones, shape (K,).
 
     FedDebug's differential testing of activations (Gill, Anwar and Gulzar, ICSE 2023): of all
-    groups of K − 1 clients, the one with the most neurons that fire in all of its members is taken for
-    sound, and who is outside for faulty; then again among the rest, `faulty` times. Ties go to
+    groups of K − 1 clients, the one with the most neurons that fire in all of its members is taken
+    for sound, and who is outside for faulty; then again among the rest, `faulty` times. Ties go to
     nobody if all are tied, else to the first.
 
     A neuron that fires in all but one member tells against that one; so counts per client are

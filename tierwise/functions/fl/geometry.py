@@ -59,7 +59,9 @@ def embedding(gram: Float) -> Float:
         return np.zeros((len(gram), 1))
     points: Float = vectors[:, is_kept] * np.sqrt(values[is_kept])
     largest = np.abs(points).argmax(axis=0)
-    return points * np.sign(points[largest, np.arange(points.shape[1])])
+    signs = np.sign(points[largest, np.arange(points.shape[1])])
+    found: Float = points * signs
+    return found
 
 
 def shares(counts: ArrayLike) -> Float:

@@ -1,9 +1,9 @@
 """Dense networks in a flat vector: softmax regression and multilayer perceptrons. Pure.
 
 A *layout* says which part of a vector is what: the shapes of its parameters in order, such as
-`[[32, 64], [32], [10, 32], [10]]`, or `{"name": …, "shape": …}` in place of a shape. Each layer is a
-matrix followed by a bias, or not. Matrices are (outputs, inputs), as PyTorch keeps them, or (inputs,
-outputs), as scikit-learn and Keras do; which one is read off the shapes if they settle it.
+`[[32, 64], [32], [10, 32], [10]]`, or `{"name": …, "shape": …}` in place of a shape. Each layer is
+a matrix followed by a bias, or not. Matrices are (outputs, inputs), as PyTorch keeps them, or
+(inputs, outputs), as scikit-learn and Keras do; which one is read off the shapes if they settle it.
 """
 
 import math

@@ -51,7 +51,12 @@ def fomo_weights(losses: Float, loss_before: float, distances: Float) -> Float:
 
 
 def ditto_step(
-    personal: ArrayLike, gradient: ArrayLike, shared: ArrayLike, *, pull: float, learning_rate: float
+    personal: ArrayLike,
+    gradient: ArrayLike,
+    shared: ArrayLike,
+    *,
+    pull: float,
+    learning_rate: float,
 ) -> Float:
     """Return v − η·(∇F(v) + λ·(v − w)): one step of a personal model towards its own data.
 
@@ -66,8 +71,8 @@ def ditto_step(
 def ditto_mean(update: ArrayLike, shared: ArrayLike, *, pull: float) -> Vector:
     """Return (u + λ·w) ÷ (1 + λ): Ditto's personal model, if the update solved the client's part.
 
-    The minimum of ½‖v − u‖² + λ÷2·‖v − w‖², that is, Ditto's objective (same paper, section 3) for a
-    client whose loss is quadratic around its update u: λ = 0 is the client's own model, λ → ∞ the
+    The minimum of ½‖v − u‖² + λ÷2·‖v − w‖², that is, Ditto's objective (same paper, section 3) for
+    a client whose loss is quadratic around its update u: λ = 0 is the client's own model, λ → ∞ the
     shared one. Where ditto_step ends, if it is repeated with the gradient v − u.
     """
     own, other = np.asarray(update, dtype=np.float32), np.asarray(shared, dtype=np.float32)

@@ -101,7 +101,7 @@ def number(value: float) -> float | None:
 
 def selected(clients: Sequence[str], mask: NDArray[np.bool_]) -> list[str]:
     """Return the clients of a mask."""
-    return [clients[row] for row in np.flatnonzero(mask)]
+    return [clients[row] for row in np.flatnonzero(mask).tolist()]
 
 
 def check_any(statistics: RoundStatistics, at_least: int = 1) -> None:

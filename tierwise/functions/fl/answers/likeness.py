@@ -5,6 +5,7 @@ import numpy as np
 from tierwise.functions.fl import clustering, filtering
 from tierwise.functions.fl.geometry import (
     Float,
+    Index,
     Mask,
     cosines_with,
     distances_squared,
@@ -150,7 +151,7 @@ def clusters(
     points = embedding(gram)
     apart = np.sqrt(distances_squared(gram))
     tried = [k] if k else list(range(2, min(GROUPS_TRIED_MAX, count - 1) + 1)) or [1]
-    best: tuple[float, clustering.Index, float] | None = None
+    best: tuple[float, Index, float] | None = None
     for size in tried:
         labels, inertia = clustering.kmeans(points, size, generator(seed))
         fit = clustering.silhouette(apart, labels)
