@@ -4,6 +4,7 @@ They are apart from the streams of calls, which must not wait behind large objec
 """
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from tierwise.domain.prices import link_class
 from tierwise.domain.topology import Channel, Link
 from tierwise.errors import Unavailable
 from tierwise.v1 import cache_pb2, cache_pb2_grpc
+from tierwise.wire import memfd
 from tierwise.wire.channel import secure_channel
 from tierwise.wire.convert_cache import (
     durability_from_pb,
@@ -28,7 +30,7 @@ from tierwise.wire.convert_cache import (
 )
 from tierwise.wire.errors import error_from_rpc
 from tierwise.wire.identity import Credentials, node_dns_name
-from tierwise.wire.memfd import Filling, Memfd
+from tierwise.wire.memfd import Memfd
 
 ASK_TIMEOUT_S = 10.0
 MOVE_TIMEOUT_S = 300.0
@@ -109,18 +111,23 @@ class CachePeers:
         """
         request = cache_pb2.GetRequest(key=key_to_pb(key), is_forwarded=True, caller=caller)
         head: cache_pb2.ObjectHead | None = None
-        file = Filling()
+        fd, size_bytes = memfd.create(), 0
         try:
             async for response in self.stream(node_id, request):
                 if response.HasField("head"):
                     head = response.head
-                else:
-                    file.write(response.chunk)
-            if head is None or file.nbytes != head.size_bytes:
+                    continue
+                left = memoryview(response.chunk)
+                size_bytes += len(left)
+                while left:
+                    left = left[os.write(fd, left) :]
+            if head is None or size_bytes != head.size_bytes:
                 raise Unavailable(f"{key} came incomplete from {node_id}", retry_after_s=0.5)
-            return file.seal(), info_from_head(head, key, node_id)
-        finally:
-            file.close()
+            file = memfd.seal(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        return file, info_from_head(head, key, node_id)
 
     async def put(
         self,

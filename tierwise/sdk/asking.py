@@ -86,15 +86,28 @@ class Asking:
             kind, client = ObjectKind.MATRIX, ""
         elif kind is None:
             kind, client = ObjectKind.AGGREGATE, ""
-        if name == "base":
-            if facts.get("base_round") is None:
-                return None
-            number = int(facts["base_round"])
         try:
+            if name == "base":
+                number = await self._base(number, str(facts["base_digest"]))
             found = await self._rounds.ref.aio(number, kind.value, client)
         except NotFound:
             return None
         return CachedArray(found.key, found.shape, response.node_id)
+
+    async def _base(self, number: int, digest: str) -> int:
+        """Return the round whose aggregate has a digest; most often it is the one before.
+
+        Raises:
+            NotFound: The round has no base, or nobody holds it.
+        """
+        if digest and number > 0:
+            before = await self._rounds.info.aio(number - 1)
+            if before.digest == digest:
+                return number - 1
+        for row in await self._rounds.list.aio() if digest else ():
+            if row["kind"] == ObjectKind.AGGREGATE.value and row["digest"] == digest:
+                return int(row["round"])
+        raise NotFound(f"the base of round {number} is not held any more")
 
     async def _run(
         self,
