@@ -33,6 +33,7 @@ NAMELESS = frozenset(
     }
 )
 
+
 def code_of(result: ItemResult) -> str:
     """Return the error code of an item that failed."""
     return result.error_code or CODE_BY_KIND[result.kind]

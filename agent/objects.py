@@ -26,14 +26,14 @@ from tierwise.errors import (
     TierwiseError,
 )
 from tierwise.v1 import cache_pb2, types_pb2
-from tierwise.wire import checks, compression, payload
+from tierwise.wire import payload
 from tierwise.wire.convert_cache import (
-    URI_LENGTH_MAX,
+    check_objects,
     durability_from_pb,
     key_from_pb,
     metadata_to_bytes,
 )
-from tierwise.wire.memfd import ATTACHMENTS_MAX, Memfd
+from tierwise.wire.memfd import Memfd
 
 SINK_TIMEOUT_S = 120.0
 DATA_NODES_MAX = 8
@@ -60,21 +60,9 @@ class Cached:
         Raises:
             InvalidArgument: A field is wrong; the message names it.
         """
-        has_output = invocation.HasField("output")
-        if not invocation.inputs and not has_output:
+        if not check_objects(invocation, caller):
             return None
-        if len(invocation.arguments) != 1:
-            raise InvalidArgument("inputs and output: of a single argument set")
-        if invocation.attachments and invocation.inputs:
-            raise InvalidArgument("inputs: not together with attachments")
-        checks.at_most(invocation.inputs, "inputs", ATTACHMENTS_MAX)
-        for each in (*invocation.inputs, *([invocation.output] if has_output else ())):
-            key_from_pb(each.key)
-            if each.node_id:
-                checks.name(each.node_id, "node_id")
-            each.caller = checks.text(caller or each.caller, "caller", URI_LENGTH_MAX)
-        if has_output:
-            _check_sink(invocation.output)
+        has_output = invocation.HasField("output")
         return cls(tuple(invocation.inputs), invocation.output if has_output else None)
 
     def fill(self, invocation: types_pb2.Invocation) -> None:
@@ -82,16 +70,6 @@ class Cached:
         invocation.inputs.extend(self.inputs)
         if self.output is not None:
             invocation.output.CopyFrom(self.output)
-
-
-def _check_sink(sink: cache_pb2.ObjectSink) -> None:
-    if sink.encoding != compression.AUTO:
-        compression.check(sink.encoding)
-    durability_from_pb(sink.durability)
-    if sink.HasField("relative_to"):
-        key_from_pb(sink.relative_to, "relative_to")
-    if key_from_pb(sink.key).kind is ObjectKind.MATRIX:
-        raise InvalidArgument("output: a matrix is made of updates; put those")
 
 
 class Carried:
@@ -291,9 +269,7 @@ def _parts(key: ObjectKey, item: ItemResult) -> tuple[Any, dict[str, Any], Memfd
         return metadata_to_bytes(value), {}, None
     is_pair = isinstance(value, tuple | list) and len(value) == 2
     vector, metadata = value if is_pair else (value, {})
-    is_vector = (
-        isinstance(vector, np.ndarray) and vector.dtype == np.float32 and vector.ndim == 1
-    )
+    is_vector = isinstance(vector, np.ndarray) and vector.dtype == np.float32 and vector.ndim == 1
     if not is_vector or not isinstance(metadata, dict):
         raise ResultRejected(
             f"the result goes into the cache as {key}: return (vector, dict), a one-dimensional "

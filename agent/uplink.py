@@ -406,7 +406,9 @@ class Uplink:
                 )
             )
             return
-        self._shell.invoke(request, invocation.arguments, self._outbox.put, caller="scheduler", cached=cached)
+        self._shell.invoke(
+            request, invocation.arguments, self._outbox.put, caller="scheduler", cached=cached
+        )
 
     async def _open_round(self, manifest: cache_pb2.RoundManifest) -> None:
         answer = node_pb2.RoundOpened(

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
         Unplaceable,
     )
     from tierwise.sdk.app import App, Function
+    from tierwise.sdk.cached import CachedArray
     from tierwise.sdk.client import Client, connect, handle
     from tierwise.sdk.handle import Handle
-    from tierwise.sdk.cached import CachedArray
     from tierwise.sdk.local import LocalCluster
     from tierwise.sdk.rounds import Rounds
     from tierwise.sdk.shared import SharedArray, share

@@ -124,7 +124,9 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
         if known is None:
             self._on_opened()
 
-    async def _open_at(self, node_id: NodeId, manifest: RoundManifest) -> cache_pb2.OpenRoundResponse:
+    async def _open_at(
+        self, node_id: NodeId, manifest: RoundManifest
+    ) -> cache_pb2.OpenRoundResponse:
         asked = replace(manifest, home=node_id)
         request = cache_pb2.OpenRoundRequest(manifest=manifest_to_pb(asked))
         answer: cache_pb2.OpenRoundResponse = await self._peers.ask(node_id, "OpenRound", request)
@@ -275,9 +277,7 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
             for info in self._store.list(request.namespace, request.job)
             if self._rights.is_owner(caller.uri, info.key.namespace, info.key.job)
         ]
-        own = cache_pb2.ListObjectsResponse(
-            objects=map(info_to_pb, found), cache=self._reading()
-        )
+        own = cache_pb2.ListObjectsResponse(objects=map(info_to_pb, found), cache=self._reading())
         if request.is_everywhere and not caller.is_node:
             asked = cache_pb2.ListObjectsRequest(
                 namespace=request.namespace, job=request.job, caller=caller.uri
@@ -373,7 +373,7 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
         return int(answer.object_count)
 
     def _others_of(self, request: cache_pb2.ForgetJobRequest) -> list[NodeId]:
-        """Return the nodes that hold something of a job, and those that may keep copies for calls."""
+        """Return the nodes that hold something of a job, or may keep what calls have read."""
         holders = self._index.holders(request.namespace, request.job)
         return list(dict.fromkeys((*holders, *self._index.others())))
 

@@ -42,7 +42,7 @@ class _Peer:
     node_id: NodeId
     address: str
     channel: grpc.aio.Channel
-    stub: cache_pb2_grpc.CacheServiceStub
+    stub: Any  # CacheServiceStub; its types are those of blocking calls
     out: Channel
     back: Channel
     link_class: str
@@ -107,7 +107,7 @@ class CachePeers:
         """Return an object of another cache, in a file of our own.
 
         Raises:
-            TierwiseError: What the node answered; Unavailable if it cannot be reached or breaks off.
+            TierwiseError: What the node answered; Unavailable if it is away or breaks off.
         """
         request = cache_pb2.GetRequest(key=key_to_pb(key), is_forwarded=True, caller=caller)
         head: cache_pb2.ObjectHead | None = None
@@ -123,11 +123,10 @@ class CachePeers:
                     left = left[os.write(fd, left) :]
             if head is None or size_bytes != head.size_bytes:
                 raise Unavailable(f"{key} came incomplete from {node_id}", retry_after_s=0.5)
-            file = memfd.seal(fd)
         except BaseException:
             os.close(fd)
             raise
-        return file, info_from_head(head, key, node_id)
+        return memfd.seal(fd), info_from_head(head, key, node_id)
 
     async def put(
         self,

@@ -42,6 +42,7 @@ HOLDERS_TRIED_MAX = 3
 PUT_TRIES_MAX = 4
 PUT_RETRY_S = 0.2  # doubles
 
+ANYWHERE = NodeId("")
 Found = tuple[Memfd, ObjectInfo]
 
 
@@ -106,7 +107,7 @@ class Reach:
         """Return whether this node has the round open."""
         return self._store.manifest(key.namespace, key.job, key.round) is not None
 
-    def holders(self, key: ObjectKey, near: NodeId = NodeId("")) -> list[NodeId]:
+    def holders(self, key: ObjectKey, near: NodeId = ANYWHERE) -> list[NodeId]:
         """Return who should have an object, the best first.
 
         Args:
@@ -128,7 +129,7 @@ class Reach:
 
     # -- reading --------------------------------------------------------------------------------
 
-    async def read(self, key: ObjectKey, caller: str, *, near: NodeId = NodeId("")) -> Found:
+    async def read(self, key: ObjectKey, caller: str, *, near: NodeId = ANYWHERE) -> Found:
         """Return an object as a file that workers can map.
 
         Args:
@@ -225,9 +226,7 @@ class Reach:
 
     # -- putting --------------------------------------------------------------------------------
 
-    async def take(
-        self, head: IncomingHead, writer: str, pieces: AsyncIterator[Any]
-    ) -> ObjectInfo:
+    async def take(self, head: IncomingHead, writer: str, pieces: AsyncIterator[Any]) -> ObjectInfo:
         """Take an object into this node's cache, piece by piece.
 
         Raises:
@@ -242,7 +241,7 @@ class Reach:
         finally:
             incoming.abort()
 
-    async def put(self, outgoing: Outgoing, node_id: NodeId = NodeId("")) -> ObjectInfo:
+    async def put(self, outgoing: Outgoing, node_id: NodeId = ANYWHERE) -> ObjectInfo:
         """Put an object into the cache of a node: the one named, else this one, else the holder.
 
         Raises:

@@ -187,9 +187,7 @@ class Replicator:
         except (FailedPrecondition, InvalidArgument, NotFound):
             # It may not know the round yet: say so and try once more.
             opened = manifest_to_pb(replace(manifest, home=manifest.home or self._here))
-            await self._peers.ask(
-                node_id, "OpenRound", cache_pb2.OpenRoundRequest(manifest=opened)
-            )
+            await self._peers.ask(node_id, "OpenRound", cache_pb2.OpenRoundRequest(manifest=opened))
             await self._peers.put(node_id, head, _chunks(view))
         except AlreadyExists:
             log.warning("copy.differs", key=str(key), node_id=node_id)

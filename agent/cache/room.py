@@ -1,4 +1,4 @@
-"""All of one node's cache, wired: the store, the index of what others hold, copies, the gRPC side."""
+"""All of one node's cache, wired: the store, what others hold, copies, the gRPC side."""
 
 import asyncio
 from collections.abc import Callable

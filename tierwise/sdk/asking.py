@@ -1,4 +1,4 @@
-"""Questions to the rounds of a job: answered from statistics, or by a function where the data is."""
+"""Questions to the rounds of a job, answered from statistics or by a function where the data is."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ class Asking:
         self._rounds = rounds
         self._apps: dict[str, App] = {}
 
-    async def ask(self, question: str, *, round: int = -1, **arguments: Any) -> Any:  # noqa: A002
+    async def ask(self, question: str, *, round: int = -1, **arguments: Any) -> Any:
         """Return the answer to a question about the rounds of the job.
 
         Args:
@@ -46,9 +46,7 @@ class Asking:
         if found.needs == "statistics":
             return (await self._statistics(found.name, round, arguments))[0]
         facts, response = await self._statistics("round", round, {})
-        inputs = [
-            await self._input(name, response, facts, arguments) for name in found.inputs
-        ]
+        inputs = [await self._input(name, response, facts, arguments) for name in found.inputs]
         return await self._run(found, response, inputs, facts, arguments)
 
     async def _statistics(

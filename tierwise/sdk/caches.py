@@ -28,7 +28,7 @@ RETRY_FIRST_S = 0.1  # doubles
 class _Way:
     agent: "Agent"
     channel: grpc.aio.Channel
-    stub: cache_pb2_grpc.CacheServiceStub
+    stub: Any  # CacheServiceStub; its types are those of blocking calls
 
 
 class Caches:
@@ -57,7 +57,7 @@ class Caches:
             TierwiseError: What it answered; Unavailable if nobody could be reached.
         """
 
-        async def call(stub: cache_pb2_grpc.CacheServiceStub) -> Any:
+        async def call(stub: Any) -> Any:
             return await getattr(stub, method)(request, timeout=ASK_TIMEOUT_S)
 
         return await self._try(node, call)
@@ -78,7 +78,7 @@ class Caches:
             for chunk in chunks():
                 yield cache_pb2.PutRequest(chunk=bytes(chunk))
 
-        async def call(stub: cache_pb2_grpc.CacheServiceStub) -> Any:
+        async def call(stub: Any) -> Any:
             return await stub.Put(requests(), timeout=MOVE_TIMEOUT_S)
 
         response: cache_pb2.PutResponse = await self._try(node, call)
@@ -89,7 +89,7 @@ class Caches:
     ) -> tuple[cache_pb2.ObjectHead, Any]:
         """Return the head of an object and its bytes, as a writable uint8 array."""
 
-        async def call(stub: cache_pb2_grpc.CacheServiceStub) -> Any:
+        async def call(stub: Any) -> Any:
             head: cache_pb2.ObjectHead | None = None
             body: Any = np.empty(0, np.uint8)
             count = 0

@@ -81,7 +81,7 @@ class Rounds:
         """Return the client that this job uses."""
         return self._client or default_client()
 
-    def key(self, round: int, kind: str, client: str = "") -> ObjectKey:  # noqa: A002 - its name in the field
+    def key(self, round: int, kind: str, client: str = "") -> ObjectKey:
         """Return the key of an object.
 
         Raises:
@@ -98,7 +98,7 @@ class Rounds:
 
     def result(
         self,
-        round: int,  # noqa: A002
+        round: int,
         kind: str = "update",
         client: str = "",
         *,
@@ -130,7 +130,7 @@ class Rounds:
 
     async def _open(
         self,
-        round: int,  # noqa: A002
+        round: int,
         clients: Sequence[str] | Mapping[str, str],
         parameter_count: int,
         *,
@@ -169,7 +169,7 @@ class Rounds:
 
     async def _put_update(
         self,
-        round: int,  # noqa: A002
+        round: int,
         client: str,
         vector: Any,
         metadata: Mapping[str, Any] | None = None,
@@ -202,7 +202,7 @@ class Rounds:
 
     async def _put_aggregate(
         self,
-        round: int,  # noqa: A002
+        round: int,
         vector: Any,
         metadata: Mapping[str, Any] | None = None,
         *,
@@ -215,7 +215,7 @@ class Rounds:
 
     async def _put_metadata(
         self,
-        round: int,  # noqa: A002
+        round: int,
         client: str,
         mapping: Mapping[str, Any],
     ) -> ObjectInfo:
@@ -246,7 +246,7 @@ class Rounds:
             if encoding:
                 yield from compression.encoded(array, encoding)
                 return
-            view = memoryview(array).cast("B") if array.size else memoryview(b"")
+            view = array.view(np.uint8).data
             for start in range(0, len(view), CHUNK_BYTES):
                 yield view[start : start + CHUNK_BYTES]
 
@@ -255,7 +255,7 @@ class Rounds:
 
     async def _get(
         self,
-        round: int,  # noqa: A002
+        round: int,
         kind: str = "aggregate",
         client: str = "",
     ) -> Any:
@@ -277,7 +277,7 @@ class Rounds:
 
     async def _info(
         self,
-        round: int,  # noqa: A002
+        round: int,
         kind: str = "aggregate",
         client: str = "",
     ) -> ObjectInfo:
@@ -330,7 +330,7 @@ class Rounds:
         return response
 
     async def _forget(self, *, with_store: bool = False) -> int:
-        """Forget the job on every node, and in the object store if asked; return how many objects."""
+        """Forget the job on every node, and in the store if asked; return how many objects."""
         request = cache_pb2.ForgetJobRequest(
             namespace=self.namespace, job=self.job, with_store=with_store
         )
@@ -340,7 +340,7 @@ class Rounds:
 
     async def _ref(
         self,
-        round: int,  # noqa: A002
+        round: int,
         kind: str = "aggregate",
         client: str = "",
     ) -> CachedArray:
@@ -406,5 +406,3 @@ def plain(info: cache_pb2.ObjectInfo) -> dict[str, Any]:
 def _flat(vector: Any) -> Vector:
     found: Vector = np.ascontiguousarray(vector, dtype=np.float32).reshape(-1)
     return found
-
-

@@ -13,8 +13,9 @@ from tierwise.domain.cache import (
     RoundManifest,
 )
 from tierwise.errors import InvalidArgument
-from tierwise.v1 import cache_pb2
-from tierwise.wire import checks, payload
+from tierwise.v1 import cache_pb2, types_pb2
+from tierwise.wire import checks, compression, payload
+from tierwise.wire.memfd import ATTACHMENTS_MAX
 
 ROUND_MAX = 2**31 - 1
 CLIENTS_MAX = 10_000
@@ -195,6 +196,44 @@ def info_from_pb(pb: cache_pb2.ObjectInfo) -> ObjectInfo:
         quarantined=pb.quarantined[:QUARANTINED_LENGTH_MAX],
         metadata=metadata_from_bytes(pb.metadata),
     )
+
+
+def check_objects(invocation: types_pb2.Invocation, caller: str = "") -> bool:
+    """Check what a call reads from caches and where its result goes; return whether it does either.
+
+    Args:
+        invocation: As it came. Names of who reads and puts are filled in.
+        caller: Who that is; empty: it came from somebody who says for whom it is.
+
+    Raises:
+        InvalidArgument: A field is wrong; the message names it.
+    """
+    has_output = invocation.HasField("output")
+    if not invocation.inputs and not has_output:
+        return False
+    if len(invocation.arguments) != 1:
+        raise InvalidArgument("inputs and output go with a single argument set")
+    if invocation.attachments and invocation.inputs:
+        raise InvalidArgument("inputs: not together with attachments")
+    checks.at_most(invocation.inputs, "inputs", ATTACHMENTS_MAX)
+    for each in (*invocation.inputs, *((invocation.output,) if has_output else ())):
+        key_from_pb(each.key)
+        if each.node_id:
+            checks.name(each.node_id, "node_id")
+        each.caller = checks.text(caller or each.caller, "caller", URI_LENGTH_MAX)
+    if has_output:
+        _check_sink(invocation.output)
+    return True
+
+
+def _check_sink(sink: cache_pb2.ObjectSink) -> None:
+    if sink.encoding != compression.AUTO:
+        compression.check(sink.encoding)
+    durability_from_pb(sink.durability)
+    if sink.HasField("relative_to"):
+        key_from_pb(sink.relative_to, "relative_to")
+    if sink.key.kind == cache_pb2.OBJECT_KIND_MATRIX:
+        raise InvalidArgument("output: a matrix is made of updates; put those")
 
 
 def held_to_pb(held: HeldRounds) -> cache_pb2.HeldRounds:
