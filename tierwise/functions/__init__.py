@@ -1,1 +1,1 @@
-"""Functions that ship to workers by value: NumPy and the standard library, nothing of tierwise."""
+"""Function code that ships to workers, and the questions that rounds can be asked."""

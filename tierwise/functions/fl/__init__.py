@@ -1,1 +1,1 @@
-"""What federated rounds run in workers: aggregation, and questions about rounds."""
+"""Federated learning: what is known of a round, and what can be made of it."""
