@@ -13,14 +13,15 @@ from math import ceil
 
 from scheduler.workloads.federated_async import BufferPlanner
 from scheduler.workloads.federated_calls import Stage, robust_quorum
-from scheduler.workloads.federated_events import CallEnded, Cancel, Command, Save
+from scheduler.workloads.federated_events import CallEnded, Cancel, Command, Save, Submit
 from scheduler.workloads.federated_planner import JobPlanner
-from scheduler.workloads.federated_running import Running, answered
+from scheduler.workloads.federated_running import Running, answered, on_way
 from scheduler.workloads.federated_sites import find_sites, sampled, states_of
 from tierwise.domain.federated import (
     JobProgress,
     JobSpec,
     RoundRecord,
+    RoundState,
     UpdateRecord,
     UpdateState,
 )
@@ -31,6 +32,8 @@ from tierwise.domain.view import ClusterView
 
 class RoundPlanner(JobPlanner):
     """Plans one round after the other."""
+
+    _last: RoundRecord | None = None  # the newest that is done
 
     def _start(self, view: ClusterView, now_s: float, out: list[Command]) -> None:
         spec, number = self._spec, self.progress.round + 1
@@ -87,6 +90,11 @@ class RoundPlanner(JobPlanner):
             association=sites.association,
         )
         out.append(Save(progress=self.progress, record=record))
+        last = self._last
+        if last is not None and last.round == base_round:  # aggregators that have moved away
+            here = {site.node_id for site in record.aggregators}
+            away = [node_id for node_id in on_way(last) if node_id not in here]
+            out.extend(Submit(call=call) for call in self._calls.endings(last, away))
         self._open(record, now_s, now_s + spec.pace.deadline_s, out)
 
     def _ask(self, running: Running, now_s: float, out: list[Command]) -> None:
@@ -125,6 +133,10 @@ class RoundPlanner(JobPlanner):
             call_id = self._calls.call_id(running.record.round, "client", update.client)
             out.append(Cancel(call_id=call_id))
         self._close(running, now_s, out)
+
+    def _done(self, running: Running, now_s: float, out: list[Command]) -> None:
+        super()._done(running, now_s, out)
+        self._last = replace(running.record, state=RoundState.DONE)
 
     def _plan_stages(self, running: Running) -> list[Stage]:
         return self._calls.aggregation(running.record, self.progress)

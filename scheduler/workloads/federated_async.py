@@ -8,23 +8,28 @@ newest model; one that is slow is not cut off, its update goes into a later buff
 work any more, or the deadline is over, a buffer is taken as full as it is.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from scheduler.workloads.federated_calls import Stage
-from scheduler.workloads.federated_events import CallEnded, Command, Save
+from scheduler.workloads.federated_events import CallEnded, Command, Save, Submit
 from scheduler.workloads.federated_planner import JobPlanner
 from scheduler.workloads.federated_running import Running, answered
 from scheduler.workloads.federated_sites import find_sites, sampled, states_of
 from tierwise.domain.federated import (
     FederatedClient,
+    JobState,
     RoundRecord,
     RoundState,
     UpdateRecord,
     UpdateState,
 )
+from tierwise.domain.ids import NodeId
 from tierwise.domain.topology import NodeState
 from tierwise.domain.view import ClusterView
 from tierwise.functions.fl.aggregate import staleness_weight
+
+CLOSED_AGAIN = 8  # rounds
 
 
 class BufferPlanner(JobPlanner):
@@ -32,6 +37,8 @@ class BufferPlanner(JobPlanner):
 
     _carried: tuple[UpdateRecord, ...] = ()  # under way, or come while the last was aggregated
     _ready: frozenset[str] = frozenset()  # nodes
+    _failed: frozenset[int] = frozenset()  # rounds
+    _closed: int = -1  # rounds up to this one have been ended in the cache; −1: not known
 
     def _start(self, view: ClusterView, now_s: float, out: list[Command]) -> None:
         spec, number = self._spec, self.progress.round + 1
@@ -62,6 +69,7 @@ class BufferPlanner(JobPlanner):
         self._carried = ()
         self.progress = replace(self.progress, message="", round=number, root=sites.root)
         out.append(Save(progress=self.progress, record=record))
+        self._close_rounds(carried, sites.root, out)
         self._open(record, now_s, now_s + spec.pace.deadline_s, out)
 
     def _ask(self, running: Running, now_s: float, out: list[Command]) -> None:
@@ -114,7 +122,14 @@ class BufferPlanner(JobPlanner):
         self, running: Running, state: RoundState, now_s: float, out: list[Command]
     ) -> RoundRecord:
         self._carried = ()
+        self._failed |= {running.record.round}
         return super()._given_up(running, state, now_s, out)
+
+    def _finish(self, state: JobState, message: str, out: list[Command]) -> None:
+        super()._finish(state, message, out)
+        self._carried = ()
+        if self.progress.root is not None:
+            self._close_rounds((), self.progress.root, out)
 
     # -- inside ---------------------------------------------------------------------------------
 
@@ -146,6 +161,22 @@ class BufferPlanner(JobPlanner):
         out.append(Save(progress=self.progress, record=running.snapshot()))
         asked = [running.updates[each.client] for each in chosen]
         self._ask_clients(running, asked, now_s, out)
+
+    def _close_rounds(
+        self, carried: Sequence[UpdateRecord], root: NodeId, out: list[Command]
+    ) -> None:
+        """End the rounds in which nobody is at work any more; the cache may let them go then."""
+        newest = self.progress.base_round
+        if self._closed < 0:  # after a restart; what was closed before is closed again
+            self._closed = max(0, newest - CLOSED_AGAIN)
+        at_work = (each.asked_round for each in carried if each.state is UpdateState.ASKED)
+        until = min([newest, *(number - 1 for number in at_work)])
+        out.extend(
+            Submit(call=self._calls.close(number, root, number, root))
+            for number in range(self._closed + 1, until + 1)
+            if number not in self._failed
+        )
+        self._closed = max(self._closed, until)
 
     def _judged(self, update: UpdateRecord, event: CallEnded, elapsed_s: float) -> UpdateRecord:
         found = self._aged(answered(update, event, elapsed_s))

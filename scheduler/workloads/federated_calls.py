@@ -20,12 +20,14 @@ from tierwise.domain.federated import (
     JobProgress,
     JobSpec,
     RoundRecord,
+    RoundState,
     UpdateRecord,
     UpdateState,
 )
 from tierwise.domain.ids import NodeId, RequestId
 
 METRICS_MAX = 256  # names per update
+GROUPS_MAX = 7  # rounds whose updates one call reads: a model and a matrix of each, of 16 in all
 Stage = list[Call]  # all of them must succeed before the next stage
 Weights = list[float]
 
@@ -44,6 +46,15 @@ class Calls:
             namespace=spec.namespace, job=spec.job, round=round_number, kind=kind, client=client
         )
 
+    def model(self, round_number: int) -> ObjectKey:
+        """Return the name of the model that a round has ended with.
+
+        What asynchronous clients send goes to the round in which they began, so that one must not
+        have ended while they are at work: its model is a part until then, see `close`.
+        """
+        is_part = self._spec.strategy.name == "fedbuff" and round_number > 0
+        return self.key(round_number, ObjectKind.AGGREGATE, "model" if is_part else "")
+
     def call_id(self, round_number: int, *purpose: str) -> RequestId:
         """Return the id of a call."""
         return RequestId(".".join(("fl", self._uid, str(round_number), *purpose)))
@@ -58,7 +69,7 @@ class Calls:
             clients=tuple(RoundClient(client=client) for client in site.clients),
             parameter_count=spec.parameter_count,
             distance_max=spec.distance_max,
-            base=self.key(record.base_round, ObjectKind.AGGREGATE),
+            base=self.model(record.base_round),
             replica_nodes=tuple(
                 node for node in spec.replica_nodes if node != site.node_id == record.root
             ),
@@ -69,10 +80,7 @@ class Calls:
         spec = self._spec
         asked = next(each for each in spec.clients if each.client == update.client)
         site = next(s.node_id for s in record.aggregators if update.client in s.clients)
-        base = self.key(update.base_round, ObjectKind.AGGREGATE)
-        # An aggregator on the way gets the model from the root, once, and gives it to its clients.
-        is_on_way = site != record.root or update.base_round != record.base_round
-        source = site if is_on_way else record.base_node
+        base = self.model(update.base_round)  # its aggregator has it, to take differences from
         config = dict(spec.config)
         if spec.strategy.name == "fedprox":
             config["proximal_mu"] = spec.strategy.parameter("mu")
@@ -80,7 +88,7 @@ class Calls:
             call_id=self.call_id(update.asked_round, "client", update.client),
             function=spec.client_function,
             node_id=update.node_id,
-            inputs=(self._vector(base, source),),
+            inputs=(self._vector(base, site),),
             arguments={
                 "client": update.client,
                 "round": update.asked_round,
@@ -111,10 +119,10 @@ class Calls:
                 self._merge(
                     record,
                     site,
-                    self.key(record.round, ObjectKind.AGGREGATE, f"part.{site.node_id}"),
-                    f"part.{site.node_id}",
+                    self.key(record.round, ObjectKind.AGGREGATE, f"part.{number}"),
+                    f"part.{number}",
                 )
-                for site in sites
+                for number, site in enumerate(sites)
             ]
             combine = self._fold(
                 self.call_id(record.round, "combine"),
@@ -128,36 +136,78 @@ class Calls:
         return stages + (self._adam(record, progress) if is_adam else [])
 
     def buffer(self, record: RoundRecord, weights: Weights) -> list[Stage]:
-        """Return the one stage of an asynchronous aggregate: what its updates are added to.
+        """Return the stages of an asynchronous aggregate: the newest model, and what is added.
+
+        One call reads so many rounds' updates at most, so there may be several, one on the other.
 
         Args:
-            record: Its updates that count say which model each began with.
+            record: Its updates that count say in which round each began, and with which model.
             weights: One per update that counts, in order.
         """
         root = record.root
         assert root is not None
+        (site,) = record.aggregators
         counted = counted_of(record.updates)
-        bases = sorted({each.base_round for each in counted})
+        row_of = {client: row for row, client in enumerate(site.clients)}
+        groups: dict[tuple[int, int], tuple[list[int], Weights]] = {}
+        for each, weight in zip(counted, weights, strict=True):
+            rows, shares = groups.setdefault((each.asked_round, each.base_round), ([], []))
+            rows.append(row_of[each.client])
+            shares.append(weight)
+        shape = (len(site.clients), self._spec.parameter_count)
+        newest = self.model(record.base_round)
+        stages: list[Stage] = []
+        ordered = sorted(groups.items())
+        for start in range(0, len(ordered), GROUPS_MAX):
+            some = ordered[start : start + GROUPS_MAX]
+            inputs = [self._vector(newest, root)]
+            for (asked_round, base_round), _ in some:
+                matrix = self.key(asked_round, ObjectKind.MATRIX)
+                inputs.append(self._vector(self.model(base_round), root))
+                inputs.append(Input(key=matrix, node_id=root, shape=shape))
+            arguments = {
+                "step": "buffer",
+                "groups": [{"rows": rows, "weights": shares} for _, (rows, shares) in some],
+                "count": len(counted),
+                "rate": self._spec.strategy.parameter("rate"),
+            }
+            is_last = start + GROUPS_MAX >= len(ordered)
+            part = f"buffer.{start // GROUPS_MAX}"
+            newest = self.model(record.round)
+            if not is_last:
+                newest = self.key(record.round, ObjectKind.AGGREGATE, part)
+            output = Output(key=newest, node_id=root)
+            call_id = self.call_id(record.round, part)
+            stages.append([self._fold(call_id, root, inputs, arguments, output, record)])
+        return stages
 
-        def model(round_number: int) -> Input:
-            is_newest = round_number == record.base_round
-            key = self.key(round_number, ObjectKind.AGGREGATE)
-            return self._vector(key, record.base_node if is_newest else root)
+    def close(self, round_number: int, node_id: NodeId, model_of: int, source: NodeId) -> Call:
+        """Return the call that ends a round in a cache, with a model: its memory may go then.
 
-        inputs = [model(record.base_round), *map(model, bases)]
-        inputs += [
-            self._vector(self.key(each.asked_round, ObjectKind.UPDATE, each.client), root)
-            for each in counted
-        ]
-        arguments = {
-            "step": "buffer",
-            "origins": [bases.index(each.base_round) for each in counted],
-            "weights": weights,
-            "rate": self._spec.strategy.parameter("rate"),
-        }
-        output = Output(key=self.key(record.round, ObjectKind.AGGREGATE), node_id=root)
-        call_id = self.call_id(record.round, "buffer")
-        return [[self._fold(call_id, root, inputs, arguments, output, record)]]
+        Args:
+            round_number: A round that failed, that no asynchronous client works for any more, or
+                that a node on the way has merged a part of.
+            node_id: Where that is.
+            model_of: The round whose model is put there.
+            source: Who has it.
+        """
+        return Call(
+            call_id=self.call_id(round_number, "close", node_id),
+            function=self._spec.aggregate_function,
+            node_id=node_id,
+            inputs=(self._vector(self.model(model_of), source),),
+            arguments={"step": "copy"},
+            output=Output(key=self.key(round_number, ObjectKind.AGGREGATE), node_id=node_id),
+        )
+
+    def endings(self, record: RoundRecord, nodes: Iterable[NodeId]) -> list[Call]:
+        """Return the calls that end a round in caches: with its model, or that of before."""
+        is_done = record.state is RoundState.DONE
+        model_of = record.round if is_done else record.base_round
+        source = record.root if is_done else record.base_node
+        if source is None:
+            return []
+        return [self.close(record.round, node_id, model_of, source) for node_id in nodes]
 
     def evaluation(self, record: RoundRecord) -> Call | None:
         """Return the call that judges the aggregate of a round, if it is this round's turn."""
@@ -169,7 +219,7 @@ class Calls:
             call_id=self.call_id(record.round, "evaluate"),
             function=spec.evaluate_function,
             node_id=record.root,
-            inputs=(self._vector(self.key(record.round, ObjectKind.AGGREGATE), record.root),),
+            inputs=(self._vector(self.model(record.round), record.root),),
             arguments={"round": record.round, "config": dict(spec.config)},
         )
 
@@ -191,8 +241,7 @@ class Calls:
                 share = strategy.parameter("share")
                 arguments = {"step": "trimmed-mean", "rows": rows, "share": share}
             case "multi-krum":
-                base = self.key(record.base_round, ObjectKind.AGGREGATE)
-                inputs.append(self._vector(base, record.base_node))
+                inputs.append(self._vector(self.model(record.base_round), root))
                 arguments["step"] = "multi-krum"
                 arguments["byzantine_count"] = krum_bad_count(
                     len(rows), strategy.parameter("bad_share")
@@ -200,8 +249,8 @@ class Calls:
                 arguments["kept_count"] = min(int(strategy.parameter("kept")), len(rows))
         output = Output(key=key, node_id=root)
         if site.node_id != root and self._spec.encoding:
-            base_key = self.key(record.base_round, ObjectKind.AGGREGATE)
-            output = replace(output, encoding=self._spec.encoding, relative_to=base_key)
+            base = self.model(record.base_round)
+            output = replace(output, encoding=self._spec.encoding, relative_to=base)
         call_id = self.call_id(record.round, purpose)
         return self._fold(call_id, site.node_id, inputs, arguments, output, record)
 

@@ -70,10 +70,14 @@ class Save:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenRound:
-    """Tell a node what its cache will get; answer with `RoundOpened`."""
+    """Tell a node what its cache will get; answer with `RoundOpened`.
+
+    It fetches the model that the round begins with from `base_node`, if it has not got it.
+    """
 
     node_id: NodeId
     manifest: RoundManifest
+    base_node: NodeId | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,7 +31,7 @@ from scheduler.workloads.federated_events import (
     Submit,
     Ticked,
 )
-from scheduler.workloads.federated_running import Running
+from scheduler.workloads.federated_running import Running, on_way
 from scheduler.workloads.federated_sites import Attendance, states_of
 from tierwise.domain.federated import (
     JobProgress,
@@ -185,7 +185,9 @@ class JobPlanner(ABC):
             for site in running.record.aggregators:
                 if site.node_id in running.unopened:
                     manifest = self._calls.manifest(running.record, site)
-                    out.append(OpenRound(node_id=site.node_id, manifest=manifest))
+                    source = running.record.base_node
+                    told = OpenRound(node_id=site.node_id, manifest=manifest, base_node=source)
+                    out.append(told)
         self._wake(running, now_s)
 
     def _opened(self, event: RoundOpened, now_s: float, out: list[Command]) -> None:
@@ -306,6 +308,8 @@ class JobPlanner(ABC):
         self._running = None
         self.due_s = now_s
         out.append(Save(progress=self.progress, record=record))
+        if self.progress.done_count >= self.progress.round_count:
+            out.extend(Submit(call=call) for call in self._calls.endings(record, on_way(record)))
 
     def _fail(self, running: Running, message: str, now_s: float, out: list[Command]) -> None:
         """Give a round up; the next number takes its place, if there have not been too many."""
@@ -334,6 +338,10 @@ class JobPlanner(ABC):
         for update in running.unanswered():
             running.updates[update.client] = replace(update, state=UpdateState.LATE)
         out.extend(Cancel(call_id=call_id) for call_id in sorted({*self._busy, *running.pending}))
+        record = running.record
+        nodes = [each.node_id for each in record.aggregators]
+        opened = [node_id for node_id in nodes if node_id not in running.unopened]
+        out.extend(Submit(call=call) for call in self._calls.endings(record, opened))
         ended_unix_s = now_s + self._unix_offset_s
         return replace(running.snapshot(), state=state, ended_unix_s=ended_unix_s)
 
@@ -341,6 +349,7 @@ class JobPlanner(ABC):
         self.due_s = None
         self.progress = replace(self.progress, state=state, message=message)
         out.append(Save(progress=self.progress))
+        out.extend(Cancel(call_id=call_id) for call_id in sorted(self._busy))
 
     def _stop(self, now_s: float, out: list[Command]) -> None:
         if self.progress.state is not JobState.RUNNING:

@@ -64,6 +64,11 @@ class Running:
         return replace(self.record, updates=tuple(self.updates.values()), metrics=metrics)
 
 
+def on_way(record: RoundRecord) -> list[NodeId]:
+    """Return the aggregators that merge parts; they get a model when the next round opens there."""
+    return [each.node_id for each in record.aggregators if each.node_id != record.root]
+
+
 def answered(update: UpdateRecord, event: CallEnded, elapsed_s: float) -> UpdateRecord:
     """Return what became of an update: it counts only if a cache took it and found no fault."""
     update = replace(update, elapsed_s=elapsed_s)

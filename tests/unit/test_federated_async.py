@@ -51,15 +51,15 @@ def test_a_full_buffer_is_added_to_the_newest_model_and_the_rest_goes_on() -> No
     answer(shell, first)
     answer(shell, second)
     (buffer,) = shell.calls("buffer")
-    kinds = [(each.key.kind, each.key.round, each.key.client) for each in buffer.inputs]
-    name_1, name_2 = str(first.arguments["client"]), str(second.arguments["client"])
-    assert kinds == [
-        (ObjectKind.AGGREGATE, 0, ""),
-        (ObjectKind.AGGREGATE, 0, ""),
-        (ObjectKind.UPDATE, 1, name_1),
-        (ObjectKind.UPDATE, 1, name_2),
+    assert [str(each.key) for each in buffer.inputs] == [
+        "default/j/000000/aggregate",
+        "default/j/000000/aggregate",
+        "default/j/000001/matrix",
     ]
-    assert buffer.arguments["weights"] == [1.0, 1.0] and buffer.arguments["origins"] == [0, 0]
+    rows = sorted(int(str(call.arguments["client"])[1]) - 1 for call in (first, second))
+    assert buffer.arguments["groups"] == [{"rows": rows, "weights": [1.0, 1.0]}]
+    assert buffer.arguments["count"] == 2
+    assert buffer.output is not None and buffer.output.key.client == "model"
     assert shell.rounds[1].state is RoundState.DONE
     assert not [c for c in shell.commands if isinstance(c, Cancel)], "nobody is cut off"
     # What was under way counts in the next buffer, a little less.
@@ -70,9 +70,22 @@ def test_a_full_buffer_is_added_to_the_newest_model_and_the_rest_goes_on() -> No
     assert newest and all(call.inputs[0].key.round == 1 for call in newest)
     answer(shell, newest[0])
     later = shell.calls("buffer")[1]
-    assert later.arguments["weights"] == [0.5**0.5, 1.0]
-    assert later.arguments["origins"] == [0, 1]
-    assert [each.key.round for each in later.inputs] == [1, 0, 1, 1, 2]
+    assert [group["weights"] for group in later.arguments["groups"]] == [[0.5**0.5], [1.0]]  # type: ignore[attr-defined]
+    assert [(each.key.kind, each.key.round) for each in later.inputs] == [
+        (ObjectKind.AGGREGATE, 1),
+        (ObjectKind.AGGREGATE, 0),
+        (ObjectKind.MATRIX, 1),
+        (ObjectKind.AGGREGATE, 1),
+        (ObjectKind.MATRIX, 2),
+    ]
+    # The first round is ended in the cache once nobody works for it any more, not sooner.
+    assert not shell.calls("close")
+    for call in shell.calls("client")[3:]:
+        if call.call_id not in (first.call_id, second.call_id, newest[0].call_id):
+            answer(shell, call)
+    closed = shell.calls("close")
+    assert closed and closed[0].inputs[0].key.round == 1
+    assert closed[0].output is not None and closed[0].output.key.client == ""
 
 
 def test_an_update_that_is_too_stale_does_not_count() -> None:
@@ -101,7 +114,7 @@ def test_a_buffer_is_taken_as_it_is_when_nobody_is_at_work_any_more() -> None:
     )
     shell.run()
     assert shell.planner.progress.state is JobState.SUCCEEDED
-    assert len(shell.calls("buffer")[0].arguments["weights"]) == 3  # type: ignore[arg-type]
+    assert shell.calls("buffer")[0].arguments["count"] == 3
 
 
 def test_a_job_of_which_nothing_comes_fails_after_some_rounds() -> None:
@@ -143,6 +156,15 @@ def test_after_a_restart_everybody_under_way_is_asked_for_again() -> None:
     for call in list(third.calls("client"))[:2]:
         answer(third, call)
     assert [r.state for r in third.rounds.values()].count(RoundState.DONE) == 2
+
+
+def test_at_the_end_nobody_is_left_at_work_and_no_round_open() -> None:
+    shell = begin(round_count=1)
+    for call in shell.calls("client")[:2]:
+        answer(shell, call)
+    assert shell.planner.progress.state is JobState.SUCCEEDED
+    assert [c for c in shell.commands if isinstance(c, Cancel)]
+    assert [call.inputs[0].key.round for call in shell.calls("close")] == [1]
 
 
 def test_a_stop_cancels_everybody_who_is_at_work() -> None:

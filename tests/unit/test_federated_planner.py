@@ -275,6 +275,27 @@ def test_a_lost_aggregator_fails_the_round_and_another_takes_over() -> None:
     assert shell.planner.progress.state is JobState.SUCCEEDED
 
 
+def test_the_caches_may_let_go_of_every_round() -> None:
+    """A round ends in a cache with a model: its own, or that of before if it has none."""
+    fails = iter([True] * 4 + [False] * 100)
+
+    def answer(call: Call) -> CallEnded:
+        if ".client." in call.call_id and next(fails):
+            return CallEnded(call_id=call.call_id, error_code="function_raised", message="boom")
+        return receipt(call)
+
+    shell = Shell(job(topology=Topology(root=CLOUD, is_hierarchical=True)), answer=answer)
+    shell.run()
+    assert [r.state for r in shell.rounds.values()] == [RoundState.FAILED] + [RoundState.DONE] * 2
+    ended = {
+        (call.node_id, call.output.key.round): call.inputs[0].key.round
+        for call in shell.calls("close")
+        if call.output is not None
+    }
+    # At the fog, the second round ends with the model that the third one brings.
+    assert ended == {(FOG, 1): 0, (CLOUD, 1): 0, (FOG, 3): 3}
+
+
 def test_a_root_that_is_lost_may_come_back_before_the_deadline() -> None:
     shell = Shell(job(pace=Pace(deadline_s=30.0)), answer=silent)
     shell.do(shell.tick())

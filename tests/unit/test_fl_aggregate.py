@@ -52,7 +52,7 @@ def test_the_input_may_be_read_only_and_is_left_alone() -> None:
     robust.trimmed_mean(matrix, range(5), 0.2)
     robust.multi_krum(matrix, range(5), [1.0] * 5, matrix[0], 1)
     blocks.mean(matrix, range(5), [1.0] * 5)
-    aggregate.buffered(matrix[0], [matrix[1]], [matrix[2]], [1.0])
+    aggregate.buffered(matrix[0], [(matrix[1], matrix, [2], [1.0])], 1)
     assert (matrix == before).all()
 
 
@@ -111,14 +111,16 @@ def test_a_buffer_adds_each_difference_from_what_its_client_began_with() -> None
     base, old, older, a, b = updates(5)
     weights = [aggregate.staleness_weight(tau) for tau in (0, 3)]
     assert weights == [1.0, 0.5]
-    found = aggregate.buffered(base, [a, b], [old, older], weights, rate=0.8)
+    matrix = np.stack([a, np.full_like(a, np.nan), b])
+    groups = [(old, matrix, [0], weights[:1]), (older, matrix, [2], weights[1:])]
+    found = aggregate.buffered(base, groups, 2, rate=0.8)
     wanted = base.astype(np.float64) + 0.8 * ((a - old) * 1.0 + (b - older) * 0.5) / 2
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_a_buffer_without_staleness_is_the_plain_mean() -> None:
     matrix, base = updates(4), updates(1, seed=9)[0]
-    found = aggregate.buffered(base, list(matrix), [base] * 4, [1.0] * 4)
+    found = aggregate.buffered(base, [(base, matrix, range(4), [1.0] * 4)], 4)
     np.testing.assert_allclose(found, matrix.mean(axis=0), rtol=1e-4, atol=1e-5)
 
 
@@ -198,7 +200,10 @@ def test_every_step_runs_as_a_node_runs_it() -> None:
         "adam-first": ([base, a], {"beta": 0.9}),
         "adam-second": ([base, a, b], {"beta": 0.9}),
         "adam-step": ([base, a, b * b], {"rate": 0.1, "floor": 1e-3}),
-        "buffer": ([base, a, b, matrix[3]], {"origins": [0, 0], "weights": [1, 1], "rate": 1.0}),
+        "buffer": (
+            [base, a, matrix],
+            {"groups": [{"rows": [2, 3], "weights": [1, 1]}], "count": 2, "rate": 1.0},
+        ),
         "copy": ([a], {}),
     }
     assert calls.keys() == aggregate.STEPS.keys()

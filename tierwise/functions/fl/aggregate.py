@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tierwise.functions.fl.blocks import Vector, blocks, mean, shares
+from tierwise.functions.fl.blocks import Matrix, Vector, blocks, mean, runs, shares
 from tierwise.functions.fl.robust import median, multi_krum, trimmed_mean
 
 
@@ -74,9 +74,8 @@ def staleness_weight(staleness: int, exponent: float = 0.5) -> float:
 
 def buffered(
     base: Vector,
-    updates: Sequence[Vector],
-    origins: Sequence[Vector],
-    weights: Sequence[float],
+    groups: Sequence[tuple[Vector, Matrix, Sequence[int], Sequence[float]]],
+    count: int,
     rate: float = 1.0,
 ) -> Vector:
     """Return the model after one buffer of asynchronous updates: FedBuff.
@@ -86,23 +85,26 @@ def buffered(
 
     Args:
         base: The newest model, shape (parameters,).
-        updates: What clients sent.
-        origins: What each of them began with, in the same order.
-        weights: a_i, see `staleness_weight`.
+        groups: Of the updates that began with one version: that version, a matrix, the rows of it
+            that count, and a_i of each (see `staleness_weight`).
+        count: n, updates in the whole buffer.
         rate: η, the server's learning rate.
 
     Raises:
-        ValueError: The buffer is empty, or the three differ in length.
+        ValueError: The buffer is empty, or there is not one weight per row.
     """
-    if not updates or not len(updates) == len(origins) == len(weights):
-        raise ValueError("a buffer has at least one update, each with its origin and weight")
+    if count < 1 or any(len(rows) != len(weights) for _, _, rows, weights in groups):
+        raise ValueError("a buffer has at least one update, and one weight for each")
     out = base.copy()
-    for update, origin, weight in zip(updates, origins, weights, strict=True):
-        factor = np.float32(rate * weight / len(updates))
-        for start, end in blocks(len(out), 4):
-            part = update[start:end] - origin[start:end]
-            part *= factor
-            out[start:end] += part
+    for origin, matrix, rows, weights in groups:
+        factors = (rate / count * np.asarray(weights, dtype=np.float64)).astype(np.float32)
+        total = np.float32(factors.sum())
+        neighbours = list(runs(rows))
+        for start, end in blocks(len(out), len(rows)):
+            part = out[start:end]
+            for first, last, at in neighbours:
+                part += factors[at : at + last - first] @ matrix[first:last, start:end]
+            part -= total * origin[start:end]
     return out
 
 
@@ -183,11 +185,12 @@ def _adam_step(arrays: Sequence[Any], given: dict[str, Any]) -> tuple[Vector, di
 
 
 def _buffer_step(arrays: Sequence[Any], given: dict[str, Any]) -> tuple[Vector, dict[str, Any]]:
-    """Read the newest model, the distinct origins, then the updates; `origins` numbers those."""
-    base, rest = arrays[0], arrays[1:]
-    updates = rest[len(rest) - len(given["weights"]) :]
-    origins = [rest[i] for i in given["origins"]]
-    return buffered(base, updates, origins, given["weights"], given["rate"]), {}
+    """Read the newest model, then of each group the model that it began with, and its matrix."""
+    groups = [
+        (origin, matrix, group["rows"], group["weights"])
+        for origin, matrix, group in zip(arrays[1::2], arrays[2::2], given["groups"], strict=True)
+    ]
+    return buffered(arrays[0], groups, given["count"], given["rate"]), {}
 
 
 def _copy_step(arrays: Sequence[Any], given: dict[str, Any]) -> tuple[Vector, dict[str, Any]]:
@@ -203,7 +206,7 @@ STEPS = {
     "adam-first": _first_step,  # base, mean[, the moment before]
     "adam-second": _second_step,  # base, mean[, the moment before]
     "adam-step": _adam_step,  # base, first moment, second moment
-    "buffer": _buffer_step,  # newest, origins…, updates…
+    "buffer": _buffer_step,  # newest, (origin, matrix)…
     "copy": _copy_step,  # one vector
 }
 
