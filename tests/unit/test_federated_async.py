@@ -46,7 +46,7 @@ def test_so_many_clients_are_at_work_and_another_begins_when_one_has_answered() 
 
 
 def test_a_full_buffer_is_added_to_the_newest_model_and_the_rest_goes_on() -> None:
-    shell = begin()
+    shell = begin(round_count=9)
     first, second, third = shell.calls("client")
     answer(shell, first)
     answer(shell, second)
