@@ -7,7 +7,7 @@ the next call here often reads the same: the aggregate of the last round.
 import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -223,6 +223,36 @@ class Reach:
                 return
             except TierwiseError:
                 continue
+
+    async def bring(self, base: ObjectKey, manifest: RoundManifest, near: NodeId) -> None:
+        """Have here what a round starts from, as a copy, if it is at another node.
+
+        Args:
+            base: What it starts from.
+            manifest: The round.
+            near: Who has it, by the word of who opens the round; empty: as the index says.
+
+        Raises:
+            TierwiseError: It cannot be fetched or kept.
+        """
+        if near == self._here or self._store.info(base) is not None:
+            return
+        if near:
+            file, info = await self._peers.get(near, base, CLUSTER)
+        else:
+            file, info = await self.read(base, CLUSTER)
+        if not self.is_here(base):
+            empty = replace(manifest, round=base.round, clients=(), base=None, replica_nodes=())
+            await self._store.open_round(replace(empty, home=near))
+        head = IncomingHead(
+            key=base,
+            size_bytes=info.size_bytes,
+            digest=info.digest,
+            metadata=info.metadata,
+            is_replica=True,
+        )
+        await self.take(head, CLUSTER, _pieces(file.view()))
+        self._store.mark_replicated(base, [near] if near else list(info.node_ids))
 
     # -- putting --------------------------------------------------------------------------------
 

@@ -110,6 +110,8 @@ class CacheRoom:
             TierwiseError: As the store says.
         """
         asked = manifest_from_pb(manifest)
+        if asked.base is not None:
+            await self.reach.bring(asked.base, asked, NodeId(manifest.base_node))
         await self.ingress.open(replace(asked, home=asked.home or self._here))
 
     def _told(self, held: HeldRounds) -> HeldRounds:

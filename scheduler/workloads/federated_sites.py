@@ -91,10 +91,14 @@ def find_sites(
         merge: Its aggregate function.
         progress: Where its root and aggregators were.
         clients: Who takes part.
-        view: The cluster; it knows every client's node.
+        view: The cluster.
         attendance: How long clients take.
     """
-    wanted = _round(spec, merge, clients, attendance)
+    known = states_of(view)
+    there = [each for each in clients if each.node_id in known]
+    if not there:
+        return "no client's node has joined"
+    wanted = _round(spec, merge, there, attendance)
     root = progress.root or spec.topology.root or _best_root(view, wanted)
     if isinstance(root, NotPlaced):
         return f"no node may aggregate: {summary(root.reasons)}"
@@ -116,7 +120,7 @@ def find_sites(
     association = dict(zip(senders, revised.aggregators, strict=True))
     return Sites(
         root=root,
-        aggregators=_grouped(clients, association, root),
+        aggregators=_grouped(there, association, root),
         association={**before, **association},
         cost_s=revised.cost_s,
         is_moved=bool(before) and set(revised.aggregators) != set(current),
