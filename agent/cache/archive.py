@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import obstore
-from obstore.exceptions import AlreadyExistsError
 from obstore.store import LocalStore, from_url
 
 from tierwise.errors import InvalidArgument, NotFound, Unavailable

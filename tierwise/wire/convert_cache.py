@@ -14,7 +14,7 @@ from tierwise.domain.cache import (
 )
 from tierwise.errors import InvalidArgument
 from tierwise.v1 import cache_pb2, types_pb2
-from tierwise.wire import checks, compression, payload
+from tierwise.wire import checks, encodings, payload
 from tierwise.wire.memfd import ATTACHMENTS_MAX
 
 ROUND_MAX = 2**31 - 1
@@ -227,8 +227,8 @@ def check_objects(invocation: types_pb2.Invocation, caller: str = "") -> bool:
 
 
 def _check_sink(sink: cache_pb2.ObjectSink) -> None:
-    if sink.encoding != compression.AUTO:
-        compression.check(sink.encoding)
+    if sink.encoding != encodings.AUTO:
+        encodings.check(sink.encoding)
     durability_from_pb(sink.durability)
     if sink.HasField("relative_to"):
         key_from_pb(sink.relative_to, "relative_to")
