@@ -145,15 +145,23 @@ class Federation(federated_pb2_grpc.FederatedServiceServicer):
         self, request: federated_pb2.WatchJobRequest, context: Any
     ) -> None:
         name = _name(request.namespace, request.job)
+        seen = -1  # the newest round whose end was told
         last = None
         with self._listening(name) as changed:
             while True:
                 changed.clear()
-                response = await self._watched(name)
-                if response != last:
-                    last = response
-                    await context.write(response)
-                if response.job.state != federated_pb2.FEDERATED_JOB_STATE_RUNNING:
+                row, rounds = await self._watched(name, seen)
+                responses = [
+                    federated_pb2.WatchJobResponse(job=_job(row), round=each) for each in rounds
+                ]
+                for response in responses or [federated_pb2.WatchJobResponse(job=_job(row))]:
+                    if response.HasField("round"):
+                        is_open = response.round.state in map(int, _OPEN)
+                        seen = response.round.round - is_open
+                    if response != last:
+                        last = response
+                        await context.write(response)
+                if row.progress.state is not JobState.RUNNING:
                     return
                 await changed.wait()
 
@@ -253,14 +261,20 @@ class Federation(federated_pb2_grpc.FederatedServiceServicer):
     async def _newest_round(self, uid: str) -> RoundRecord | None:
         return await self._store.read(lambda c: table.newest_round(c, uid))
 
-    async def _watched(self, name: _Name) -> federated_pb2.WatchJobResponse:
+    async def _watched(
+        self, name: _Name, seen: int
+    ) -> tuple[table.JobRow, list[federated_pb2.FederatedRound]]:
+        """Return a job, and its rounds since the one that was `seen`; −1: only the newest."""
         row = await self._row(name)
         driver = self._drivers.get(name)
-        record = driver.record if driver is not None else None
-        if record is None:
-            record = await self._newest_round(row.uid)
-        found = None if record is None else round_to_pb(record)
-        return federated_pb2.WatchJobResponse(job=_job(row), round=found)
+        newest = driver.record if driver is not None else None
+        if newest is not None and seen in (-1, newest.round - 1, newest.round):
+            return row, [round_to_pb(newest)]
+        limit = 1 if seen < 0 else min(ROUNDS_LISTED_MAX, max(1, row.progress.round - seen))
+        rounds = await self._store.read(lambda c: table.newest_rounds(c, row.uid, limit))
+        if newest is not None and rounds:
+            rounds = [*(each for each in rounds if each.round != newest.round), round_to_pb(newest)]
+        return row, rounds
 
     async def _write(self, row: table.JobRow, progress: JobProgress) -> None:
         now_unix_s = wall_s()

@@ -136,6 +136,7 @@ class JobSpec:
         distance_max: An update further than this from the model is quarantined; 0: no bound.
         encoding: How updates travel: empty, fp16, int8 or auto.
         replica_nodes: Nodes that get a copy of what the root takes.
+        run: Tells it from a job of equal content that ran before.
     """
 
     namespace: str
@@ -154,6 +155,7 @@ class JobSpec:
     distance_max: float = 0.0
     encoding: str = ""
     replica_nodes: tuple[NodeId, ...] = ()
+    run: str = ""
 
     @property
     def wanted_count(self) -> int:

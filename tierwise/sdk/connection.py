@@ -32,6 +32,7 @@ from tierwise.v1 import (
     call_pb2_grpc,
     cluster_pb2,
     cluster_pb2_grpc,
+    federated_pb2_grpc,
     function_pb2_grpc,
     policy_pb2_grpc,
     types_pb2,
@@ -118,6 +119,7 @@ class Connection:
         self.calls = call_pb2_grpc.CallServiceStub(self._scheduler)
         self.advisor = advisor_pb2_grpc.AdvisorServiceStub(self._scheduler)
         self.budgets = budget_pb2_grpc.BudgetServiceStub(self._scheduler)
+        self.federated = federated_pb2_grpc.FederatedServiceStub(self._scheduler)
         self.policies = policy_pb2_grpc.PolicyServiceStub(self._scheduler)
         self.cluster = cluster_pb2_grpc.ClusterServiceStub(self._scheduler)
         self._agents: list[Agent] = []

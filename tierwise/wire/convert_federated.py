@@ -70,6 +70,7 @@ def job_spec_to_pb(spec: JobSpec) -> federated_pb2.FederatedJobSpec:
         distance_max=spec.distance_max,
         encoding=spec.encoding,
         replica_nodes=spec.replica_nodes,
+        run=spec.run,
     )
 
 
@@ -125,6 +126,7 @@ def job_spec_from_pb(pb: federated_pb2.FederatedJobSpec) -> JobSpec:
         distance_max=checks.number(pb.distance_max, "distance_max", 0.0, 1e30),
         encoding=pb.encoding,
         replica_nodes=tuple(NodeId(checks.name(n, "replica_nodes")) for n in pb.replica_nodes),
+        run=checks.text(pb.run, "run", 64),
     )
 
 
