@@ -16,12 +16,12 @@ from typing import Any
 import structlog
 
 from scheduler.catalogue import FunctionCatalogue
-from scheduler.federated_driver import JobDriver, Surroundings
+from scheduler.federated_driver import ENDED_MAX, OPEN, JobDriver, Surroundings
 from scheduler.store import federated as table
 from scheduler.workloads.federated import planner_of
 from scheduler.workloads.federated_events import Event, ResumeAsked, RoundOpened, StopAsked
 from tierwise.clock import monotonic_s, wall_s
-from tierwise.domain.federated import JobProgress, JobSpec, JobState, RoundRecord, RoundState
+from tierwise.domain.federated import JobProgress, JobSpec, JobState, RoundRecord
 from tierwise.domain.ids import NodeId
 from tierwise.errors import (
     AlreadyExists,
@@ -46,7 +46,6 @@ log = structlog.get_logger()
 RUNNING_MAX = 100  # jobs at a time
 LISTED_MAX = 1000
 ROUNDS_LISTED_MAX = 1000
-_OPEN = (RoundState.COLLECTING, RoundState.AGGREGATING)
 _Name = tuple[str, str]  # namespace, job
 
 
@@ -156,7 +155,7 @@ class Federation(federated_pb2_grpc.FederatedServiceServicer):
                 ]
                 for response in responses or [federated_pb2.WatchJobResponse(job=_job(row))]:
                     if response.HasField("round"):
-                        is_open = response.round.state in map(int, _OPEN)
+                        is_open = response.round.state in map(int, OPEN)
                         seen = response.round.round - is_open
                     if response != last:
                         last = response
@@ -211,7 +210,7 @@ class Federation(federated_pb2_grpc.FederatedServiceServicer):
             row.progress,
             uid=row.uid,
             unix_offset_s=wall_s() - monotonic_s(),
-            current=newest if newest is not None and newest.state in _OPEN else None,
+            current=newest if newest is not None and newest.state in OPEN else None,
         )
         driver = JobDriver(row, planner, self._around, newest)
         name = (row.namespace, row.job)
@@ -265,16 +264,13 @@ class Federation(federated_pb2_grpc.FederatedServiceServicer):
         self, name: _Name, seen: int
     ) -> tuple[table.JobRow, list[federated_pb2.FederatedRound]]:
         """Return a job, and its rounds since the one that was `seen`; −1: only the newest."""
-        row = await self._row(name)
         driver = self._drivers.get(name)
-        newest = driver.record if driver is not None else None
-        if newest is not None and seen in (-1, newest.round - 1, newest.round):
-            return row, [round_to_pb(newest)]
-        limit = 1 if seen < 0 else min(ROUNDS_LISTED_MAX, max(1, row.progress.round - seen))
+        if driver is not None:
+            return driver.row, [round_to_pb(each) for each in driver.rounds_since(seen)]
+        row = await self._store.read(lambda c: table.get(c, *name))
+        limit = 1 if seen < 0 else ENDED_MAX
         rounds = await self._store.read(lambda c: table.newest_rounds(c, row.uid, limit))
-        if newest is not None and rounds:
-            rounds = [*(each for each in rounds if each.round != newest.round), round_to_pb(newest)]
-        return row, rounds
+        return row, [each for each in rounds if each.round > seen]
 
     async def _write(self, row: table.JobRow, progress: JobProgress) -> None:
         now_unix_s = wall_s()

@@ -5,6 +5,7 @@ are durable work under ids of the planner's choice: to submit one again is to as
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -33,7 +34,7 @@ from scheduler.workloads.federated_events import (
 )
 from scheduler.workloads.federated_planner import JobPlanner
 from tierwise.clock import monotonic_s, wall_s
-from tierwise.domain.federated import JobState, RoundRecord
+from tierwise.domain.federated import JobState, RoundRecord, RoundState
 from tierwise.domain.ids import RequestId
 from tierwise.errors import NotFound, TierwiseError
 from tierwise.v1 import cache_pb2, types_pb2, work_pb2
@@ -45,6 +46,8 @@ log = structlog.get_logger()
 
 INBOX_MAX = 20_000
 STORE_RETRY_S = 1.0
+ENDED_MAX = 64  # rounds that watchers may be behind
+OPEN = (RoundState.COLLECTING, RoundState.AGGREGATING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,7 @@ class JobDriver:
         """
         self.row = row
         self._record = record
+        self._ended: deque[RoundRecord] = deque(maxlen=ENDED_MAX)
         self.on_changed: Callable[[], None] = lambda: None
         self._planner = planner
         self._around = around
@@ -107,10 +111,18 @@ class JobDriver:
         """Return what tells the job from others that had its name before."""
         return self.row.uid
 
-    @property
-    def record(self) -> RoundRecord | None:
-        """Return the newest round as it stands, also what is not written yet."""
-        return self._planner.record or self._record
+    def rounds_since(self, seen: int) -> list[RoundRecord]:
+        """Return the rounds that have ended after the one that was `seen`, and the one under way.
+
+        What has ended long ago is left out; −1: only the newest. Nothing is told before it is
+        written, but for what has come in the round under way.
+        """
+        known = [*self._ended]
+        if self._record is not None and self._record not in known:
+            live = self._planner.record
+            is_same = live is not None and live.round == self._record.round
+            known.append(live if live is not None and is_same else self._record)
+        return known[-1:] if seen < 0 else [each for each in known if each.round > seen]
 
     def feed(self, event: Event) -> None:
         """Give the planner an event; if thousands wait already, it is dropped, and told again."""
@@ -206,7 +218,10 @@ class JobDriver:
                 log.error("federated.not_stored", job=self.row.job, cause=str(error))
                 await asyncio.sleep(STORE_RETRY_S)
         self.row = replace(self.row, progress=command.progress, ended_unix_s=ended_unix_s)
-        self._record = command.record or self._record
+        if command.record is not None:
+            self._record = command.record
+            if command.record.state not in OPEN:
+                self._ended.append(command.record)
 
     # -- calls ----------------------------------------------------------------------------------
 
