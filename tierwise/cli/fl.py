@@ -166,9 +166,9 @@ def ask(
         form = Format.JSON if as_json else Format.TABLE
         show(known, form, QUESTION_COLUMNS, name=QUESTION_COLUMNS[0][1])
         return
+    given = _arguments(arguments or [])
     with Client() as client:
-        rounds = Rounds(client, job, namespace)
-        found = rounds.ask(question, round=number, **_arguments(arguments or []))
+        found = Rounds(client, job, namespace).ask(question, round=number, **given)
     show_value(_plain(found), _format(output, as_json))
 
 

@@ -33,6 +33,7 @@ from tierwise.sdk.operator import Record, record
 from tierwise.sdk.rounds import Rounds
 from tierwise.sdk.verb import Verb
 from tierwise.v1 import federated_pb2
+from tierwise.wire import payload
 from tierwise.wire.convert_federated import job_spec_from_pb, job_spec_to_pb
 from tierwise.wire.errors import error_from_rpc
 
@@ -175,7 +176,10 @@ class FederatedJob:
             encoding=encoding,
             replica_nodes=tuple(map(NodeId, replica_nodes)),
         )
-        job_spec_from_pb(job_spec_to_pb(self._spec))  # the scheduler's checks, early
+        try:
+            job_spec_from_pb(job_spec_to_pb(self._spec))  # the scheduler's checks, early
+        except payload.PayloadError as error:
+            raise InvalidArgument(str(error)) from None
         self.start = Verb(app.client, self._start)
         self.state = Verb(app.client, self._state)
         self.wait = Verb(app.client, self._wait)
