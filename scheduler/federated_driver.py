@@ -176,7 +176,10 @@ class JobDriver:
         return self._around.dispatcher.plane.view(monotonic_s())
 
     async def _step(self, event: Event) -> None:
-        commands = self._planner.step(event, monotonic_s())
+        if self._planner.is_searching and isinstance(event, Ticked):  # may take a second
+            commands = await asyncio.to_thread(self._planner.step, event, monotonic_s())
+        else:
+            commands = self._planner.step(event, monotonic_s())
         calls: list[Call] = []
         for command in commands:
             if isinstance(command, Submit):  # many at once are written at once

@@ -94,6 +94,11 @@ class JobPlanner(ABC):
         """Return the round under way as it stands."""
         return None if self._running is None else self._running.snapshot()
 
+    @property
+    def is_searching(self) -> bool:
+        """Return whether the next tick begins a round for which aggregators may be looked for."""
+        return self._running is None and self._spec.topology.is_hierarchical
+
     def step(self, event: Event, now_s: float) -> list[Command]:
         """Apply one event and return what the shell must do, in order.
 
