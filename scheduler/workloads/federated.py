@@ -42,7 +42,7 @@ class RoundPlanner(JobPlanner):
     def _start(self, view: ClusterView, now_s: float, out: list[Command]) -> None:
         spec, number = self._spec, self.progress.round + 1
         states = states_of(view)
-        busy = self._busy_clients()
+        busy = {client for client, _ in self._busy.values()}
         there = [
             each
             for each in spec.clients

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import tierwise
-from tests.e2e import federated_builders as digits
+from tests.e2e import digits_builders as digits
 from tierwise.sdk.operator import Operator
 from tierwise.v1 import cache_pb2
 
