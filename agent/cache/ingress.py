@@ -242,9 +242,10 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
             async for response in self._pass_through(key, caller, request.is_head_only):
                 yield response
             return
-        if caller.uri != CLUSTER:  # a node that refills asks nobody in turn
-            await self._reach.refill(key)
-        view, info = await self._store.view(key)
+        if caller.uri == CLUSTER:  # a node that refills asks nobody in turn
+            view, info = await self._store.view(key)
+        else:
+            view, info = await self._reach.sound(key, self._store.view)
         yield cache_pb2.GetResponse(head=_head_of(info))
         if not request.is_head_only:
             for start in range(0, view.nbytes, CHUNK_BYTES):

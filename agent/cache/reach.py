@@ -5,10 +5,11 @@ the next call here often reads the same: the aggregate of the last round.
 """
 
 import asyncio
+import contextlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import structlog
@@ -45,6 +46,7 @@ PUT_TRIES_MAX = 4
 PUT_RETRY_S = 0.2  # doubles
 
 ANYWHERE = NodeId("")
+T = TypeVar("T")
 Found = tuple[Memfd, ObjectInfo]
 
 
@@ -196,8 +198,7 @@ class Reach:
         """
         self._rights.check_read(caller, key)
         if self.is_here(key):
-            await self.refill(key)
-            return await self._store.read(key)
+            return await self.sound(key, self._store.read)
         kept = self._fetched.get((key, caller))
         if kept is not None and kept[1] > monotonic_s():
             self._fetched.move_to_end((key, caller))
@@ -252,21 +253,58 @@ class Reach:
             if until_s <= now_s:
                 del self._fetched[name]
 
-    async def refill(self, key: ObjectKey) -> None:
-        """Bring back what this node should hold and has lost, from the nodes with copies.
+    async def sound(self, key: ObjectKey, use: Callable[[ObjectKey], Awaitable[T]]) -> T:
+        """Use an object of this node, with what is lost of it brought back from copies.
 
-        What is nowhere, or cannot be reached, stays away: who reads it will hear so.
+        Raises:
+            NotFound: It is not here, nor at the nodes with copies.
+            Unavailable: It is in the object store, which does not answer, and nowhere else.
         """
-        if key.kind is ObjectKind.MATRIX or self._store.info(key) is not None:
-            return
-        manifest = self.manifest(key.namespace, key.job, key.round)
-        for node_id in copies_of(manifest, self._here) if manifest is not None else ():
+        if key.kind is not ObjectKind.MATRIX and self._store.info(key) is None:
+            await self._refill([key])
+        try:
+            return await use(key)
+        except (NotFound, Unavailable):
+            if not await self._refill([each async for each in self._lost(key)]):
+                raise
+        return await use(key)
+
+    async def _lost(self, key: ObjectKey) -> AsyncIterator[ObjectKey]:
+        """Yield those of an object's parts whose bytes are gone: itself, or rows of a matrix."""
+        keys = [key]
+        if key.kind is ObjectKind.MATRIX:
+            manifest = self.manifest(key.namespace, key.job, key.round)
+            clients = manifest.clients if manifest is not None else ()
+            keys = [replace(key, kind=ObjectKind.UPDATE, client=each.client) for each in clients]
+        for each in keys:
             try:
-                file, info = await self._peers.get(node_id, key, CLUSTER)
-                await self._take_copy(info, file)
-                return
-            except TierwiseError:
+                await self._store.view(each)
+            except (NotFound, Unavailable):
+                if self._store.info(each) is not None:
+                    yield each
+
+    async def _refill(self, keys: Sequence[ObjectKey]) -> bool:
+        """Bring objects back from the nodes with copies; return whether any came."""
+        has_come = False
+        for key in keys:
+            manifest = self.manifest(key.namespace, key.job, key.round)
+            if manifest is None:
                 continue
+            if manifest.base is not None and manifest.base != key:  # updates are measured from it
+                with contextlib.suppress(NotFound, Unavailable):
+                    await self.sound(manifest.base, self._store.view)
+            for node_id in copies_of(manifest, self._here):
+                try:
+                    file, info = await self._peers.get(node_id, key, CLUSTER)
+                    self._store.discard(key)
+                    await self._take_copy(info, file)
+                except TierwiseError as error:
+                    log.info("object.not_refilled", key=str(key), cause=str(error))
+                    continue
+                log.info("object.refilled", key=str(key), node_id=node_id)
+                has_come = True
+                break
+        return has_come
 
     # -- putting --------------------------------------------------------------------------------
 
