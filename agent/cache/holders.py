@@ -46,14 +46,20 @@ class HolderIndex:
         ]
         return [node_id for _, _, node_id in sorted(found)]
 
-    def newest(self, namespace: str, job: str) -> tuple[int, NodeId] | None:
-        """Return the newest round of a job elsewhere, and who holds it."""
-        found = max(
-            (held.rounds[-1] for _, held in self._of_job(namespace, job) if held.rounds),
-            default=None,
-        )
-        holders = self.holders(namespace, job, found) if found is not None else []
-        return (found, holders[0]) if found is not None and holders else None
+    def newest(self, namespace: str, job: str) -> tuple[int, int, NodeId] | None:
+        """Return the newest round of a job elsewhere.
+
+        Returns:
+            The newest that has ended or has every update, −1 for none; the newest of all; and who
+            holds the first, or else the second.
+        """
+        rows = [held for _, held in self._of_job(namespace, job) if held.rounds]
+        if not rows:
+            return None
+        done = max(held.newest_done for held in rows)
+        newest = max(held.rounds[-1] for held in rows)
+        holders = self.holders(namespace, job, done if done >= 0 else newest)
+        return (done, newest, holders[0]) if holders else None
 
     def owner(self, namespace: str, job: str) -> str:
         """Return whose job it is; empty if nobody is known to hold any of it."""

@@ -355,11 +355,12 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
         if number >= 0:
             holders = self._elsewhere(namespace, job, number)
             return holders[0] if holders else None
-        own = self._reach.manifests(namespace, job)
-        newest = self._index.newest(namespace, job)
-        if newest is None or (own and own[-1].round >= newest[0]):
+        elsewhere = self._index.newest(namespace, job)
+        if elsewhere is None:
             return None
-        return newest[1]
+        done, newest, node_id = elsewhere
+        own = self._reach.newest(namespace, job)
+        return node_id if (done, newest) > own else None
 
     async def ForgetJob(
         self, request: cache_pb2.ForgetJobRequest, context: Any

@@ -118,6 +118,32 @@ class Reach:
             return True
         return self._store.info(key) is not None
 
+    def newest(self, namespace: str, job: str) -> tuple[int, int]:
+        """Return the newest round here that has ended or has every update, and the newest of all.
+
+        −1 stands for none.
+        """
+        manifests = self.manifests(namespace, job)
+        done = next((m.round for m in reversed(manifests) if self._is_done(m)), -1)
+        return done, manifests[-1].round if manifests else -1
+
+    def _is_done(self, manifest: RoundManifest) -> bool:
+        key = ObjectKey(
+            namespace=manifest.namespace,
+            job=manifest.job,
+            round=manifest.round,
+            kind=ObjectKind.AGGREGATE,
+        )
+        if self._store.info(key) is not None:
+            return True
+        updates = (
+            self._store.info(replace(key, kind=ObjectKind.UPDATE, client=each.client))
+            for each in manifest.clients
+        )
+        return bool(manifest.clients) and all(
+            info is not None and not info.quarantined for info in updates
+        )
+
     async def open(self, manifest: RoundManifest) -> None:
         """Open a round here, with its base if that is another node's.
 

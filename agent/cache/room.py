@@ -119,5 +119,6 @@ class CacheRoom:
             held,
             rounds=tuple(manifest.round for manifest in manifests),
             owner=manifests[-1].owner if manifests else "",
+            newest_done=self.reach.newest(held.namespace, held.job)[0],
             is_copy=bool(manifests) and all(m.home not in ("", self._here) for m in manifests),
         )

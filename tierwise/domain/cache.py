@@ -80,6 +80,7 @@ class HeldRounds:
         rounds: Ascending, at most the newest 64.
         owner: Identity (URI) that opened them.
         is_copy: All are copies of what another node took.
+        newest_done: The newest of them that has ended, or has every update; −1: none has.
     """
 
     namespace: str
@@ -88,6 +89,7 @@ class HeldRounds:
     size_bytes: int = 0
     owner: str = ""
     is_copy: bool = False
+    newest_done: int = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
