@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from agent.cache.reach import Outgoing, Reach
+from agent.cache.putting import Outgoing, Putting
+from agent.cache.reach import Reach
 from agent.runtime.instance import ItemKind, ItemResult, RunReport
 from tierwise.clock import monotonic_s
 from tierwise.domain.cache import ObjectInfo, ObjectKey, ObjectKind
@@ -102,8 +103,9 @@ class Carried:
 class CallObjects:
     """Brings calls their objects, and puts away what they return."""
 
-    def __init__(self, reach: Reach, group: asyncio.TaskGroup) -> None:
+    def __init__(self, reach: Reach, putting: Putting, group: asyncio.TaskGroup) -> None:
         self._reach = reach
+        self._putting = putting
         self._group = group
 
     def holders(self, cached: Cached, argument: bytes) -> tuple[tuple[NodeId, ...], int]:
@@ -215,19 +217,18 @@ class CallObjects:
 
     async def _put(self, sink: cache_pb2.ObjectSink, item: ItemResult) -> ItemResult:
         key = key_from_pb(sink.key)
-        vector, metadata, file = _parts(key, item)
+        vector, metadata = _parts(key, item)
         relative_to = key_from_pb(sink.relative_to) if sink.HasField("relative_to") else None
         outgoing = Outgoing(
             key=key,
             vector=vector,
-            file=file,
             metadata=metadata,
             durability=durability_from_pb(sink.durability),
             writer=sink.caller,
             encoding=sink.encoding,
             relative_to=relative_to,
         )
-        info = await self._reach.put(outgoing, NodeId(sink.node_id))
+        info = await self._putting.put(outgoing, NodeId(sink.node_id))
         return ItemResult(ItemKind.OK, payload.encode(receipt(info, metadata)))
 
 
@@ -253,8 +254,8 @@ def receipt(info: ObjectInfo, metadata: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _parts(key: ObjectKey, item: ItemResult) -> tuple[Any, dict[str, Any], Memfd | None]:
-    """Return the bytes of a result, its metadata, and the file that holds just those bytes.
+def _parts(key: ObjectKey, item: ItemResult) -> tuple[Any, dict[str, Any]]:
+    """Return the bytes of a result, uncopied, and its metadata.
 
     Raises:
         ResultRejected: It is not (vector, dict), or for metadata not a dict.
@@ -266,7 +267,7 @@ def _parts(key: ObjectKey, item: ItemResult) -> tuple[Any, dict[str, Any], Memfd
     if key.kind is ObjectKind.METADATA:
         if not isinstance(value, dict):
             raise ResultRejected("the result goes into the cache as metadata: return a dict")
-        return metadata_to_bytes(value), {}, None
+        return metadata_to_bytes(value), {}
     is_pair = isinstance(value, tuple | list) and len(value) == 2
     vector, metadata = value if is_pair else (value, {})
     is_vector = isinstance(vector, np.ndarray) and vector.dtype == np.float32 and vector.ndim == 1
@@ -275,8 +276,7 @@ def _parts(key: ObjectKey, item: ItemResult) -> tuple[Any, dict[str, Any], Memfd
             f"the result goes into the cache as {key}: return (vector, dict), a one-dimensional "
             "float32 array and small facts such as example_count"
         )
-    is_alone = len(item.attachments) == 1 and item.attachments[0].nbytes == vector.nbytes
-    return vector, metadata, item.attachments[0] if is_alone else None
+    return vector, metadata
 
 
 async def _all(reads: list[Any]) -> list[Any]:
