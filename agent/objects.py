@@ -16,7 +16,7 @@ from agent.cache.putting import Outgoing, Putting
 from agent.cache.reach import Reach
 from agent.runtime.instance import ItemKind, ItemResult, RunReport
 from tierwise.clock import monotonic_s
-from tierwise.domain.cache import ObjectInfo, ObjectKey, ObjectKind
+from tierwise.domain.cache import ObjectInfo, ObjectKey, ObjectKind, most_bytes
 from tierwise.domain.ids import NodeId
 from tierwise.domain.request import Request
 from tierwise.errors import (
@@ -37,7 +37,6 @@ from tierwise.wire.convert_cache import (
 from tierwise.wire.memfd import Memfd
 
 SINK_TIMEOUT_S = 120.0
-DATA_NODES_MAX = 8
 
 OnDone = Callable[[RunReport], None]
 Start = Callable[[Sequence[Memfd], float, OnDone], None]
@@ -115,7 +114,7 @@ class CallObjects:
             (self._reach.holders(key_from_pb(ref.key), NodeId(ref.node_id)), size_bytes)
             for ref, size_bytes in zip(cached.inputs, sizes, strict=False)
         ]
-        return self._reach.best(rows), sum(sizes)
+        return most_bytes(rows), sum(sizes)
 
     def carry(
         self,
@@ -239,7 +238,7 @@ def placed(
     if objects is None or not cached.inputs or request.data_nodes:
         return request
     nodes, size_bytes = objects.holders(cached, argument)
-    return replace(request, data_nodes=nodes[:DATA_NODES_MAX], data_bytes=size_bytes)
+    return replace(request, data_nodes=nodes, data_bytes=size_bytes)
 
 
 def receipt(info: ObjectInfo, metadata: dict[str, Any]) -> dict[str, Any]:

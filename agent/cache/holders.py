@@ -4,7 +4,7 @@ What is read here is about a heartbeat old. Whoever follows it must be ready to 
 is not there.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from tierwise.domain.cache import HeldRounds
 from tierwise.domain.event import ViewReceived
@@ -79,17 +79,3 @@ class HolderIndex:
             for held in rows:
                 if held.namespace == namespace and held.job == job:
                     yield node_id, held
-
-
-def common(holders: Iterable[tuple[list[NodeId], int]]) -> tuple[NodeId, ...]:
-    """Return the nodes that hold the most bytes of several objects.
-
-    Args:
-        holders: Per object, who holds it, and its bytes.
-    """
-    bytes_by_node: dict[NodeId, int] = {}
-    for nodes, size_bytes in holders:
-        for node_id in nodes:
-            bytes_by_node[node_id] = bytes_by_node.get(node_id, 0) + size_bytes
-    most = max(bytes_by_node.values(), default=0)
-    return tuple(sorted(node_id for node_id, held in bytes_by_node.items() if held == most))

@@ -6,11 +6,10 @@ the next call here often reads the same: the aggregate of the last round.
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Sequence
 
 import structlog
 
-from agent.cache.holders import HolderIndex, common
+from agent.cache.holders import HolderIndex
 from agent.cache.own import OwnRounds
 from agent.cache.peers import CachePeers
 from agent.cache.rights import CLUSTER, Rights
@@ -99,10 +98,6 @@ class Reach:
             elsewhere.remove(near)
             elsewhere.insert(0, near)
         return found + elsewhere
-
-    def best(self, holders: Sequence[tuple[list[NodeId], int]]) -> tuple[NodeId, ...]:
-        """Return the nodes that hold the most bytes of several objects."""
-        return common(holders)
 
     # -- reading --------------------------------------------------------------------------------
 
