@@ -255,9 +255,9 @@ def test_kmeans_on_the_embedding_finds_what_kmeans_finds_on_the_vectors() -> Non
 
 def test_kmeans_ends_in_an_optimum_of_the_vectors() -> None:
     deltas = crowd(30, 40, spread=3.0)
-    labels, inertia = clustering.kmeans(
-        embedding(deltas @ deltas.T), 4, np.random.default_rng(0), restarts=20
-    )
+    points = embedding(deltas @ deltas.T)
+    first = clustering.seeds(points, 4, np.random.default_rng(0), restarts=20)
+    labels, inertia = clustering.kmeans(points, first)
     centres = np.stack([deltas[labels == label].mean(axis=0) for label in range(4)])
     apart = ((deltas[:, None] - centres[None]) ** 2).sum(axis=2)
     assert inertia == pytest.approx(apart[np.arange(30), labels].sum())

@@ -67,9 +67,9 @@ def test_shapley_values_are_mean_marginals_over_all_orders() -> None:
 def test_estimated_shapley_values_come_near_the_exact_ones() -> None:
     deltas = crowd(8, 60, spread=1.5)
     gram, weights = deltas @ deltas.T, shares(np.arange(1, 9))
-    exact = contribution.exact_shapley(
-        contribution.alignments(gram, weights, contribution.all_coalitions(8))
-    )
+    coalitions = contribution.all_coalitions(8)
+    values = contribution.alignments(gram, weights, coalitions)
+    exact = contribution.shapley_coefficients(coalitions) @ values
     found, permutations = contribution.gtg_shapley(
         contribution.alignment_prefixes(gram, weights), 8, 1.0, np.random.default_rng(0)
     )

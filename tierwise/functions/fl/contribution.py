@@ -72,31 +72,32 @@ def influences(gram: Float, weights: Float) -> Float:
     return found
 
 
-def exact_shapley(values: Float) -> Float:
-    """Return Shapley values, shape (K,), of utilities of all 2^K coalitions.
-
-    φ_i = Σ_{S∌i} |S|!·(K − |S| − 1)!÷K! · (v(S ∪ i) − v(S)). Shapley, 1953.
-
-    Args:
-        values: Shape (2^K,): v of the coalition whose members are the bits of its position.
-    """
-    count = len(values).bit_length() - 1
-    sizes = np.array([bin(code).count("1") for code in range(len(values))])
-    factorials = np.cumprod(np.concatenate([[1.0], np.arange(1.0, count + 1)]))
-    found = np.empty(count)
-    codes = np.arange(len(values))
-    for client in range(count):
-        without = codes[(codes >> client) & 1 == 0]
-        size = sizes[without]
-        factor = factorials[size] * factorials[count - size - 1] / factorials[count]
-        found[client] = factor @ (values[without | (1 << client)] - values[without])
+def all_coalitions(count: int) -> Mask:
+    """Return membership of all 2^K coalitions, shape (2^K, K): the bits of each row's number."""
+    codes = np.arange(1 << count)[:, None]
+    found: Mask = (codes >> np.arange(count)[None, :]) & 1 == 1
     return found
 
 
-def all_coalitions(count: int) -> Mask:
-    """Return membership of all 2^K coalitions, shape (2^K, K), as `exact_shapley` counts them."""
-    codes = np.arange(1 << count)[:, None]
-    found: Mask = (codes >> np.arange(count)[None, :]) & 1 == 1
+def shapley_coefficients(coalitions: Mask) -> Float:
+    """Return the matrix that makes Shapley values of the utilities of all coalitions.
+
+    φ_i = Σ_{S∌i} |S|!·(K − |S| − 1)!÷K! · (v(S ∪ i) − v(S)): each coalition counts with
+    (|S| − 1)!·(K − |S|)!÷K! for its members, and against the others with |S|!·(K − |S| − 1)!÷K!.
+    Shapley, A Value for n-Person Games (1953).
+
+    Args:
+        coalitions: All of them, shape (2^K, K), see `all_coalitions`.
+
+    Returns:
+        Shape (K, 2^K).
+    """
+    count = coalitions.shape[1]
+    factorials = np.cumprod(np.concatenate([[1.0], np.arange(1.0, count + 1)]))
+    size = coalitions.sum(axis=1)
+    inside = factorials[np.maximum(size - 1, 0)] * factorials[count - size]
+    outside = factorials[size] * factorials[np.maximum(count - size - 1, 0)]
+    found: Float = np.where(coalitions.T, inside, -outside) / factorials[count]
     return found
 
 

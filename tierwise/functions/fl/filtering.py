@@ -11,6 +11,7 @@ from tierwise.functions.fl.geometry import (
     Mask,
     cosines_with,
     distances_squared,
+    median,
     norms,
     robust_scores,
     similarities,
@@ -38,12 +39,14 @@ def adaptive_cosine(
         kept = cosines[stays]
         if len(kept) <= 2:
             return stays, cosines
-        median = float(np.median(kept))
-        margin = max(slack * float(kept.std()), 1e-9)  # less is rounding
-        if float(kept.mean()) < median:
-            goes = stays & (cosines < median - margin)
+        mean = float(kept.mean())
+        off = kept - mean
+        margin = max(slack * float(np.sqrt(off @ off / len(off))), 1e-9)  # less is rounding
+        middle = median(kept)
+        if mean < middle:
+            goes = stays & (cosines < middle - margin)
         else:
-            goes = stays & (cosines > median + margin)
+            goes = stays & (cosines > middle + margin)
         if not goes.any():
             return stays, cosines
         stays = stays & ~goes

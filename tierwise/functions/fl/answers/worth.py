@@ -18,6 +18,7 @@ from tierwise.functions.fl.question import (
 from tierwise.functions.fl.statistics import RoundStatistics
 
 PERMUTATIONS_MAX = 2000
+PAIRS_MAX = 20_000_000  # of clients, over all permutations; one sweep is always made
 BASES = ("linear", "leave-one-out", "shapley", "examples")
 
 
@@ -90,8 +91,9 @@ def _shapley(
     gram, count = statistics.gram, len(statistics.clients)
     if count <= contribution.EXACT_MAX:
         coalitions = contribution.all_coalitions(count)
-        return contribution.exact_shapley(contribution.alignments(gram, weights, coalitions)), 0
-    affordable = max(PERMUTATIONS_MAX // count, 1)
+        values = contribution.alignments(gram, weights, coalitions)
+        return contribution.shapley_coefficients(coalitions) @ values, 0
+    affordable = max(min(PERMUTATIONS_MAX, PAIRS_MAX // count**2) // count, 1)
     return contribution.gtg_shapley(
         contribution.alignment_prefixes(gram, weights),
         count,
