@@ -196,7 +196,7 @@ def test_shapley_values_of_a_score_hand_out_what_the_round_gained() -> None:
     matrix[3] = -matrix[3]
     base = np.zeros(LENGTH, dtype=np.float32)
     asked = {"facts": facts_of(4), "layout": LAYOUT, "inputs": INPUTS, "labels": LABELS}
-    found = models.gtg_shapley(matrix, base, **asked, within=0.0, sweeps_max=100)
+    found = models.gtg_shapley(matrix, base, **asked, within=0.0, permutations_max=400)
     mean = inference.evaluate(matrix.mean(axis=0), **asked)["accuracy"]
     before = inference.evaluate(base, **asked)["accuracy"]
     assert found["together"] == pytest.approx(mean - before, abs=1e-6)
@@ -224,7 +224,9 @@ def test_shapley_values_of_a_loss_are_those_of_enumeration() -> None:
         + (value(0, 2) - value(2))
         + 2 * (value(0, 1, 2) - value(1, 2))
     ) / 6
-    found = models.gtg_shapley(matrix, base, **asked, metric="loss", within=0.0, sweeps_max=1000)
+    found = models.gtg_shapley(
+        matrix, base, **asked, metric="loss", within=0.0, permutations_max=2000
+    )
     assert found["values"]["client-0"] == pytest.approx(exact, abs=0.05 * abs(found["together"]))
 
 

@@ -23,13 +23,22 @@ LABELS = "class of each input"
 
 
 def vector_of(vector: Array | None, name: str) -> Array:
+    """Return a vector that must be there.
+
+    Raises:
+        ValueError: It is not.
+    """
     if vector is None:
         raise ValueError(f"the round has no {name}: ask of a round that has")
     return vector
 
 
 def rows_in(matrix: Array | None, facts: Facts) -> tuple[Index, list[str]]:
-    """Return the rows that count, and their clients."""
+    """Return the rows that count, and their clients.
+
+    Raises:
+        ValueError: There is none.
+    """
     clients, is_in = facts["clients"], facts["is_in"]
     if matrix is None or not any(is_in):
         raise ValueError(f"no update counts in round {facts['round']}: ask of another round")
@@ -38,15 +47,21 @@ def rows_in(matrix: Array | None, facts: Facts) -> tuple[Index, list[str]]:
 
 
 def layout_of(facts: Facts, layout: list[Any] | None) -> Any:
+    """Return the layout that was given, else the round's."""
     return layout if layout is not None else facts["round_metadata"].get("layout")
 
 
 def network_of(facts: Facts, layout: list[Any] | None, activation: str, order: str) -> Network:
+    """Return the network of a layout, see `Network.of`."""
     return Network.of(layout_of(facts, layout), facts["parameter_count"], order, activation)
 
 
 def inputs_for(inputs: Any, network: Network) -> Array:
-    """Return inputs as float32, shape (n, width)."""
+    """Return inputs as float32, shape (n, width).
+
+    Raises:
+        ValueError: They are not numbers, too many, or do not fit the network.
+    """
     try:
         found = np.asarray(inputs, dtype=np.float32)
     except (TypeError, ValueError):
@@ -68,6 +83,11 @@ def inputs_for(inputs: Any, network: Network) -> Array:
 
 
 def labels_for(labels: Sequence[int] | NDArray[Any], count: int, network: Network) -> Index:
+    """Return classes, shape (n,).
+
+    Raises:
+        ValueError: They are no classes of the network, or not one for each input.
+    """
     found = np.asarray(labels)
     classes = max(network.output_count, 2)
     if found.shape != (count,) or found.dtype.kind not in "iu" or count > LABELS_MAX:

@@ -35,7 +35,6 @@ from tierwise.functions.fl.question import (
     named,
 )
 
-EVALUATIONS_MAX = 20_000  # of models in one question; one sweep is always made
 FIRED_MAX = 200_000_000  # neurons × inputs × clients
 
 
@@ -50,7 +49,7 @@ def gtg_shapley(
     metric: str = "accuracy",
     between: float = 0.0,
     within: float = 0.001,
-    sweeps_max: int = 3,
+    permutations_max: int = 100,
     activation: str = "relu",
     order: str = "auto",
     seed: int = 0,
@@ -65,7 +64,7 @@ def gtg_shapley(
     check_range("between", between, 0.0, 1e6)
     check_range("within", within, 0.0, 1e6)
     count = len(rows)
-    check_range("sweeps_max", sweeps_max, 1, EVALUATIONS_MAX)
+    check_range("permutations_max", permutations_max, 1, contribution.PERMUTATIONS_MAX)
     network = network_of(facts, layout, activation, order)
     numbers = inputs_for(inputs, network)
     expected = labels_for(labels, len(numbers), network)
@@ -96,7 +95,7 @@ def gtg_shapley(
         generator(seed),
         between=between,
         within=within,
-        sweeps_max=max(min(sweeps_max, EVALUATIONS_MAX // count**2), 1),
+        permutations_max=permutations_max,
     )
     return {
         "values": by_client(names, values),
@@ -245,7 +244,7 @@ QUESTIONS = (
             "metric": "accuracy or loss",
             "between": "a round that changes the score by no more gives nobody anything",
             "within": "a permutation ends when its score is so near that of all",
-            "sweeps_max": "bound on sweeps of permutations, one for each client",
+            "permutations_max": "bound, 1 to 2,000: each scores at most one model per client",
             "seed": "of the permutations",
         },
         source="Liu et al., ACM TIST 2022, Alg. 1",
