@@ -193,6 +193,8 @@ def test_foolsgold_finds_accomplices_among_honest_clients_that_differ() -> None:
 def test_foolsgold_takes_identical_updates_for_one_attacker_and_believes_a_single_one() -> None:
     same = np.tile(crowd(1), (4, 1))
     assert likeness.foolsgold(statistics_of(same))["kept"] == []
+    nearly = same * (1.0 + 1e-12 * np.random.default_rng(0).normal(size=same.shape))
+    assert likeness.foolsgold(statistics_of(nearly))["kept"] == []
     assert likeness.foolsgold(statistics_of(same[:1]))["kept"] == ["client-0"]
 
 

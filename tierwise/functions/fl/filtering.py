@@ -111,7 +111,7 @@ def foolsgold(gram: Float, *, confidence: float = 1.0) -> Float:
     np.fill_diagonal(pardoned, -np.inf)
     apart = np.clip(1.0 - pardoned.max(axis=1), 0.0, 1.0)
     largest = float(apart.max())
-    if largest <= 1e-12:
+    if largest <= 1e-9:  # less is rounding
         return np.zeros(count)  # all alike: FoolsGold takes all for one attacker
     apart = np.clip(apart / largest, 1e-12, 0.99)  # 0.99: as in the authors' code, for the log
     credible: Float = confidence * (np.log(apart / (1.0 - apart)) + 0.5)
