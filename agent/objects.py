@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import structlog
 
 from agent.cache.putting import Outgoing, Putting
 from agent.cache.reach import Reach
@@ -35,6 +36,8 @@ from tierwise.wire.convert_cache import (
     metadata_to_bytes,
 )
 from tierwise.wire.memfd import Memfd
+
+log = structlog.get_logger()
 
 SINK_TIMEOUT_S = 120.0
 
@@ -134,9 +137,25 @@ class CallObjects:
             on_done: Gets the report, once, never before this returns.
         """
         carried = Carried(on_done, len(arguments))
-        run = self._run(carried, cached, arguments, timeout_s, start)
+        run = self._guarded(carried, cached, arguments, timeout_s, start)
         carried.task = self._group.create_task(run)
         return carried
+
+    async def _guarded(
+        self,
+        carried: Carried,
+        cached: Cached,
+        arguments: Sequence[bytes],
+        timeout_s: float,
+        start: Start,
+    ) -> None:
+        """Run; a bug here ends the call, not the agent."""
+        try:
+            await self._run(carried, cached, arguments, timeout_s, start)
+        except Exception:
+            log.exception("call.objects_crashed")
+            error = TierwiseError("its objects could not be handled; see the agent's log")
+            carried.end(_report([_failed(error)] * len(arguments)))
 
     async def _run(
         self,

@@ -60,14 +60,20 @@ class Putting:
     """Puts for this node's calls."""
 
     def __init__(
-        self, own: OwnRounds, reach: Reach, peers: CachePeers, rights: Rights, node_id: NodeId
+        self,
+        own: OwnRounds,
+        reach: Reach,
+        peers: CachePeers,
+        rights: Rights,
+        node_id: NodeId,
+        residual_bytes_max: int,
     ) -> None:
         self._own = own
         self._reach = reach
         self._peers = peers
         self._rights = rights
         self._here = node_id
-        self._residuals = Residuals()
+        self._residuals = Residuals(residual_bytes_max)
         self._rates: compression.Rates | None = None
 
     def forget(self, namespace: str, job: str) -> None:

@@ -22,7 +22,7 @@ from tierwise.wire.memfd import Memfd
 
 log = structlog.get_logger()
 
-FETCHED_BYTES_MAX = 512 << 20  # of other nodes' objects that are kept here
+FETCHED_SHARE = 4  # of the cache's memory, for other nodes' objects
 FETCHED_KEPT_S = 120.0
 HOLDERS_TRIED_MAX = 3
 
@@ -48,6 +48,7 @@ class Reach:
         self._peers = peers
         self._rights = rights
         self._here = node_id
+        self._fetched_bytes_max = store.reading().memory_bytes_max // FETCHED_SHARE
         self._fetched: OrderedDict[tuple[ObjectKey, str], tuple[Found, float]] = OrderedDict()
         self._fetching: dict[tuple[ObjectKey, str], asyncio.Task[Found]] = {}
 
@@ -153,7 +154,7 @@ class Reach:
     def _keep(self, key: ObjectKey, caller: str, found: Found) -> None:
         self._fetched[key, caller] = found, monotonic_s() + FETCHED_KEPT_S
         total_bytes = sum(file.nbytes for (file, _), _ in self._fetched.values())
-        while total_bytes > FETCHED_BYTES_MAX:
+        while total_bytes > self._fetched_bytes_max:
             _, ((file, _), _) = self._fetched.popitem(last=False)
             total_bytes -= file.nbytes
 

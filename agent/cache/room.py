@@ -25,6 +25,7 @@ from tierwise.wire.convert_cache import HELD_ROUNDS_MAX, manifest_from_pb
 from tierwise.wire.identity import Role
 
 EXPIRE_S = 10.0
+RESIDUAL_SHARE = 4  # of the cache's memory, for what lossy encodings lose
 METHODS = ("OpenRound", "Put", "Get", "ListObjects", "AskStatistics", "ForgetJob")
 ROLES = {
     f"/tierwise.v1.CacheService/{method}": {Role.USER, Role.ADMIN, Role.NODE} for method in METHODS
@@ -59,7 +60,8 @@ class CacheRoom:
         self._own = OwnRounds(self._store, peers, node_id)
         rights = Rights(self._own.manifests, self._index.owner)
         self._reach = Reach(self._store, self._own, self._index, peers, rights, node_id)
-        putting = Putting(self._own, self._reach, peers, rights, node_id)
+        residual_bytes_max = self._store.reading().memory_bytes_max // RESIDUAL_SHARE
+        putting = Putting(self._own, self._reach, peers, rights, node_id, residual_bytes_max)
         self._replicator = Replicator(self._store, peers, node_id, self._index.is_lost, group)
         self.objects = CallObjects(self._reach, putting, group)
         overview = Overview(
