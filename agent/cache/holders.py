@@ -46,12 +46,12 @@ class HolderIndex:
         ]
         return [node_id for _, _, node_id in sorted(found)]
 
-    def newest(self, namespace: str, job: str) -> tuple[int, int, NodeId] | None:
+    def newest(self, namespace: str, job: str) -> tuple[int, int, list[NodeId]] | None:
         """Return the newest round of a job elsewhere.
 
         Returns:
             The newest that has ended or has every update, −1 for none; the newest of all; and who
-            holds the first, or else the second.
+            holds the first, or else the second, the best first.
         """
         rows = [held for _, held in self._of_job(namespace, job) if held.rounds]
         if not rows:
@@ -59,7 +59,7 @@ class HolderIndex:
         done = max(held.newest_done for held in rows)
         newest = max(held.rounds[-1] for held in rows)
         holders = self.holders(namespace, job, done if done >= 0 else newest)
-        return (done, newest, holders[0]) if holders else None
+        return (done, newest, holders) if holders else None
 
     def owner(self, namespace: str, job: str) -> str:
         """Return whose job it is; empty if nobody is known to hold any of it."""

@@ -1,6 +1,7 @@
 """What is asked about a job as a whole: its objects, its statistics, and to forget it."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import structlog
@@ -11,12 +12,12 @@ from agent.cache.lists import merged
 from agent.cache.own import OwnRounds
 from agent.cache.peers import CachePeers
 from agent.cache.putting import Putting
-from agent.cache.reach import Reach
+from agent.cache.reach import HOLDERS_TRIED_MAX, Reach
 from agent.cache.rights import Rights
 from agent.cache.store import CacheStore
 from tierwise.clock import precise_s
 from tierwise.domain.ids import NodeId
-from tierwise.errors import InvalidArgument, TierwiseError
+from tierwise.errors import InvalidArgument, NotFound, TierwiseError, Unavailable
 from tierwise.v1 import cache_pb2
 from tierwise.wire import checks, payload
 from tierwise.wire.convert_cache import info_to_pb
@@ -115,13 +116,10 @@ class Overview:
         job = checks.name(request.job, "job")
         self._rights.check_owner(caller.uri, namespace, job)
         if not caller.is_node:
-            holder = self._elsewhere(namespace, job, request.round)
-            if holder is not None:
+            holders = self._elsewhere(namespace, job, request.round)
+            if holders:
                 request.caller, request.is_forwarded = caller.uri, True
-                answered: cache_pb2.AskStatisticsResponse = await self._peers.ask(
-                    holder, "AskStatistics", request
-                )
-                return answered
+                return await self._ask_at(holders[:HOLDERS_TRIED_MAX], request)
         started_s = precise_s()
         arguments = _arguments(request.arguments)
         answer, number = await self._answers.of(
@@ -134,18 +132,31 @@ class Overview:
             elapsed_s=precise_s() - started_s,
         )
 
-    def _elsewhere(self, namespace: str, job: str, number: int) -> NodeId | None:
-        """Return which other node knows the answer, or None if this one does."""
+    async def _ask_at(
+        self, holders: Sequence[NodeId], request: cache_pb2.AskStatisticsRequest
+    ) -> cache_pb2.AskStatisticsResponse:
+        """Return the answer of the first holder that gives one."""
+        failure: TierwiseError | None = None
+        for node_id in holders:
+            try:
+                answer: cache_pb2.AskStatisticsResponse = await self._peers.ask(
+                    node_id, "AskStatistics", request
+                )
+            except (NotFound, Unavailable) as error:
+                failure = failure or error
+                continue
+            return answer
+        raise failure or Unavailable("no node that holds the round answers", retry_after_s=1.0)
+
+    def _elsewhere(self, namespace: str, job: str, number: int) -> Sequence[NodeId]:
+        """Return which other nodes know the answer; none if this one does."""
         if number >= 0:
-            if self._own.manifest(namespace, job, number) is not None:
-                return None
-            holders = self._index.holders(namespace, job, number)
-            return holders[0] if holders else None
+            is_here = self._own.manifest(namespace, job, number) is not None
+            return [] if is_here else self._index.holders(namespace, job, number)
         elsewhere = self._index.newest(namespace, job)
-        if elsewhere is None:
-            return None
-        done, newest, node_id = elsewhere
-        return node_id if (done, newest) > self._own.newest(namespace, job) else None
+        if elsewhere is None or elsewhere[:2] <= self._own.newest(namespace, job):
+            return []
+        return elsewhere[2]
 
     # -- the end --------------------------------------------------------------------------------
 

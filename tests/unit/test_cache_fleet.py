@@ -112,8 +112,8 @@ def test_a_node_that_is_gone_from_a_full_view_is_forgotten() -> None:
 
 def test_the_newest_round_that_is_done_is_where_questions_go() -> None:
     found = index(seen(FOG, held(1, 2, newest_done=1)), seen(CLOUD, held(3)))
-    assert found.newest("default", "digits") == (1, 3, FOG)
-    assert index(seen(CLOUD, held(3))).newest("default", "digits") == (-1, 3, CLOUD)
+    assert found.newest("default", "digits") == (1, 3, [FOG])
+    assert index(seen(CLOUD, held(3))).newest("default", "digits") == (-1, 3, [CLOUD])
     assert index().newest("default", "digits") is None
 
 
