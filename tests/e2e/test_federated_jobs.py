@@ -147,6 +147,35 @@ def test_a_kill_9_in_the_middle_changes_nothing_of_the_result(
     cluster.wait_ready()
 
 
+def test_an_aggregator_on_the_way_may_die_in_the_middle(
+    cluster: tierwise.LocalCluster, client: tierwise.Client, files: list[str]
+) -> None:
+    job = job_of(
+        client,
+        files,
+        "tree-crash",
+        rounds=6,
+        hierarchical=True,
+        root="cloud-1",
+        config={"pause_s": 0.2},
+        deadline="20s",
+    )
+    job.start()
+    _until(lambda: len(rounds_of(job)) >= 3)
+    cluster.kill("fog-1")
+    _until(lambda: _state(job) != "running", 90.0)
+    found = job.state()
+    cluster.restart("fog-1")
+    assert found["job"]["state"] == "succeeded", found["job"]["message"]
+    # Its rounds fail until the node is given up; then the cloud merges alone.
+    last = found["rounds"][-1]
+    assert [site["node_id"] for site in last["aggregators"]] == ["cloud-1"]
+    wanted = digits.averaged(files[:4], CONFIG, 6)
+    for ours, direct in zip(job.arrays(), wanted, strict=True):
+        np.testing.assert_allclose(ours, direct, atol=1e-4)
+    cluster.wait_ready()
+
+
 def _state(job: tierwise.FederatedJob) -> str:
     try:
         return str(job.state()["job"]["state"])
