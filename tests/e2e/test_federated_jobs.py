@@ -94,8 +94,9 @@ def test_a_job_comes_to_the_model_that_one_process_comes_to(
     assert last["metrics"]["accuracy"] > 0.6 and last["digest"]
     assert job.rounds.newest() == 3
     assert not job.start()["message"], "the same again is the same job"
-    similarity = job.rounds.ask("similarity")
-    assert similarity
+    assert set(job.rounds.ask("similarity")["with_mean"]) == {"c0", "c1", "c2", "c3"}
+    facts = job.rounds.ask("round")["round_metadata"]
+    assert facts["layout"] == [[64, 10], [10]] and facts["rate"] == 0.5
 
 
 def test_hierarchy_moves_a_third_or_less_over_the_wide_area_for_the_same_model(

@@ -34,6 +34,7 @@ def test_user_code_may_change_what_it_is_given_although_it_is_shared() -> None:
 
     trained, facts = as_client(train, SHAPES)([vector], ARGUMENTS)
     np.testing.assert_array_equal(trained, vector + 0.5)
+    assert facts.pop("duration_s") >= 0.0
     assert facts == {"loss": 0.25, "client": "c1", "example_count": 10.0}
     assert type(facts["loss"]) is float
 

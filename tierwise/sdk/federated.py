@@ -175,6 +175,7 @@ class FederatedJob:
             distance_max=distance_max,
             encoding=encoding,
             replica_nodes=tuple(map(NodeId, replica_nodes)),
+            facts={**_numbers(config or {}), "layout": [list(shape) for shape in self._shapes]},
         )
         try:
             job_spec_from_pb(job_spec_to_pb(self._spec))  # the scheduler's checks, early
@@ -372,6 +373,15 @@ async def _close(changes: AsyncIterator[Record]) -> None:
     close = getattr(changes, "aclose", None)
     if close is not None:
         await close()
+
+
+def _numbers(config: Mapping[str, Any]) -> dict[str, float]:
+    """Return the settings by which rounds can be compared."""
+    return {
+        name: value
+        for name, value in config.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
 
 
 def _member(name: str, site: "str | tuple[str, Any]") -> FederatedClient:

@@ -3,6 +3,7 @@
 `as_client` and `as_judge` wrap a function when it is deployed; both travel to the worker with it.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,13 +50,16 @@ def shaped(vector: Vector, shapes: Shapes) -> Arrays:
 def as_client(function: Callable[..., Any], shapes: Shapes) -> Callable[..., Any]:
     """Return what nodes run for `function(arrays, config) -> (arrays, example_count, metrics)`.
 
-    `config` has what the job says, and `client`, `round` and `data` of this call.
+    `config` has what the job says, and `client`, `round` and `data` of this call. The seconds that
+    it took are among the metrics, as `duration_s`.
     """
 
     def client(arrays: Sequence[Vector], arguments: dict[str, Any]) -> tuple[Vector, Any]:
         names = ("client", "round", "data")
         config = {**arguments["config"], **{name: arguments[name] for name in names}}
+        started_s = time.perf_counter()
         result = function(shaped(arrays[0], shapes), config)
+        duration_s = time.perf_counter() - started_s
         if not isinstance(result, tuple | list) or len(result) != 3:
             raise TypeError(
                 "a client returns three things: its arrays, how many examples it has learnt from, "
@@ -64,7 +68,8 @@ def as_client(function: Callable[..., Any], shapes: Shapes) -> Callable[..., Any
         trained, count, metrics = result
         if not isinstance(metrics, dict):
             raise TypeError(f"metrics are a dict, not {type(metrics).__name__}")
-        return flat(trained, shapes), {**_plain(metrics), "example_count": float(count)}
+        facts = {"duration_s": duration_s, **_plain(metrics), "example_count": float(count)}
+        return flat(trained, shapes), facts
 
     return client
 
