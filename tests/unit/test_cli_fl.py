@@ -202,3 +202,9 @@ def test_without_a_cluster_a_project_is_for_the_nodes_of_tierwise_up(
 
     monkeypatch.setattr(fl, "operator", nobody)
     assert fl._edges() == ["edge-1", "edge-2"]
+
+
+@pytest.mark.parametrize("verb", ["new", "run", "list", "log", "stop", "resume", "ask"])
+def test_every_verb_explains_itself(verb: str) -> None:
+    help_text = run(verb, "--help")
+    assert "Usage" in help_text and len(help_text.splitlines()) > 5
