@@ -6,7 +6,7 @@ export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 PROTOS := $(wildcard protos/tierwise/v1/*.proto)
 
-.PHONY: help demo check test bench bench-breaker bench-runtime bench-sim2real bench-sizing suite protos train-policy seeds clean format lint
+.PHONY: help demo check test bench bench-breaker bench-federated bench-runtime bench-sim2real bench-sizing suite protos train-policy seeds clean format lint
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -32,9 +32,15 @@ bench: $(VENV)/dev.stamp ## speed and size, as ratios against rivals in the same
 	@$(BIN)/python -m benchmarks.bench_decision
 	@$(BIN)/python -m benchmarks.bench_guard
 	@$(BIN)/python -m benchmarks.bench_simulator
+	@$(BIN)/python -m benchmarks.bench_questions
 
 bench-sizing: $(VENV)/dev.stamp ## memory for each input beside its rivals, some minutes; writes docs/results
 	@$(BIN)/python -W ignore -m benchmarks.bench_memory_sizing --seeds 10 --out docs/results
+
+bench-federated: $(VENV)/dev.stamp ## federated jobs: accuracy, attacks, wide-area bytes, aggregation; five minutes; writes docs/results
+	@$(BIN)/python -m benchmarks.bench_aggregate
+	@$(BIN)/python -m benchmarks.bench_federated --out docs/results
+	@$(BIN)/python -m training.federated --seeds 20 --clients 8 --candidates 3
 
 bench-runtime: $(VENV)/dev.stamp .venv-rivals/stamp ## calls, starts and arrays beside Ray, Parsl and Dask; some minutes
 	@$(BIN)/python -m benchmarks.bench_runtime

@@ -20,6 +20,7 @@ from tierwise.domain.function import FunctionSpec
 from tierwise.domain.ids import RequestId
 from tierwise.errors import InvalidArgument, Overloaded
 from tierwise.v1 import types_pb2, work_pb2, work_pb2_grpc
+from tierwise.wire.convert_cache import check_objects
 from tierwise.wire.identity import peer_identity
 
 WAIT_S_MAX = 60.0
@@ -79,10 +80,18 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
     async def Submit(
         self, request: work_pb2.SubmitRequest, context: Any
     ) -> work_pb2.SubmitResponse:
-        caller = peer_identity(context).uri
-        if not 0 < len(request.submissions) <= SUBMISSIONS_MAX:
+        accepted = await self.submit(request.submissions, peer_identity(context).uri)
+        return work_pb2.SubmitResponse(request_ids=accepted)
+
+    async def submit(self, submissions: Sequence[work_pb2.Submission], caller: str) -> list[str]:
+        """Accept work of somebody; return the id of each piece.
+
+        Raises:
+            TierwiseError: As the RPC says; nothing of it is stored then.
+        """
+        if not 0 < len(submissions) <= SUBMISSIONS_MAX:
             raise InvalidArgument(f"submit 1 to {SUBMISSIONS_MAX} pieces of work at a time")
-        prepared = [self._prepare(work, caller) for work in request.submissions]
+        prepared = [self._prepare(work, caller) for work in submissions]
         rows = [each.columns for each in prepared]
         blobs = [each.arguments for each in prepared]
         await self._check_budgets([each.submitted.request.spec for each in prepared], rows)
@@ -102,7 +111,7 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
             )
         finally:
             self._being_stored_count -= len(rows)
-        return work_pb2.SubmitResponse(request_ids=[request_id for request_id, _ in accepted])
+        return [request_id for request_id, _ in accepted]
 
     async def Watch(  # type: ignore[override]  # grpc.aio also takes coroutines that write
         self, request: work_pb2.WatchRequest, context: Any
@@ -123,7 +132,7 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
         self, request: work_pb2.GetResultRequest, context: Any
     ) -> work_pb2.GetResultResponse:
         wait_s = min(max(0.0, request.wait_s), WAIT_S_MAX)
-        row, result = await self._ended(request.request_id, wait_s)
+        row, result = await self.ended(request.request_id, wait_s)
         response = work_pb2.GetResultResponse(work=_work(row))
         if result is not None:
             response.result.MergeFromString(result)
@@ -135,7 +144,7 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
         row = await self._store.read(lambda c: table.get(c, request.request_id))
         if row.state in table.OPEN:
             await self._window.cancel(RequestId(request.request_id))
-            row, _ = await self._ended(request.request_id, CANCEL_WAIT_S)
+            row, _ = await self.ended(request.request_id, CANCEL_WAIT_S)
         return work_pb2.CancelResponse(work=_work(row))
 
     async def ListWork(
@@ -171,17 +180,24 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
                 f"arguments: 1 to {ITEMS_MAX} sets of them, not {len(asked.arguments)}"
             )
         spec = self._functions.find(asked.function)
-        payload = types_pb2.Invocation(arguments=asked.arguments).SerializeToString()
+        check_objects(asked, caller)
+        payload = types_pb2.Invocation(arguments=asked.arguments, inputs=asked.inputs)
+        if asked.HasField("output"):
+            payload.output.CopyFrom(asked.output)
+        blob = payload.SerializeToString()
         request_bytes = sum(map(len, asked.arguments))
         item_count = len(asked.arguments)
-        for field in ("arguments", "hops", "lease", "origin"):
+        if asked.inputs and not asked.data_nodes:
+            nodes, asked.data_bytes = self._window.data_of(asked)
+            asked.data_nodes.extend(nodes)
+        for field in ("arguments", "hops", "lease", "origin", "inputs", "output"):
             asked.ClearField(field)
         asked.function = spec.function_id
         columns = {
             "request_id": asked.request_id,
             "submitted_by": caller,
             "idempotency_key": key,
-            "content_digest": hashlib.sha256(spec.function_id.encode() + payload).hexdigest(),
+            "content_digest": hashlib.sha256(spec.function_id.encode() + blob).hexdigest(),
             "function_id": spec.function_id,
             "header": asked.SerializeToString(),
             "item_count": item_count,
@@ -194,7 +210,7 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
             "submitted_unix_s": wall_s(),
             "ended_unix_s": 0.0,
         }
-        return _Prepared(columns, payload, submission(_Columns(columns), self._functions))
+        return _Prepared(columns, blob, submission(_Columns(columns), self._functions))
 
     async def _check_budgets(
         self, specs: Sequence[FunctionSpec], rows: list[dict[str, Any]]
@@ -232,8 +248,10 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
                 retry_after_s=1.0,
             )
 
-    async def _ended(self, request_id: str, wait_s: float) -> tuple[Row[Any], bytes | None]:
-        """Return the row and result, waiting up to `wait_s` for the end."""
+    async def ended(
+        self, request_id: str, wait_s: float | None = None
+    ) -> tuple[Row[Any], bytes | None]:
+        """Return the row and result, waiting up to `wait_s` for the end; None: for ever."""
         with self._listening(request_id) as changed:
             try:
                 async with asyncio.timeout(wait_s or None):
@@ -242,7 +260,7 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
                         found = await self._store.read(
                             lambda c: table.get_with_result(c, request_id)
                         )
-                        if wait_s <= 0.0 or found[0].state not in table.OPEN:
+                        if wait_s == 0.0 or found[0].state not in table.OPEN:
                             return found
                         await changed.wait()
             except TimeoutError:

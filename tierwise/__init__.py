@@ -30,9 +30,12 @@ if TYPE_CHECKING:
         Unplaceable,
     )
     from tierwise.sdk.app import App, Function
+    from tierwise.sdk.cached import CachedArray
     from tierwise.sdk.client import Client, connect, handle
+    from tierwise.sdk.federated import FederatedJob
     from tierwise.sdk.handle import Handle
     from tierwise.sdk.local import LocalCluster
+    from tierwise.sdk.rounds import Rounds
     from tierwise.sdk.shared import SharedArray, share
 
     __version__: str
@@ -40,8 +43,11 @@ if TYPE_CHECKING:
 _ROOMS = {
     "tierwise.sdk.app": ("App", "Function"),
     "tierwise.sdk.client": ("Client", "connect", "handle"),
+    "tierwise.sdk.federated": ("FederatedJob",),
     "tierwise.sdk.handle": ("Handle",),
+    "tierwise.sdk.cached": ("CachedArray",),
     "tierwise.sdk.local": ("LocalCluster",),
+    "tierwise.sdk.rounds": ("Rounds",),
     "tierwise.sdk.shared": ("SharedArray", "share"),
     "tierwise.errors": (
         "AlreadyExists",
@@ -74,11 +80,13 @@ _ROOM_BY_NAME = {name: room for room, names in _ROOMS.items() for name in names}
 __all__ = [
     "AlreadyExists",
     "App",
+    "CachedArray",
     "CallerError",
     "Cancelled",
     "Client",
     "DeadlineExceeded",
     "FailedPrecondition",
+    "FederatedJob",
     "Function",
     "FunctionDied",
     "FunctionError",
@@ -95,6 +103,7 @@ __all__ = [
     "PermissionDenied",
     "ResultRejected",
     "RetryLater",
+    "Rounds",
     "SharedArray",
     "StartFailed",
     "TierwiseError",

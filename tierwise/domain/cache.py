@@ -1,7 +1,12 @@
 """Objects of federated jobs as the metadata cache names them."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
+
+from tierwise.domain.ids import NodeId
+
+DATA_NODES_MAX = 8  # that a call names
 
 
 class ObjectKind(StrEnum):
@@ -56,6 +61,7 @@ class RoundManifest:
         base: What deltas are taken from; without it statistics are of the vectors themselves.
         replica_nodes: Nodes that get a copy of every object.
         owner: Identity (URI) that opened it.
+        home: Node that opened it, whose copies the others have.
     """
 
     namespace: str
@@ -67,6 +73,27 @@ class RoundManifest:
     base: ObjectKey | None = None
     replica_nodes: tuple[str, ...] = ()
     owner: str = ""
+    home: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldRounds:
+    """The rounds of one job that a node holds, as heartbeats tell.
+
+    Attributes:
+        rounds: Ascending, at most the newest 64.
+        owner: Identity (URI) that opened them.
+        is_copy: All are copies of what another node took.
+        newest_done: The newest of them that has ended, or has every update; −1: none has.
+    """
+
+    namespace: str
+    job: str
+    rounds: tuple[int, ...]
+    size_bytes: int = 0
+    owner: str = ""
+    is_copy: bool = False
+    newest_done: int = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,4 +112,50 @@ class ObjectInfo:
     node_ids: tuple[str, ...] = ()
     is_in_memory: bool = False
     quarantined: str = ""
-    metadata: dict[str, object] | None = None
+    metadata: Mapping[str, object] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IncomingHead:
+    """What is said of an object before its bytes come.
+
+    Attributes:
+        size_bytes: Of the object as it is held: uncompressed.
+        digest: BLAKE2b-256, hex; empty: not checked.
+        durability: The commit returns when the object is at least so durable.
+        is_replica: A copy from the node that took it: not written to the object store from here.
+    """
+
+    key: ObjectKey
+    size_bytes: int
+    digest: str = ""
+    metadata: Mapping[str, object] | None = None
+    durability: Durability = Durability.DISK
+    is_replica: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheReading:
+    """How one node's cache is doing. `policies` says by "namespace/job" what governs it."""
+
+    memory_bytes: int
+    memory_bytes_max: int
+    disk_bytes: int
+    hit_count: int
+    miss_count: int
+    policies: Mapping[str, str] = field(default_factory=dict)
+
+
+def most_bytes(holders: Iterable[tuple[Sequence[NodeId], int]]) -> tuple[NodeId, ...]:
+    """Return the nodes that hold the most bytes of several objects, at most DATA_NODES_MAX.
+
+    Args:
+        holders: Per object, who holds it, and its bytes.
+    """
+    bytes_by_node: dict[NodeId, int] = {}
+    for nodes, size_bytes in holders:
+        for node_id in nodes:
+            bytes_by_node[node_id] = bytes_by_node.get(node_id, 0) + size_bytes
+    most = max(bytes_by_node.values(), default=0)
+    found = sorted(node_id for node_id, held in bytes_by_node.items() if held == most)
+    return tuple(found[:DATA_NODES_MAX])

@@ -24,6 +24,8 @@ from tierwise.errors import (
     Unavailable,
 )
 from tierwise.files import write_atomically
+from tierwise.sdk.cached import CachedArray, CachedResult
+from tierwise.sdk.caches import Caches
 from tierwise.sdk.lane import Lane, Lanes
 from tierwise.v1 import (
     advisor_pb2_grpc,
@@ -31,6 +33,7 @@ from tierwise.v1 import (
     call_pb2_grpc,
     cluster_pb2,
     cluster_pb2_grpc,
+    federated_pb2_grpc,
     function_pb2_grpc,
     policy_pb2_grpc,
     types_pb2,
@@ -73,6 +76,7 @@ class Options:
     data_nodes: tuple[str, ...] = ()
     data_bytes: int = 0
     idempotency_key: str = ""
+    output: CachedResult | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +129,15 @@ class Connection:
         self._opening: asyncio.Task[None] | None = None
         self._folder = folder
         self._config = config
-        self._credentials = credentials
+        self.credentials = self._credentials = credentials
+        self.caches = Caches(self)
         self._scheduler = secure_channel(config.scheduler, credentials, scheduler_dns_name())
         self.functions = function_pb2_grpc.FunctionServiceStub(self._scheduler)
         self.work = work_pb2_grpc.WorkServiceStub(self._scheduler)
         self.calls = call_pb2_grpc.CallServiceStub(self._scheduler)
         self.advisor = advisor_pb2_grpc.AdvisorServiceStub(self._scheduler)
         self.budgets = budget_pb2_grpc.BudgetServiceStub(self._scheduler)
+        self.federated = federated_pb2_grpc.FederatedServiceStub(self._scheduler)
         self.policies = policy_pb2_grpc.PolicyServiceStub(self._scheduler)
         self.cluster = cluster_pb2_grpc.ClusterServiceStub(self._scheduler)
         self._agents: list[Agent] = []
@@ -141,6 +147,11 @@ class Connection:
         self._lock = asyncio.Lock()
         self._open: dict[asyncio.Future[types_pb2.InvocationResult | None], float] = {}
         self._sweep: asyncio.TimerHandle | None = None
+
+    @property
+    def entry_name(self) -> str:
+        """Return the node that takes the calls, or should; empty: the nearest."""
+        return self._entry.agent.node_id if self._entry is not None else self._config.entry
 
     @property
     def entry(self) -> Agent | None:
@@ -154,6 +165,7 @@ class Connection:
             self._sweep.cancel()
         if entry is not None:
             await self._leave(entry)
+        await self.caches.close()
         await self._scheduler.close()
         # gRPC shares one queue among all loops of the process, and stumbles over events of a
         # loop that is closed: let it deliver what it still has for this one.
@@ -245,6 +257,8 @@ class Connection:
             Unavailable: No agent could be reached; the message names those that were tried.
         """
         invocation = invocation_of(function, arguments, options, detached)
+        if invocation.inputs:
+            detached = ()  # they are in caches, and stay there
         limit_s = limit_of(options, timeout_s)
         ends_s = monotonic_s() + limit_s
         entry = self._entry
@@ -526,7 +540,10 @@ def invocation_of(
     Raises:
         PayloadTooLarge: It would not fit into one message.
     """
-    size_bytes = sum(map(len, arguments)) + sum(array.nbytes for array in detached)
+    cached = [each for each in detached if isinstance(each, CachedArray)]
+    size_bytes = sum(map(len, arguments))
+    if not cached:
+        size_bytes += sum(array.nbytes for array in detached)
     if size_bytes > ARGUMENTS_BYTES_MAX:
         raise PayloadTooLarge(
             f"the arguments of {function} have {size_bytes} bytes, the limit of one call is "
@@ -541,6 +558,8 @@ def invocation_of(
         node_id=options.node,
         data_nodes=options.data_nodes,
         data_bytes=options.data_bytes,
+        inputs=[each.to_pb() for each in cached],
+        output=None if options.output is None else options.output.to_pb(),
     )
     if options.priority is not None:
         invocation.priority = types_pb2.Priority.ValueType(options.priority)
