@@ -17,6 +17,7 @@ import cloudpickle
 from tierwise.errors import InvalidArgument, PayloadTooLarge
 
 CODE_BYTES_MAX = 32 << 20
+_Cached = type(functools.lru_cache(len))
 _packing = threading.Lock()  # cloudpickle's registry of modules is global
 
 
@@ -67,6 +68,8 @@ class _StablePickler(cloudpickle.Pickler):  # type: ignore[misc]
         if isinstance(obj, CodeType):
             consts = tuple(self._in_order(value) for value in obj.co_consts)
             return self.dispatch_table[CodeType](obj.replace(co_consts=consts))
+        if isinstance(obj, _Cached) and _is_users(sys.modules.get(obj.__module__)):
+            return _reduce_cached(obj)
         reduced = super().reducer_override(obj)
         if reduced is NotImplemented or isinstance(reduced, str):
             return reduced
@@ -98,6 +101,12 @@ class _Ordered:
         return type(self._members), (in_order,)
 
 
+def _reduce_cached(cached: Any) -> Any:
+    """Reduce a function with `functools.lru_cache` by value, without what it has cached."""
+    made = functools.lru_cache(**cached.cache_parameters())
+    return made, (cached.__wrapped__,), vars(cached)
+
+
 def _is_random_id(value: Any) -> bool:
     return isinstance(value, str) and len(value) == 32
 
@@ -111,12 +120,15 @@ def _installed() -> tuple[Path, ...]:
 
 _INSTALLED = _installed()
 _PLATFORM = frozenset({"tierwise", "agent", "scheduler", "envs", "training"})
+_SHIPPED = "tierwise.functions."
 
 
-def _is_users(module: ModuleType) -> bool:
-    """Return whether a module is the user's own file, neither installed nor part of tierwise."""
+def _is_users(module: ModuleType | None) -> bool:
+    """Return whether a module ships by value: a user's own file, or ours that is for workers."""
     file = getattr(module, "__file__", None)
     name = getattr(module, "__name__", "")
+    if f"{name}.".startswith(_SHIPPED):
+        return True
     if not file or name == "__main__" or name.partition(".")[0] in _PLATFORM:
         return False
     return _is_outside(file)

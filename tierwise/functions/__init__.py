@@ -1,0 +1,1 @@
+"""Code that ships to workers by value: they cannot import tierwise."""
