@@ -49,9 +49,7 @@ class Threads(Backend):
 
 
 @contextlib.contextmanager
-def in_process(
-    client_app: Any, client_count: int, app_dir: str | None
-) -> Iterator["InOrder"]:
+def in_process(client_app: Any, client_count: int, app_dir: str | None) -> Iterator["InOrder"]:
     """Yield Flower's InMemoryGrid with so many clients, in order; `app_dir` has the run config."""
     factory = LinkStateFactory(
         FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), ObjectStoreFactory()

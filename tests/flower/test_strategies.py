@@ -17,7 +17,7 @@ from tests.flower.conftest import CLIENTS, NODES
 from tests.flower.reference import InOrder, in_process
 from tierwise.sdk import flower
 
-ROUNDS = 3
+ROUNDS = 2
 STRATEGIES = {
     "FedAvg": {},
     "FedAvg, half of the clients": {"fraction_train": 0.5, "fraction_evaluate": 0.5},

@@ -2,8 +2,8 @@
 
 Nothing here is pickled but code: the records of a message become lists of names and numbers, and
 its arrays the very bytes that Flower keeps of them (`Array.data`, NumPy's own format for
-`numpy.ndarray`), so that what comes out is what went in, bit by bit, whatever made the bytes. Flower
-is imported when it is first needed: agents and clients without it can import this module.
+`numpy.ndarray`), so that what comes out is what went in, bit by bit, whatever made the bytes.
+Flower is imported when it is first needed: agents and clients without it can import this module.
 """
 
 from collections.abc import Iterable, Mapping
@@ -142,7 +142,7 @@ def _unpacked(fab: bytes, reference: str) -> Any:
 
     folder = Path.cwd() / f"fab-{hashlib.sha256(fab).hexdigest()[:16]}"
     with zipfile.ZipFile(io.BytesIO(fab)) as archive:
-        archive.extractall(folder)  # noqa: S202 - by the user who owns the code, inside the seal
+        archive.extractall(folder)  # made by the owner of the code, unpacked inside the seal
     sys.path.insert(0, str(folder))
     module, _, attributes = reference.partition(":")
     return reduce(getattr, attributes.split("."), importlib.import_module(module))

@@ -33,7 +33,7 @@ def train(message: Message, context: Context) -> Message:
         float(config["learning-rate"]),
         seed=[int(config["seed"]), round_, int(context.node_config["partition-id"])],
     )
-    record = ArrayRecord({name: Array(a) for name, a in zip(task.NAMES, arrays)})
+    record = ArrayRecord({name: Array(a) for name, a in zip(task.NAMES, arrays, strict=True)})
     metrics = MetricRecord({"num-examples": len(labels), "train-loss": loss})
     return Message(RecordDict({"arrays": record, "metrics": metrics}), reply_to=message)
 

@@ -22,7 +22,9 @@ def main(grid: Grid, context: Context) -> None:
 
     result = FedAvg().start(
         grid=grid,
-        initial_arrays=ArrayRecord({n: Array(a) for n, a in zip(task.NAMES, initial)}),
+        initial_arrays=ArrayRecord(
+            {name: Array(array) for name, array in zip(task.NAMES, initial, strict=True)}
+        ),
         num_rounds=int(config["num-server-rounds"]),
         evaluate_fn=judge,
     )

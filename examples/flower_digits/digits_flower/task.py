@@ -7,6 +7,7 @@ The model is one hidden layer of 32.
 """
 
 import functools
+import itertools
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -27,7 +28,7 @@ def partitions(client_count, alpha, seed):
             rows = rng.permutation(np.flatnonzero(labels == label))
             weights = rng.dirichlet(np.full(client_count, alpha))
             cuts = (np.cumsum(weights)[:-1] * len(rows)).astype(int)
-            for share, part in zip(shares, np.split(rows, cuts)):
+            for share, part in zip(shares, np.split(rows, cuts), strict=True):
                 share.append(part)
         found = [np.sort(np.concatenate(share)) for share in shares]
         if min(map(len, found)) >= CLIENT_ROWS_MIN:
@@ -49,7 +50,7 @@ def initial(seed):
     """Return the arrays of a fresh model (He et al. 2015)."""
     rng = np.random.default_rng(seed)
     arrays = []
-    for inputs, outputs in zip(SIZES, SIZES[1:]):
+    for inputs, outputs in itertools.pairwise(SIZES):
         arrays.append(rng.normal(0, np.sqrt(2 / inputs), (inputs, outputs)).astype(np.float32))
         arrays.append(np.zeros(outputs, np.float32))
     return arrays

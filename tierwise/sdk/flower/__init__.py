@@ -4,10 +4,10 @@
     with project.grid(flower.participants(10, nodes=["edge-1", "edge-2"])) as grid:
         context = flower.run(project.server_app, grid, project.run_config)
 
-A message is an invocation of a function that holds the ClientApp, in an environment that has Flower,
-pinned to the node where the participant's data lies, or placed by the policy. Replies are waited
-for, not polled, and given back in the order of the messages, so that sums of floating-point numbers
-come out alike each time. Needs `flwr` (made for and tested with 1.41.0), which asks for an
+A message is an invocation of a function that holds the ClientApp, in an environment that has
+Flower, pinned to the node where the participant's data lies, or placed by the policy. Replies are
+waited for, not polled, and given back in the order of the messages, so that sums of floating-point
+numbers come out alike each time. Needs `flwr` (made for and tested with 1.41.0), which asks for an
 environment of its own: typer < 0.21, protobuf < 7.
 """
 

@@ -38,6 +38,10 @@ NODES_KNOWN_S = 1.0  # for how long the list of nodes that are there is taken as
 SENDS_MAX = 4  # of one message: once, and again when there is no room or its node is away
 BACKOFF_FIRST_S = 0.2  # doubles with every send
 PARTITION, PARTITIONS = "partition-id", "num-partitions"  # as Flower's simulation names them
+METADATA = (
+    *("run_id", "message_id", "src_node_id", "dst_node_id", "reply_to_message_id"),
+    *("group_id", "created_at", "ttl", "message_type"),
+)
 
 Scalar = bool | int | float | str
 
@@ -61,7 +65,7 @@ class Participant:
     def node_id(self) -> int:
         """Return its Flower node id: 63 bits, never that of the server."""
         digest = hashlib.blake2b(self.name.encode(), digest_size=8).digest()
-        return max(SUPERLINK_NODE_ID + 1, int.from_bytes(digest) >> 1)
+        return max(int(SUPERLINK_NODE_ID) + 1, int.from_bytes(digest) >> 1)
 
 
 def participants(count: int, nodes: Sequence[str] = ()) -> list[Participant]:
@@ -145,6 +149,7 @@ class TierwiseGrid(Grid):  # type: ignore[misc]
         )(client_function(client_app, reference))
         self._run_config = dict(run_config or {})
         self._states: dict[int, tuple[list[Any], list[bytes]]] = {}
+        self._deploying = asyncio.Lock()
         self._sent: dict[str, _Sent] = {}
         self._nodes: tuple[float, frozenset[str]] = (-NODES_KNOWN_S, frozenset())
         self.set_run(Run.create_empty(run_id=uuid.uuid4().int >> 65))
@@ -186,15 +191,14 @@ class TierwiseGrid(Grid):  # type: ignore[misc]
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> list[int]:
-        """Return the ids of the participants whose nodes are there, in the order they were given."""
+        """Return the ids of the participants whose nodes are there, in the order given."""
         known_s, nodes = self._nodes
         if monotonic_s() - known_s >= NODES_KNOWN_S:
             agents = self._client.run(lambda: self._client.connection().agents())
             nodes = frozenset(agent.node_id for agent in agents)
             self._nodes = monotonic_s(), nodes
-        return [
-            node_id for node_id, one in self.participants.items() if not one.node or one.node in nodes
-        ]
+        everybody = self.participants.items()
+        return [node_id for node_id, one in everybody if not one.node or one.node in nodes]
 
     def get_nodes(self) -> list[NodeInfo]:
         """Return the same as `get_node_ids`, as Flower's records."""
@@ -287,6 +291,8 @@ class TierwiseGrid(Grid):  # type: ignore[misc]
             "state": state,
             "state_arrays": state_arrays,
         }
+        async with self._deploying:  # once for all, and before the wishes of each call are set
+            await self._function.deploy.aio()
         ends_s = monotonic_s() + metadata.created_at + metadata.ttl - wall_s()
         for send in range(SENDS_MAX):
             left_s = max(0.001, ends_s - monotonic_s())  # waiting in queues counts, too
@@ -327,9 +333,7 @@ def _stop(sent: _Sent) -> None:
 
 
 def _plain(metadata: Any) -> dict[str, Any]:
-    names = ("run_id", "message_id", "src_node_id", "dst_node_id", "reply_to_message_id")
-    names += ("group_id", "created_at", "ttl", "message_type")
-    return {name: getattr(metadata, name) for name in names}
+    return {name: getattr(metadata, name) for name in METADATA}
 
 
 def _message(answer: dict[str, Any], asked: Message) -> Message:
