@@ -1,1 +1,1 @@
-"""Code that ships to workers by value: they cannot import tierwise."""
+"""Function code that ships to workers, and the questions that rounds can be asked."""
