@@ -95,9 +95,14 @@ class Remembered(FedAvg):
         return found
 
 
+def prepare(strategy):
+    """Stand for what a test does to the strategy."""
+    return strategy
+
+
 def server_fn(context: Context) -> ServerAppComponents:
     strategy = Remembered(min_fit_clients=4, min_evaluate_clients=4, min_available_clients=4)
-    return ServerAppComponents(strategy=strategy, config=ServerConfig(num_rounds=2))
+    return ServerAppComponents(strategy=prepare(strategy), config=ServerConfig(num_rounds=2))
 
 
 old_server_app = ServerApp(server_fn=server_fn)

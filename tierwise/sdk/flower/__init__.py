@@ -9,9 +9,24 @@ Flower, pinned to the node where the participant's data lies, or placed by the p
 waited for, not polled, and given back in the order of the messages, so that sums of floating-point
 numbers come out alike each time. Needs `flwr` (made for and tested with 1.41.0), which asks for an
 environment of its own: typer < 0.21, protobuf < 7.
+
+A project that keeps Flower's own transport can still have its rounds in the cache, with one line:
+
+    grid = flower.capture(grid, tierwise.Rounds(client, "my-job"))
 """
 
+from tierwise.sdk.flower.capture import capture
 from tierwise.sdk.flower.grid import Participant, TierwiseGrid, participants
 from tierwise.sdk.flower.project import Project, load_project, run
+from tierwise.sdk.flower.recorder import arrays
 
-__all__ = ["Participant", "Project", "TierwiseGrid", "load_project", "participants", "run"]
+__all__ = [
+    "Participant",
+    "Project",
+    "TierwiseGrid",
+    "arrays",
+    "capture",
+    "load_project",
+    "participants",
+    "run",
+]

@@ -87,6 +87,7 @@ class _Sent:
     message: Message
     answer: "concurrent.futures.Future[dict[str, Any]]"
     task: "asyncio.Task[dict[str, Any]] | None" = None
+    answered_s: float = 0.0  # wall time
 
 
 class TierwiseGrid(Grid):  # type: ignore[misc]
@@ -269,6 +270,7 @@ class TierwiseGrid(Grid):  # type: ignore[misc]
         sent.task = asyncio.get_running_loop().create_task(self._call(sent, records, joined))
 
         def settle(task: "asyncio.Task[dict[str, Any]]") -> None:
+            sent.answered_s = wall_s()
             if not sent.answer.set_running_or_notify_cancel():
                 return
             if task.cancelled():
@@ -318,6 +320,7 @@ class TierwiseGrid(Grid):  # type: ignore[misc]
         if "state" in answer:
             arrays = [bytes(memoryview(part)) for part in answer["state_arrays"]]
             self._states[sent.message.metadata.dst_node_id] = answer["state"], arrays
+        reply.metadata.created_at = sent.answered_s
         reply.metadata.__dict__["_message_id"] = str(uuid.uuid4())
         return reply
 
