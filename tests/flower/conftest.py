@@ -1,5 +1,6 @@
 """A cluster of real processes, started by the interpreter that has Flower."""
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -15,6 +16,12 @@ logging.getLogger("flwr").setLevel(logging.ERROR)
 PROJECT = Path(__file__).parents[2] / "examples/flower_digits"
 CLIENTS = 10
 NODES = ("edge-1", "edge-2")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_objects_to_collect() -> None:
+    """Some of Flower's strategies collect garbage per array: let it be theirs, not all of pytest."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -156,9 +156,12 @@ def test_strategies_from_before_messages_are_captured_too(
 ) -> None:
     apps.histories.clear()
     strategies: list[Any] = []
-    apps.prepare = lambda strategy: (
-        strategies.append(flower.capture(strategy, job)) or strategies[0]
-    )
+
+    def captured(strategy: Any) -> Any:
+        strategies.append(flower.capture(strategy, job))
+        return strategies[0]
+
+    before, apps.prepare = apps.prepare, captured
     try:
         clients = flower.participants(4, NODES)
         with flower.TierwiseGrid(
@@ -166,7 +169,7 @@ def test_strategies_from_before_messages_are_captured_too(
         ) as grid:
             flower.run(apps.old_server_app, grid)
     finally:
-        apps.prepare = lambda strategy: strategy
+        apps.prepare = before
     assert strategies[0].capture.flush()
     assert not strategies[0].capture.failures
     np.testing.assert_allclose(job.get(2), [4.0] * 3)

@@ -1,4 +1,4 @@
-"""`capture`: an existing Flower project keeps its transport, and its rounds go to the cache as well."""
+"""`capture`: a Flower project keeps its transport, and its rounds go to the cache as well."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -1,8 +1,8 @@
 """What a Flower project's rounds become in the cache: written beside the training, never before it.
 
 Flower's round r is round r of the job; round 0 holds the initial model. A vector is the arrays of a
-record one after the other, float32, in the order of the first record that was sent; names and shapes
-are in the metadata of round 0, by which `arrays` gives a record back.
+record one after the other, float32, in the order of the first record that was sent; names and
+shapes are in the metadata of round 0, by which `arrays` gives a record back.
 """
 
 import atexit
@@ -287,8 +287,8 @@ def _numpy(array: Any) -> NDArray[Any]:
     if isinstance(array, bytes):  # as in the parameters of old strategies
         found: NDArray[Any] = np.load(io.BytesIO(array), allow_pickle=False)
         return found
-    found = array.numpy()
-    return found
+    held: NDArray[Any] = array.numpy()
+    return held
 
 
 def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
