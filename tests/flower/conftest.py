@@ -20,7 +20,7 @@ NODES = ("edge-1", "edge-2")
 
 @pytest.fixture(scope="session", autouse=True)
 def few_objects_to_collect() -> None:
-    """Some of Flower's strategies collect garbage per array: let it be theirs, not all of pytest."""
+    """Some of Flower's strategies collect garbage per array: let it be theirs, not pytest's."""
     gc.freeze()
 
 

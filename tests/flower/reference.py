@@ -49,8 +49,10 @@ class Threads(Backend):
 
 
 @contextlib.contextmanager
-def in_process(client_app: Any, client_count: int, app_dir: str | None) -> Iterator["InOrder"]:
-    """Yield Flower's InMemoryGrid with so many clients, in order; `app_dir` has the run config."""
+def in_process(
+    client_app: Any, client_count: int, run_config: Mapping[str, Any]
+) -> Iterator["InOrder"]:
+    """Yield Flower's InMemoryGrid with so many clients, in order."""
     factory = LinkStateFactory(
         FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), ObjectStoreFactory()
     )
@@ -67,7 +69,10 @@ def in_process(client_app: Any, client_count: int, app_dir: str | None) -> Itera
     for node_id, partition in partitions.items():
         config = {"partition-id": partition, "num-partitions": client_count}
         stores[node_id] = DeprecatedRunInfoStore(node_id=node_id, node_config=config)
-        stores[node_id].register_context(run_id=run.run_id, run=run, app_dir=app_dir)
+        stores[node_id].register_context(run_id=run.run_id, run=run)
+        info = stores[node_id].run_infos[run.run_id]
+        info.initial_run_config = dict(run_config)
+        info.context.run_config = dict(run_config)
     stop = threading.Event()
     arguments = (lambda: client_app, Threads, partitions, factory, stores, stop, VceMetrics())
     thread = threading.Thread(target=run_api, args=arguments)

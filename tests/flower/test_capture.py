@@ -28,7 +28,7 @@ ROUNDS = 2
 def in_memory(project: Any) -> Iterator[InOrder]:
     from digits_flower.client_app import app
 
-    with in_process(app, CLIENTS, str(project.folder)) as grid:
+    with in_process(app, CLIENTS, project.run_config) as grid:
         yield grid
 
 
@@ -211,7 +211,7 @@ def test_an_update_of_another_shape_is_left_out_and_named(job: tierwise.Rounds) 
         found = {"arrays": arrays, "metrics": MetricRecord({"num-examples": 1})}
         return Message(RecordDict(found), reply_to=message)
 
-    with in_process(odd, 3, None) as grid:
+    with in_process(odd, 3, {}) as grid:
         grid.set_run(grid.run)
         captured = flower.capture(grid, job)
         content = RecordDict({"arrays": ArrayRecord({"w": Array(np.zeros(3, np.float32))})})

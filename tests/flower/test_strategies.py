@@ -54,7 +54,7 @@ def ours(app: Any, project: Any, client: tierwise.Client) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def flowers(app: Any, project: Any) -> Iterator[Any]:
-    with in_process(app, CLIENTS, str(project.folder)) as grid:
+    with in_process(app, CLIENTS, project.run_config) as grid:
         yield grid
 
 
