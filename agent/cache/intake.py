@@ -25,7 +25,6 @@ from tierwise.errors import (
     FailedPrecondition,
     InvalidArgument,
     Overloaded,
-    TierwiseError,
 )
 from tierwise.wire import payload
 
@@ -106,7 +105,7 @@ class Intake:
                 if head.digest:
                     raise AlreadyExists(f"{key} is held with other content: names are final")
                 return self._unkept(head, held=self._info(held))
-            if round_.has_ended:
+            if round_.has_ended and not head.is_replica:
                 raise FailedPrecondition(f"{key}: round {key.round} has ended")
         admission.check_count(self._index)
         if (before := self._receiving.get(key)) is not None:
@@ -198,7 +197,8 @@ class Intake:
         """
         head, key = incoming.head, incoming.head.key
         round_ = self._index.round(key.namespace, key.job, key.round)
-        if round_ is None or (key.kind is ObjectKind.UPDATE and round_.has_ended):
+        is_late = key.kind is ObjectKind.UPDATE and not head.is_replica
+        if round_ is None or (is_late and round_.has_ended):
             raise FailedPrecondition(f"{key}: round {key.round} has ended meanwhile")
         blob = _blob(head)
         reason = incoming.misfit or _verdict(incoming, round_)
@@ -247,11 +247,14 @@ class Intake:
         try:
             if incoming.draft is not None:
                 await self._disk.finish(incoming.draft, entry.digest)
+            if self._index.entry(entry.key) is not entry:
+                self._disk.discard([entry.digest])
+                raise FailedPrecondition(f"{entry.key}: its job was forgotten meanwhile")
             self._index.mark_on_disk(entry, True)
             entry.is_checked = True
             await self._journal.append(entry.put())
             entry.is_journaled = True
-        except (OSError, TierwiseError) as error:
+        except (OSError, Overloaded) as error:
             text = f"the cache's disk is full: {error}"
             if incoming.head.durability is Durability.MEMORY:
                 log.error("cache.disk_failed", key=str(entry.key), cause=text)

@@ -5,12 +5,14 @@ the next call here often reads the same: the aggregate of the last round.
 """
 
 import asyncio
+import contextlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
+import structlog
 
 from agent.cache.holders import HolderIndex, common
 from agent.cache.peers import CachePeers
@@ -30,11 +32,12 @@ from tierwise.domain.ids import NodeId
 from tierwise.errors import FailedPrecondition, NotFound, TierwiseError, Unavailable
 from tierwise.v1 import cache_pb2
 from tierwise.wire import compression
-from tierwise.wire.convert_cache import key_to_pb, metadata_to_bytes
+from tierwise.wire.convert_cache import CHUNK_BYTES, key_to_pb, metadata_to_bytes
 from tierwise.wire.identity import Identity, Role
 from tierwise.wire.memfd import Memfd
 
-CHUNK_BYTES = 1 << 20
+log = structlog.get_logger()
+
 YIELD_BYTES = 8 << 20  # copied in one go before the loop gets its turn
 FETCHED_BYTES_MAX = 512 << 20  # of other nodes' objects that are kept here
 FETCHED_KEPT_S = 120.0
@@ -43,6 +46,7 @@ PUT_TRIES_MAX = 4
 PUT_RETRY_S = 0.2  # doubles
 
 ANYWHERE = NodeId("")
+T = TypeVar("T")
 Found = tuple[Memfd, ObjectInfo]
 
 
@@ -97,15 +101,65 @@ class Reach:
 
     def manifests(self, namespace: str, job: str) -> list[RoundManifest]:
         """Return the rounds of a job that this node holds, ascending."""
-        found = (
-            self._store.manifest(namespace, job, number)
-            for number in self._store.rounds(namespace, job)
+        numbers = self._store.rounds(namespace, job)
+        return [each for n in numbers if (each := self.manifest(namespace, job, n)) is not None]
+
+    def manifest(self, namespace: str, job: str, number: int) -> RoundManifest | None:
+        """Return a round that this node took, or has copies of; None if it is other nodes'."""
+        found = self._store.manifest(namespace, job, number)
+        is_ours = found is not None and (
+            found.home in ("", self._here) or self._here in found.replica_nodes
         )
-        return [manifest for manifest in found if manifest is not None]
+        return found if is_ours else None
 
     def is_here(self, key: ObjectKey) -> bool:
-        """Return whether this node has the round open."""
-        return self._store.manifest(key.namespace, key.job, key.round) is not None
+        """Return whether this node should hold an object, or happens to: as a base."""
+        if self.manifest(key.namespace, key.job, key.round) is not None:
+            return True
+        return self._store.info(key) is not None
+
+    async def open(self, manifest: RoundManifest) -> None:
+        """Open a round here, with its base if that is another node's.
+
+        Raises:
+            TierwiseError: As the store says.
+        """
+        base = manifest.base
+        if base is not None and self._store.info(base) is None:
+            try:
+                await self._bring(base, manifest.owner)
+            except NotFound:
+                log.warning("base.not_found", key=str(base))  # the store says what follows
+        await self._store.open_round(manifest)
+
+    async def _bring(self, base: ObjectKey, owner: str) -> None:
+        """Copy a base from who has it; its round stays that node's."""
+        file, info = await self.read(base, CLUSTER)
+        if self._store.info(base) is not None:
+            return  # it has come back from the store, or from a copy
+        if self._store.manifest(base.namespace, base.job, base.round) is None:
+            bare = RoundManifest(
+                namespace=base.namespace,
+                job=base.job,
+                round=base.round,
+                clients=(),
+                parameter_count=file.nbytes // 4,
+                owner=owner,
+                home=info.node_ids[0],
+            )
+            await self._store.open_round(bare)
+        await self._take_copy(info, file)
+
+    async def _take_copy(self, info: ObjectInfo, file: Memfd) -> None:
+        head = IncomingHead(
+            key=info.key,
+            size_bytes=info.size_bytes,
+            digest=info.digest,
+            metadata=info.metadata,
+            is_replica=True,
+        )
+        await self.take(head, CLUSTER, _pieces(file.view()))
+        self._store.mark_replicated(info.key, info.node_ids)
 
     def holders(self, key: ObjectKey, near: NodeId = ANYWHERE) -> list[NodeId]:
         """Return who should have an object, the best first.
@@ -144,8 +198,7 @@ class Reach:
         """
         self._rights.check_read(caller, key)
         if self.is_here(key):
-            await self.refill(key)
-            return await self._store.read(key)
+            return await self.sound(key, self._store.read)
         kept = self._fetched.get((key, caller))
         if kept is not None and kept[1] > monotonic_s():
             self._fetched.move_to_end((key, caller))
@@ -200,29 +253,58 @@ class Reach:
             if until_s <= now_s:
                 del self._fetched[name]
 
-    async def refill(self, key: ObjectKey) -> None:
-        """Bring back what this node should hold and has lost, from the nodes with copies.
+    async def sound(self, key: ObjectKey, use: Callable[[ObjectKey], Awaitable[T]]) -> T:
+        """Use an object of this node, with what is lost of it brought back from copies.
 
-        What is nowhere, or cannot be reached, stays away: who reads it will hear so.
+        Raises:
+            NotFound: It is not here, nor at the nodes with copies.
+            Unavailable: It is in the object store, which does not answer, and nowhere else.
         """
-        if key.kind is ObjectKind.MATRIX or self._store.info(key) is not None:
-            return
-        manifest = self._store.manifest(key.namespace, key.job, key.round)
-        for node_id in copies_of(manifest, self._here) if manifest is not None else ():
+        if key.kind is not ObjectKind.MATRIX and self._store.info(key) is None:
+            await self._refill([key])
+        try:
+            return await use(key)
+        except (NotFound, Unavailable):
+            if not await self._refill([each async for each in self._lost(key)]):
+                raise
+        return await use(key)
+
+    async def _lost(self, key: ObjectKey) -> AsyncIterator[ObjectKey]:
+        """Yield those of an object's parts whose bytes are gone: itself, or rows of a matrix."""
+        keys = [key]
+        if key.kind is ObjectKind.MATRIX:
+            manifest = self.manifest(key.namespace, key.job, key.round)
+            clients = manifest.clients if manifest is not None else ()
+            keys = [replace(key, kind=ObjectKind.UPDATE, client=each.client) for each in clients]
+        for each in keys:
             try:
-                file, info = await self._peers.get(node_id, key, CLUSTER)
-                head = IncomingHead(
-                    key=key,
-                    size_bytes=info.size_bytes,
-                    digest=info.digest,
-                    metadata=info.metadata,
-                    is_replica=True,
-                )
-                await self.take(head, CLUSTER, _pieces(file.view()))
-                self._store.mark_replicated(key, [node_id])
-                return
-            except TierwiseError:
+                await self._store.view(each)
+            except (NotFound, Unavailable):
+                if self._store.info(each) is not None:
+                    yield each
+
+    async def _refill(self, keys: Sequence[ObjectKey]) -> bool:
+        """Bring objects back from the nodes with copies; return whether any came."""
+        has_come = False
+        for key in keys:
+            manifest = self.manifest(key.namespace, key.job, key.round)
+            if manifest is None:
                 continue
+            if manifest.base is not None and manifest.base != key:  # updates are measured from it
+                with contextlib.suppress(NotFound, Unavailable):
+                    await self.sound(manifest.base, self._store.view)
+            for node_id in copies_of(manifest, self._here):
+                try:
+                    file, info = await self._peers.get(node_id, key, CLUSTER)
+                    self._store.discard(key)
+                    await self._take_copy(info, file)
+                except TierwiseError as error:
+                    log.info("object.not_refilled", key=str(key), cause=str(error))
+                    continue
+                log.info("object.refilled", key=str(key), node_id=node_id)
+                has_come = True
+                break
+        return has_come
 
     # -- putting --------------------------------------------------------------------------------
 
@@ -249,7 +331,8 @@ class Reach:
             FailedPrecondition: The round is open nowhere.
         """
         key = outgoing.key
-        if node_id in ("", self._here) and self.is_here(key):
+        is_open = self.manifest(key.namespace, key.job, key.round) is not None
+        if node_id in ("", self._here) and is_open:
             own = Identity(Role.NODE, self._here)
             head = IncomingHead(
                 key=key,

@@ -17,7 +17,7 @@ import structlog
 from agent.cache import admission
 from agent.cache.archive import Archive
 from agent.cache.arena import Matrix
-from agent.cache.counting import Counting
+from agent.cache.counting import Counting, file_of
 from agent.cache.disk import Disk
 from agent.cache.folder import Folder
 from agent.cache.incoming import Incoming
@@ -106,7 +106,12 @@ class CacheStore:
             may_evict=not self._archive.shares_disk(folder),
         )
         self._write_through = WriteThrough(
-            self._index, self._folder, self._journal, self._archive, node_id
+            self._index,
+            self._folder,
+            self._journal,
+            self._archive,
+            node_id,
+            lambda name: file_of(folder / "statistics", name),
         )
         self._reading = Reading(
             self._index,
@@ -122,6 +127,7 @@ class CacheStore:
             self._tasks,
             vectors=self._reading.vectors,
             bases=self._reading.bases,
+            on_saved=self._write_through.add_statistics,
         )
         self._intake = Intake(
             self._index,
@@ -152,12 +158,7 @@ class CacheStore:
         await asyncio.to_thread(self._folder.open)
         for record in await asyncio.to_thread(self._journal.open):
             self._index.apply(record)
-        lost = [
-            entry
-            for entry in list(self._index.entries())
-            if entry.has_file and self._folder.size_bytes(entry.digest) != entry.size_bytes
-        ]
-        for entry in lost:
+        for entry in await asyncio.to_thread(self._lost):
             # The file system lost it, or somebody did: the store may still have it.
             log.error("cache.file_lost", key=str(entry.key), is_stored=entry.is_stored)
             if entry.is_stored:
@@ -324,6 +325,13 @@ class CacheStore:
         entries = sorted(self._index.entries(namespace, job), key=lambda entry: entry.key)
         return [self._reading.info(entry) for entry in entries]
 
+    def discard(self, key: ObjectKey) -> None:
+        """Forget an object whose bytes are gone, so that a copy of it can be taken."""
+        entry = self._index.entry(key)
+        if entry is not None:
+            self._residency.drop(entry)
+            self._disk.discard([self._index.remove(key)])
+
     def mark_replicated(self, key: ObjectKey, node_ids: Sequence[str]) -> None:
         """Note that other nodes hold a copy; unknown keys are ignored."""
         entry = self._index.entry(key)
@@ -365,17 +373,25 @@ class CacheStore:
             Unavailable: The store does not answer; the job is gone from here.
         """
         self._intake.abort_all(namespace, job)
-        await self._journal.append(Forgot(namespace, job))
         self._residency.forget(namespace, job)
         self._write_through.forget(namespace, job)
         found = self._index.jobs.get((namespace, job))
         rounds = list(found.rounds.values()) if found else []
         count, digests = self._index.forget(namespace, job)
+        # Files go when no restart looks for them any more.
+        await self._journal.append(Forgot(namespace, job))
         self._disk.discard(digests)
         await asyncio.to_thread(self._counting.forget, namespace, job, rounds)
         if with_store:
             await self._write_through.delete(namespace, job)
         return count
+
+    def _lost(self) -> Sequence[Entry]:
+        return [
+            entry
+            for entry in self._index.entries()
+            if entry.has_file and self._folder.size_bytes(entry.digest) != entry.size_bytes
+        ]
 
     def _on_put(self, entry: Entry, head: IncomingHead) -> None:
         key = entry.key

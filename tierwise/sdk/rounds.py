@@ -23,6 +23,7 @@ from tierwise.sdk.verb import Verb
 from tierwise.v1 import cache_pb2
 from tierwise.wire import compression
 from tierwise.wire.convert_cache import (
+    CHUNK_BYTES,
     info_from_pb,
     key_to_pb,
     manifest_to_pb,
@@ -30,7 +31,6 @@ from tierwise.wire.convert_cache import (
     metadata_to_bytes,
 )
 
-CHUNK_BYTES = 1 << 20
 Vector = NDArray[np.float32]
 
 
