@@ -45,7 +45,7 @@ NOOP, DIGITS = ROOT / "benchmarks/flower_noop", ROOT / "examples/flower_digits"
 CLIENTS, PARAMETERS = 10, 1000
 TURNS, FLOWER_ROUNDS, OUR_ROUNDS = 2, 4, 20
 UPDATE_BYTES, LAYERS, REPEATS = 47_000_000, 62, 9
-CAPTURE_BYTES, CAPTURE_ROUNDS, CLIENT_S = 4_700_000, 8, 1.0
+CAPTURE_BYTES, CAPTURE_ROUNDS, CLIENT_S = 4_700_000, 16, 1.0
 ALPHAS, SEEDS, TRAINERS, TRAINING_ROUNDS, EPOCHS = (0.1, 0.5, 100.0), 5, 20, 40, 2
 ROUND_RATIO, AGGREGATION_RATIO, CAPTURE_SHARE = 10.0, 5.0, 0.05
 
@@ -174,13 +174,15 @@ def capturing() -> Figures:
             return precise_s() - start_s
 
         for turn in range(CAPTURE_ROUNDS + 1):
-            plain_s, captured_s = one_round(grid), one_round(captured)
-            start_s = precise_s()
-            assert captured.capture.flush()
-            if turn:
-                found["plain"].append(plain_s)
-                found["captured"].append(captured_s)
-                found["flush"].append(precise_s() - start_s)
+            order = [("plain", grid), ("captured", captured)]
+            for name, which in order if turn % 2 else order[::-1]:
+                round_s = one_round(which)
+                start_s = precise_s()
+                assert captured.capture.flush()
+                if turn:
+                    found[name].append(round_s)
+                if turn and which is captured:
+                    found["flush"].append(precise_s() - start_s)
         assert not captured.capture.failures, captured.capture.failures
     return found
 
