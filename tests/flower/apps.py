@@ -6,10 +6,12 @@ import time
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.client import NumPyClient
+from flwr.client.mod import secaggplus_mod
 from flwr.clientapp import ClientApp
-from flwr.server import ServerAppComponents, ServerConfig
+from flwr.server import LegacyContext, ServerAppComponents, ServerConfig
 from flwr.server.strategy import FedAvg
-from flwr.serverapp import ServerApp
+from flwr.server.workflow import DefaultWorkflow, SecAggPlusWorkflow
+from flwr.serverapp import Grid, ServerApp
 
 app = ClientApp()
 
@@ -106,3 +108,14 @@ def server_fn(context: Context) -> ServerAppComponents:
 
 
 old_server_app = ServerApp(server_fn=server_fn)
+masked_client_app = ClientApp(client_fn, mods=[secaggplus_mod])
+masked_server_app = ServerApp()
+
+
+@masked_server_app.main()
+def masked_main(grid: Grid, context: Context) -> None:
+    """Aggregate masked updates: four phases, between which clients keep keys in their state."""
+    strategy = Remembered(min_fit_clients=4, min_available_clients=4, fraction_evaluate=0.0)
+    legacy = LegacyContext(context, config=ServerConfig(num_rounds=1), strategy=strategy)
+    masked = SecAggPlusWorkflow(num_shares=3, reconstruction_threshold=2, max_weight=10.0)
+    DefaultWorkflow(fit_workflow=masked)(grid, legacy)

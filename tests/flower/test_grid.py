@@ -129,6 +129,32 @@ def test_apps_as_they_were_written_before_messages_run_too(client: tierwise.Clie
         np.testing.assert_allclose(parameters_to_ndarrays(found)[0], [expected] * 3)
 
 
+def test_secure_aggregation_of_flower_runs_with_its_mod_and_workflow(
+    client: tierwise.Client,
+) -> None:
+    clients = flower.participants(COUNT, NODES)
+    apps.histories.clear()
+    with flower.TierwiseGrid(
+        apps.masked_client_app, clients, client=client, requirements=(), name="flower-masked"
+    ) as grid:
+        flower.run(apps.masked_server_app, grid)
+    (found,) = apps.histories
+    assert found is not None
+    # Client n adds n, with weight 1 + n; Flower quantises what it masks.
+    np.testing.assert_allclose(parameters_to_ndarrays(found)[0], [2.0] * 3, atol=1e-3)
+
+
+def test_a_state_that_must_stay_is_not_taken_along(client: tierwise.Client) -> None:
+    clients = flower.participants(COUNT, NODES)
+    with flower.TierwiseGrid(
+        apps.app, clients, client=client, requirements=(), keeps_state=False
+    ) as grid:
+        for _ in range(2):
+            found = [reply.content["found"]["count"] for reply in ask(grid, "count")]
+            assert found == [1] * COUNT
+        assert not grid._states
+
+
 def test_clients_without_a_node_are_placed_by_the_policy(client: tierwise.Client) -> None:
     with flower.TierwiseGrid(apps.app, 3, client=client, requirements=()) as grid:
         assert [reply.has_content() for reply in ask(grid, "count")] == [True] * 3

@@ -65,13 +65,14 @@ def split(found: list[Any], joined: Any) -> list[memoryview]:
     return parts
 
 
-def client_function(app: Any, reference: str = "") -> type:
+def client_function(app: Any, reference: str = "", *, keeps_state: bool = True) -> type:
     """Return a class that runs a ClientApp on one message at a time, for workers.
 
     Args:
         app: The ClientApp, which is pickled with the code; or a whole project as Flower bundles it
             (the bytes of a FAB, a zip file), which a worker unpacks and imports.
         reference: Where the ClientApp is in such a project, "package.module:app".
+        keeps_state: Return the state that the ClientApp leaves in its context.
     """
 
     class FlowerClient:
@@ -116,7 +117,7 @@ def client_function(app: Any, reference: str = "") -> type:
                 answer["error"] = [reply.error.code, reply.error.reason]
             else:
                 answer["records"], answer["arrays"] = _as_arrays(*lower(reply.content))
-            if context.state or had:
+            if keeps_state and (context.state or had):
                 answer["state"], answer["state_arrays"] = _as_arrays(*lower(context.state))
             return answer
 

@@ -112,6 +112,7 @@ class TierwiseGrid(Grid):  # type: ignore[misc]
         cpus: float = 1.0,
         timeout: str | float = "1h",
         deadline: str | float = "60s",
+        keeps_state: bool = True,
         **options: Any,
     ) -> None:
         """Make a grid; nothing is deployed before the first message.
@@ -129,6 +130,8 @@ class TierwiseGrid(Grid):  # type: ignore[misc]
             cpus: What one call takes.
             timeout: A call that runs longer is killed.
             deadline: How soon a reply should be there; placement works for it.
+            keeps_state: Take what a ClientApp leaves in its context's state along, from message to
+                message. It passes through this process: without it, it never leaves the worker.
             **options: Others of `App.function`.
 
         Raises:
@@ -147,7 +150,7 @@ class TierwiseGrid(Grid):  # type: ignore[misc]
             deadline=deadline,
             requirements=requirements,
             **options,
-        )(client_function(client_app, reference))
+        )(client_function(client_app, reference, keeps_state=keeps_state))
         self._run_config = dict(run_config or {})
         self._states: dict[int, tuple[list[Any], list[bytes]]] = {}
         self._deploying = asyncio.Lock()
