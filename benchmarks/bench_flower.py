@@ -5,7 +5,7 @@
     .venv-flower/bin/python -m benchmarks.bench_flower aggregation | capture | accuracy
 
 - rounds: ten clients that do nothing, one model of 4 kB: deployed Flower (SuperLink and SuperNodes
-  on loopback), our Grid, and bare calls of a function, in turns
+  on loopback), our Grid, and bare calls of a function
 - aggregation: ten updates of 47 MB in 62 arrays: Flower's own, and one product on a matrix of rows
 - capture: a round of Flower's in-process runtime with and without `capture`
 - accuracy: Flower's FedAvg on digits, 20 clients, three Dirichlet alphas, several seeds: for
@@ -46,7 +46,7 @@ CLIENTS, PARAMETERS = 10, 1000
 TURNS, FLOWER_ROUNDS, OUR_ROUNDS = 2, 4, 20
 UPDATE_BYTES, LAYERS, REPEATS = 47_000_000, 62, 9
 CAPTURE_BYTES, CAPTURE_ROUNDS, CLIENT_S = 4_700_000, 16, 1.0
-ALPHAS, SEEDS, TRAINERS, TRAINING_ROUNDS, EPOCHS = (0.1, 0.5, 100.0), 5, 20, 40, 2
+ALPHAS, SEEDS, TRAINERS, TRAINING_ROUNDS, EPOCHS = (0.1, 0.5, 100.0), 10, 20, 40, 2
 ROUND_RATIO, AGGREGATION_RATIO, CAPTURE_SHARE = 10.0, 5.0, 0.05
 
 Figures = dict[str, Any]
@@ -64,15 +64,19 @@ def rounds(variants: list[str]) -> Figures:
             over_grid(project, grid, Path(folder))  # warms up
             for variant in variants:
                 each: Figures = {"flower": [], "grid": [], "native": []}
-                with DeployedFlower(Path(folder) / variant, CLIENTS, variant) as deployed:
-                    for turn in range(TURNS + 1):
-                        settings = {"rounds": FLOWER_ROUNDS, "parameters": PARAMETERS}
-                        if not turn:  # the first finds no environment, and waits for SuperNodes
-                            deployed.run(NOOP, {**settings, "rounds": 1})
-                            continue
-                        each["flower"] += deployed.run(NOOP, settings)
+
+                def ours(each: Figures = each) -> None:
+                    for _ in range(TURNS):
                         each["grid"] += over_grid(project, grid, Path(folder))
                         each["native"] += native(OUR_ROUNDS)
+
+                ours()  # before and after: SuperNodes that poll would slow it down
+                with DeployedFlower(Path(folder) / variant, CLIENTS, variant) as deployed:
+                    settings = {"rounds": FLOWER_ROUNDS, "parameters": PARAMETERS}
+                    deployed.run(NOOP, {**settings, "rounds": 1})  # until every SuperNode is there
+                    for _ in range(TURNS):
+                        each["flower"] += deployed.run(NOOP, settings)
+                ours()
                 found[variant] = each
     return found
 
@@ -237,7 +241,7 @@ def show_rounds(found: Figures) -> None:
     table = make_table(
         f"A round of {CLIENTS} clients that do nothing",
         ("", "ms per round", "it ÷ ours over the Grid", "target"),
-        f"{TURNS} turns each; ours beside each variant, with mTLS and sealed workers; its without.",
+        "Ours before and after each variant, with mTLS and sealed workers; Flower without TLS.",
     )
     for variant, each in found.items():
         ours = float(np.median(each["grid"]))
@@ -288,7 +292,7 @@ def show_accuracy(found: Figures) -> None:
     table = make_table(
         f"Flower's FedAvg on digits, {settings['clients']} clients, {settings['rounds']} rounds",
         ("Dirichlet alpha", "accuracy, mean", "standard deviation", "lowest", "highest"),
-        f"{SEEDS} seeds; held-out pictures; Flower's in-process runtime.",
+        f"{len(found['accuracy']['0.1'])} seeds; held-out pictures; Flower's in-process runtime.",
     )
     for alpha, by_seed in found["accuracy"].items():
         last = np.array([values[-1] for values in by_seed.values()])
@@ -323,6 +327,8 @@ def main() -> None:
         path = chosen.out / "flower.json"
         before = json.loads(path.read_text()) if path.exists() else {}
         stamp = {name: {"machine": where(), "commit": commit()} for name in results}
+        if "round_s" in results:  # variants may be measured one at a time
+            results["round_s"] = before.get("round_s", {}) | results["round_s"]
         before |= results | {"measured": before.get("measured", {}) | stamp}
         path.write_text(json.dumps(before, indent=1) + "\n")
 

@@ -17,17 +17,20 @@ START_S = 90.0
 RUN_S = 170.0
 POLL_VARIABLE = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"  # Flower's own knob: 1 s, at least 0.01
 
-# Not a knob: what Flower would cost if its fixed sleeps (3 s in the grid and in every SuperNode,
-# 1 s elsewhere) were a tenth of a second. Python imports it in every process that finds it.
+POLL_S = "0.25"
+
+# Not a knob: what Flower would cost if its fixed sleeps of 3 s, in the grid and in every SuperNode,
+# were shorter. Python imports it in every process that finds it. Shorter still is slower: a message
+# is a new process, and on two cores ten SuperNodes that poll leave little to those.
 PATCH = """
 import time
 _sleep = time.sleep
-time.sleep = lambda seconds: _sleep(min(seconds, 0.1))
+time.sleep = lambda seconds: _sleep(min(seconds, 0.5))
 """
 VARIANTS: Mapping[str, str] = {
     "defaults": "Flower, deployed",
-    "tuned": "Flower, task polling at 10 ms",
-    "patched": "Flower, patched: no sleep over 0.1 s",
+    "tuned": f"Flower, task polling at {POLL_S} s",
+    "patched": "Flower, patched: no sleep over 0.5 s",
 }
 
 
@@ -48,13 +51,12 @@ class DeployedFlower:
             "OPENBLAS_NUM_THREADS": "1",
         }
         if variant == "tuned":
-            self._environment[POLL_VARIABLE] = "0.01"
+            self._environment[POLL_VARIABLE] = POLL_S
         if variant == "patched":
             (folder / "patch").mkdir(parents=True)
             (folder / "patch/sitecustomize.py").write_text(PATCH)
             before = os.environ.get("PYTHONPATH", "")
             self._environment["PYTHONPATH"] = f"{folder / 'patch'}:{before}"
-            self._environment[POLL_VARIABLE] = "0.1"
 
     def __enter__(self) -> "DeployedFlower":
         (self._folder / "home").mkdir(parents=True)
