@@ -13,8 +13,8 @@ from typing import Any
 
 import structlog
 
+from agent.cache.own import copies_of
 from agent.cache.peers import CachePeers
-from agent.cache.reach import copies_of
 from agent.cache.store import CacheStore
 from tierwise.domain.cache import Durability, IncomingHead, ObjectInfo, ObjectKey, ObjectKind
 from tierwise.domain.ids import NodeId

@@ -133,3 +133,26 @@ def test_a_round_moves_to_another_node_and_brings_its_base(client: tierwise.Clie
     assert set(rows[1, "aggregate", ""]["node_ids"]) == {"edge-1", "fog-1"}
     assert rounds.newest() == 1
     assert eventually(lambda: rounds.ask("round", round=-1))["round"] == 1
+
+
+def test_a_round_goes_on_at_a_copy_while_its_home_is_dead(
+    client: tierwise.Client, cluster: tierwise.LocalCluster
+) -> None:
+    rounds = tierwise.Rounds(client, "goes-on", node="edge-1")
+    rounds.open(0, NAMES, COUNT, replica_nodes=["fog-1"])
+    rounds.put_update(0, "a", update(0), durability="replicated")
+    elsewhere = tierwise.Rounds(client, "goes-on", node="cloud-1")
+    eventually(lambda: elsewhere.get(0, "update", "a"))
+    cluster.kill("edge-1")
+    info = eventually(lambda: elsewhere.put_update(0, "b", update(1)))
+    assert info.node_ids == ("fog-1",)
+    assert elsewhere.ask("round", round=0)["is_in"] == [True, True, False]
+    cluster.restart("edge-1")
+    cluster.wait_ready()
+    assert np.array_equal(eventually(lambda: rounds.get(0, "update", "b")), update(1))
+    rounds.put_update(0, "c", update(2))
+    ends_s = time.monotonic() + 30
+    while not all(set(row["node_ids"]) == {"edge-1", "fog-1"} for row in rounds.list()):
+        assert time.monotonic() < ends_s, rounds.list()
+        time.sleep(0.1)
+    assert rounds.ask("round", round=0)["is_complete"]
