@@ -43,6 +43,16 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     log_level: str = "info"
 
 
+class CacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Table `[cache]` of `agent.toml`. Zeroes take a share of what the machine has."""
+
+    memory_mib: int = 0  # shared memory for rounds; 0: a quarter of the machine's
+    disk_mib: int = 0  # files, a store folder included; 0: half of what is free at the start
+    quota_mib: int = 0  # of either, per namespace; 0: no less than all
+    store: str = ""  # s3://bucket/prefix, gs://…, az://… or a folder; default: `store` in state_dir
+    policy: str = "adaptive"  # or one that agent/cache/policies.py names
+
+
 class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`agent.toml`. Zeroes in `cpus` and `memory_mib` take what the machine or its cgroup has."""
 
@@ -68,6 +78,7 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     emulate_speed: bool = False  # hold each result back as a node of this `speed` would
     seed: int = 0
     log_level: str = "info"
+    cache: CacheConfig = CacheConfig()
 
 
 class ClientConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -1,6 +1,7 @@
 """Objects of federated jobs as the metadata cache names them."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 
 
@@ -85,4 +86,45 @@ class ObjectInfo:
     node_ids: tuple[str, ...] = ()
     is_in_memory: bool = False
     quarantined: str = ""
-    metadata: dict[str, object] | None = None
+    metadata: Mapping[str, object] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IncomingHead:
+    """What is said of an object before its bytes come.
+
+    Attributes:
+        size_bytes: Of the object as it is held: uncompressed.
+        digest: BLAKE2b-256, hex; empty: not checked.
+        durability: The commit returns when the object is at least so durable.
+        is_replica: A copy from the node that took it: not written to the object store from here.
+    """
+
+    key: ObjectKey
+    size_bytes: int
+    digest: str = ""
+    metadata: Mapping[str, object] | None = None
+    durability: Durability = Durability.DISK
+    is_replica: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldRounds:
+    """The rounds of one job that a node holds: `rounds` ascending, the newest 64."""
+
+    namespace: str
+    job: str
+    rounds: tuple[int, ...]
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheReading:
+    """How one node's cache is doing. `policies` says by "namespace/job" what governs it."""
+
+    memory_bytes: int
+    memory_bytes_max: int
+    disk_bytes: int
+    hit_count: int
+    miss_count: int
+    policies: Mapping[str, str] = field(default_factory=dict)

@@ -23,15 +23,17 @@ _packing = threading.Lock()  # cloudpickle's registry of modules is global
 def pack(function: Callable[..., Any]) -> bytes:
     """Return `function` pickled by value, with the user's own modules that it refers to.
 
-    Installed packages are referred to by name: the function's environment must have them. Equal
-    code gives equal bytes in every process, so that running a script again deploys nothing new.
+    So is `tierwise.functions`, which is made to be shipped: workers see nothing else of tierwise.
+    Other installed packages are referred to by name: the function's environment must have them.
+    Equal code gives equal bytes in every process, so that running a script again deploys nothing
+    new.
 
     Raises:
         InvalidArgument: It refers to something that cannot be shipped; the message names it.
         PayloadTooLarge: The code is over 32 MiB.
     """
     with _packing:
-        own = [module for module in list(sys.modules.values()) if _is_users(module)]
+        own = [module for module in list(sys.modules.values()) if _travels(module)]
         for module in own:
             cloudpickle.register_pickle_by_value(module)
         try:
@@ -63,10 +65,17 @@ class _StablePickler(cloudpickle.Pickler):  # type: ignore[misc]
         self._ordered: dict[int, _Ordered] = {}  # also keeps each alive, as the memo is by id
 
     def reducer_override(self, obj: Any) -> Any:
-        """Reduce as cloudpickle does, with order in sets and ids from names."""
+        """Reduce as cloudpickle does, with order in sets and ids from names.
+
+        What tierwise ships of its own is the same wherever it is installed: it has relative paths.
+        """
         if isinstance(obj, CodeType):
             consts = tuple(self._in_order(value) for value in obj.co_consts)
-            return self.dispatch_table[CodeType](obj.replace(co_consts=consts))
+            shown = _shown(obj.co_filename)
+            return self.dispatch_table[CodeType](obj.replace(co_consts=consts, co_filename=shown))
+        if isinstance(obj, ModuleType) and _is_shipped(obj):
+            reduce, (name, state) = self.dispatch_table[ModuleType](obj)
+            return reduce, (name, {key: state[key] for key in state if key not in _OF_A_FILE})
         reduced = super().reducer_override(obj)
         if reduced is NotImplemented or isinstance(reduced, str):
             return reduced
@@ -74,6 +83,9 @@ class _StablePickler(cloudpickle.Pickler):  # type: ignore[misc]
             slots = reduced[2][1]
             names = slots["__globals__"]
             slots["__globals__"] = {name: self._in_order(names[name]) for name in names}
+            base = reduced[1][1]
+            if "__file__" in base:
+                base["__file__"] = _shown(base["__file__"])
         elif isinstance(obj, type) and len(reduced[1]) >= 2 and _is_random_id(reduced[1][-2]):
             self._class_count += 1
             name = f"{self._class_count}:{obj.__module__}.{obj.__qualname__}"
@@ -111,15 +123,31 @@ def _installed() -> tuple[Path, ...]:
 
 _INSTALLED = _installed()
 _PLATFORM = frozenset({"tierwise", "agent", "scheduler", "envs", "training"})
+_SHIPPED = "tierwise.functions"
+_KERNEL = str(Path(__file__).parents[2]) + "/"
+_OF_A_FILE = frozenset({"__cached__", "__file__", "__loader__", "__path__", "__spec__"})
 
 
-def _is_users(module: ModuleType) -> bool:
-    """Return whether a module is the user's own file, neither installed nor part of tierwise."""
+def _travels(module: ModuleType) -> bool:
+    """Return whether a module is shipped: the user's own file, or one of `tierwise.functions`."""
+    if _is_shipped(module):
+        return True
     file = getattr(module, "__file__", None)
     name = getattr(module, "__name__", "")
     if not file or name == "__main__" or name.partition(".")[0] in _PLATFORM:
         return False
     return _is_outside(file)
+
+
+def _is_shipped(module: ModuleType) -> bool:
+    name = getattr(module, "__name__", "")
+    return name == _SHIPPED or name.startswith(f"{_SHIPPED}.")
+
+
+@functools.lru_cache(maxsize=4096)
+def _shown(file: str) -> str:
+    """Return the path of a file, that of one of ours from the kernel's folder on."""
+    return file.removeprefix(_KERNEL) if file.startswith(f"{_KERNEL}tierwise/") else file
 
 
 @functools.lru_cache(maxsize=65_536)
