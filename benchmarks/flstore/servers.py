@@ -139,6 +139,7 @@ def start_s3(folder: Path) -> Server:
         "s3.config": folder / "s3.json",
         "s3.iam": "false",
         "s3.port.iceberg": 0,
+        "s3.port.lance": 0,
         **{f"{name}.port": port for name, port in ports.items()},
     }
     command = [str(weed), "-logtostderr=true", "server", "-filer", "-s3"]

@@ -6,7 +6,7 @@ was tried on loopback; `python -m benchmarks.flstore.fetches` prints what the ch
 
     S3     one object per client; boto3 with `readinto` into the row, connections kept open, 16 in
            parallel; a fetch of few objects is cut into byte ranges so that all of them work, none
-           smaller than 16 MB (AWS' guideline is 8–16 MB at 85–90 MB/s each, 15 for 10 Gbit/s)
+           smaller than 8 MB (AWS suggests 8–16 MB, 85–90 MB/s each, 15 for 10 Gbit/s)
     Redis  one value per client; all GETs sent at once, replies read straight into the rows by a
            reader of 20 lines, on two connections (hiredis makes objects first, which costs a copy)
     naive  one object per layer, one after the other, each on a connection of its own
@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 LAYERS = 62  # parameter tensors of a ResNet-18, the 47 MB model
 S3_CONNECTIONS = 16
-PART_BYTES_MIN = 16_000_000
+PART_BYTES_MIN = 8_000_000
 REDIS_CONNECTIONS = 2
 TIMEOUT_S = 300.0
 

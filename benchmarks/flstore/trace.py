@@ -9,10 +9,10 @@ personalisation, scheduling, contribution, incentives, debugging):
     P3  one client's updates over many rounds
     P4  metadata: losses, counts, times
 
-As in its experiments a round has 10 of 250 clients. How often each takes part and how queries mix is
-an *assumption*: participation falls with rank as 1/rank (a few clients are nearly always there), and
-MIX. Questions arrive between rounds. Of those about a round AGE_SHARE are about older ones than the
-newest, each round further back half as often.
+As in its experiments a round has 10 of 250 clients. How often each takes part and how queries mix
+is an *assumption*: participation falls with rank as 1/rank (a few clients are nearly always there),
+and MIX. Questions arrive between rounds. Of those about a round AGE_SHARE are about older ones than
+the newest, each round further back half as often.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,6 +26,8 @@ CLIENTS, PER_ROUND = 250, 10
 MIX = {"P1": 0.30, "P2": 0.40, "P3": 0.15, "P4": 0.15}
 AGE_SHARE = 0.3
 WATCHED = 3  # clients whose history is asked for
+HISTORY_MODELS = 4
+RECORDS = 16  # rounds of metadata that schedulers look at
 GROUPS = 3  # clients of one group move alike
 MALICIOUS_SHARE = 0.2  # of clients: they send their update with the sign turned
 
@@ -35,16 +37,98 @@ class Workload:
     """One kind of question.
 
     Attributes:
-        name: As it is asked.
+        name: What it is for, in FLStore's words.
         query_class: P1 … P4.
-        scope: What it reads: aggregate, update, round, history or metadata.
+        reads: "model" (an aggregate, or an update), "statistics" or "matrix" (a round's updates),
+            "history" (a client's updates and the ends of its rounds), "models" (its last
+            HISTORY_MODELS updates) or "records" (metadata).
+        question: As it is asked.
         arguments: Sent with every one.
+        inputs: Arguments that are test data: inputs, labels.
+        is_of_client: Whether it is about one client of the round.
+        with_base: Whether the round's base is read with its updates.
     """
 
     name: str
     query_class: str
-    scope: str
+    reads: str
+    question: str
     arguments: Mapping[str, object] = field(default_factory=dict)
+    inputs: tuple[str, ...] = ()
+    is_of_client: bool = False
+    with_base: bool = False
+
+
+_TESTED = ("inputs", "labels")
+WORKLOADS = (
+    Workload(
+        name="inference", query_class="P1", reads="model", question="predict", inputs=("inputs",)
+    ),
+    Workload(
+        name="one client's model",
+        query_class="P1",
+        reads="model",
+        question="evaluate",
+        inputs=_TESTED,
+        is_of_client=True,
+    ),
+    *(
+        Workload(
+            name=name,
+            query_class="P2",
+            reads="statistics",
+            question=question,
+            arguments=arguments,
+            is_of_client=question == "similar-weights",
+            with_base=True,
+        )
+        for name, question, arguments in (
+            ("cosine similarity", "similarity", {"is_pairwise": True}),
+            ("malicious clients", "malicious", {}),
+            ("clustering", "clusters", {"k": GROUPS}),
+            ("personalisation", "similar-weights", {}),
+            ("scheduling by likeness", "schedule-diverse", {"count": 3}),
+            ("contribution", "leave-one-out", {}),
+            ("incentives", "payments", {"budget": 10_000}),
+        )
+    ),
+    Workload(
+        name="debugging",
+        query_class="P2",
+        reads="matrix",
+        question="feddebug",
+        arguments={"faulty": 2},
+    ),
+    Workload(
+        name="models compared",
+        query_class="P2",
+        reads="matrix",
+        question="score-clients",
+        inputs=_TESTED,
+    ),
+    Workload(name="history", query_class="P3", reads="history", question="client-history"),
+    Workload(
+        name="models over time",
+        query_class="P3",
+        reads="models",
+        question="evaluate",
+        inputs=_TESTED,
+    ),
+    Workload(
+        name="scheduling by use",
+        query_class="P4",
+        reads="records",
+        question="schedule-oort",
+        arguments={"count": 5},
+    ),
+    Workload(
+        name="metrics",
+        query_class="P4",
+        reads="records",
+        question="metrics",
+        arguments={"only": "loss"},
+    ),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,13 +155,29 @@ class Trace:
     members: tuple[tuple[str, ...], ...]
     queries: tuple[Query, ...]
 
-    def rounds_of(self, client: str, newest: int) -> list[int]:
-        """Return the rounds up to `newest` that a client took part in, ascending."""
-        return [r for r, names in enumerate(self.members[: newest + 1]) if client in names]
+    def rounds_of(self, query: Query) -> list[int]:
+        """Return the rounds that a query is about, ascending."""
+        newest = query.after
+        match query.workload.reads:
+            case "history" | "models":
+                found = [
+                    number
+                    for number, names in enumerate(self.members[: newest + 1])
+                    if query.client in names
+                ]
+                return found if query.workload.reads == "history" else found[-HISTORY_MODELS:]
+            case "records" if query.workload.question != "metrics":
+                return list(range(max(0, newest + 1 - RECORDS), newest + 1))
+            case _:
+                return [query.round]
 
 
 def make_trace(
-    workloads: Sequence[Workload], *, rounds: int, query_count: int, seed: int = SEED
+    *,
+    rounds: int,
+    query_count: int,
+    seed: int = SEED,
+    workloads: Sequence[Workload] = WORKLOADS,
 ) -> Trace:
     """Return a trace. The workloads of a class are equally likely."""
     members_rng, queries_rng = (
@@ -116,12 +216,14 @@ def _query(
     about, client = after, ""
     age = int(rng.geometric(0.5)) if rng.random() < AGE_SHARE else 0
     member, watched = int(rng.integers(PER_ROUND)), int(rng.integers(WATCHED))
-    if workload.scope == "round":
+    if workload.reads in ("statistics", "matrix"):
         about = max(0, after - age)
-    elif workload.scope == "update":
-        client = members[after][member]
-    elif workload.scope == "history":
+    if workload.reads in ("history", "models"):
         client = _name(watched)
+        if not any(client in names for names in members[: after + 1]):
+            client = members[after][member]
+    elif workload.is_of_client:
+        client = members[about][member]
     return Query(number=number, after=after, workload=workload, round=about, client=client)
 
 

@@ -1,0 +1,200 @@
+"""The rivals as the benchmark sees them: a server, an aggregator, and the lines between them.
+
+First-byte latency and bandwidth of the *emulated* lines:
+
+    S3     30 ms and 87.5 MB/s per connection, 1,250 MB/s in all. AWS: 85–90 MB/s for each concurrent
+           request, about 15 of them for 10 Gbit/s (S3 performance design patterns); "median latency
+           often in the range of tens of milliseconds" for small requests, 100–200 ms for first bytes
+           in general (S3 performance guidelines). 30 ms is at the low end, in favour of the rival.
+    Redis  0.5 ms and 625 MB/s per connection, 1,250 MB/s in all: a single flow has 5 Gbit/s (EC2
+           instance network bandwidth), and 10 Gbit/s is what a cache.r6g.xlarge reaches in bursts;
+           its baseline is an eighth of that.
+
+The line between whoever asks and the aggregator, or the agent, is loopback for every system: who asks
+is taken to sit beside both. Writing is not emulated.
+"""
+
+import json
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.flstore.servers import (
+    BUCKET,
+    KEY,
+    ROOT,
+    SECRET,
+    VENV,
+    Line,
+    Relay,
+    Server,
+    start_redis,
+    start_s3,
+)
+from benchmarks.flstore.trace import Query, Trace
+
+S3_LINE = Line(first_byte_ms=30.0, connection_mb_per_s=87.5, total_mb_per_s=1250.0)
+REDIS_LINE = Line(first_byte_ms=0.5, connection_mb_per_s=625.0, total_mb_per_s=1250.0)
+EMULATED = " (emulated)"
+
+
+class Aggregators:
+    """All rivals of one model size. `systems` are the names to ask by."""
+
+    def __init__(self, folder: Path, parameter_count: int, inputs: Mapping[str, Any]) -> None:
+        self._stack = ExitStack()
+        self._folder = folder
+        self._parameter_count = parameter_count
+        self._inputs = inputs
+        self._processes: dict[str, Process] = {}
+        self.systems: dict[str, str] = {}  # name → process
+
+    def __enter__(self) -> "Aggregators":
+        try:
+            self._start()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def put(self, store: str, file: Path, names: Sequence[str], record: Mapping[str, Any]) -> None:
+        """Store the vectors of a file, and the round's record, on one rival's server."""
+        process = self._processes[self.systems[store]]
+        process.order(op="put", store=store, file=str(file), names=list(names), record=record)
+
+    def ask(self, system: str, trace: Trace, query: Query) -> dict[str, Any]:
+        """Return what an aggregator answers; see aggregator.py."""
+        order = reading(trace, query)
+        return self._processes[self.systems[system]].order(op="ask", store=system, query=order)
+
+    def _start(self) -> None:
+        redis = self._stack.enter_context(start_redis(self._folder / "redis"))
+        weed = self._stack.enter_context(start_s3(self._folder / "s3"))
+        s3 = {"kind": "s3", "key": KEY, "secret": SECRET, "bucket": BUCKET}
+        self._open(
+            "s3",
+            {
+                f"{name}{suffix}": {**s3, "kind": kind, "port": port}
+                for suffix, port in self._lines(weed, S3_LINE)
+                for name, kind in (("s3", "s3"), ("s3 naive", "naive"))
+            },
+        )
+        self._open(
+            "redis",
+            {
+                f"redis{suffix}": {"kind": "redis", "port": port}
+                for suffix, port in self._lines(redis, REDIS_LINE)
+            },
+        )
+        self._processes["s3"].order(op="bucket", store="s3")
+
+    def _lines(self, server: Server, line: Line) -> list[tuple[str, int]]:
+        relay = self._stack.enter_context(Relay(server.port, line))
+        return [("", server.port), (EMULATED, relay.port)]
+
+    def _open(self, name: str, stores: Mapping[str, Mapping[str, Any]]) -> None:
+        process = self._stack.enter_context(running(self._folder / f"{name}-aggregator.log"))
+        self._processes[name] = process
+        self.systems |= dict.fromkeys(stores, name)
+        process.order(
+            op="open", stores=stores, parameters=self._parameter_count, inputs=self._inputs
+        )
+
+
+class Process:
+    """An aggregator's process."""
+
+    def __init__(self, process: "subprocess.Popen[str]", log: Path) -> None:
+        self.pid = process.pid
+        self._process = process
+        self._log = log
+
+    def order(self, **order: Any) -> dict[str, Any]:
+        """Send one order and return its answer.
+
+        Raises:
+            RuntimeError: It failed, or the process has ended.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        found: dict[str, Any] = json.loads(line) if line else {"error": "it ended"}
+        if "error" in found:
+            tail = self._log.read_text(errors="replace").strip().splitlines()[-5:]
+            raise RuntimeError("\n".join([f"aggregator: {found['error']}", *tail]))
+        return found
+
+
+@contextmanager
+def running(log: Path) -> Iterator[Process]:
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [str(VENV / "bin/python"), "-m", "benchmarks.flstore.aggregator"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=output,
+            text=True,
+            cwd=ROOT,
+        )
+    try:
+        yield Process(process, log)
+    finally:
+        process.communicate()
+
+
+def reading(trace: Trace, query: Query) -> dict[str, Any]:
+    """Return the order for a query: what to read, and what to ask of it."""
+    workload = query.workload
+    rounds = trace.rounds_of(query)
+    vectors: list[str] = []
+    match workload.reads:
+        case "model" if workload.is_of_client:
+            vectors = [update(query.round, query.client)]
+        case "model":
+            vectors = [aggregate(query.round)]
+        case "models":
+            vectors = [update(number, query.client) for number in rounds]
+        case "matrix" | "statistics":
+            vectors = [update(query.round, client) for client in trace.members[query.round]]
+            vectors += [aggregate(query.round - 1)] if workload.with_base else []
+        case _:
+            pass
+    arguments = dict(workload.arguments)
+    if query.client and workload.question in ("similar-weights", "client-history"):
+        arguments["client"] = query.client
+    return {
+        "question": workload.question,
+        "round": query.round,
+        "reads": workload.reads,
+        "rounds": rounds,
+        "vectors": vectors,
+        "arguments": arguments,
+        "inputs": workload.inputs,
+    }
+
+
+def update(round_number: int, client: str) -> str:
+    """Return the key of an update."""
+    return f"{round_number:04d}/update/{client}"
+
+
+def aggregate(round_number: int) -> str:
+    """Return the key of what a round ended with; −1: what the first one started from."""
+    return f"{round_number + 1:04d}/aggregate"
+
+
+def test_data(width: int, classes: int, *, count: int, seed: int) -> dict[str, Any]:
+    """Return inputs, shape (count, width), and labels, as lists."""
+    rng = np.random.default_rng(seed)
+    inputs: NDArray[np.float32] = rng.standard_normal((count, width), dtype=np.float32)
+    return {"inputs": inputs.tolist(), "labels": rng.integers(classes, size=count).tolist()}
