@@ -13,6 +13,9 @@ import uvloop
 
 from agent import memory
 from agent.billing import Billing
+from agent.cache.peers import CachePeers
+from agent.cache.room import ROLES as CACHE_ROLES
+from agent.cache.room import CacheRoom
 from agent.catalogue import CodeFolder, FunctionIndex
 from agent.decider import Decider
 from agent.door import Door
@@ -36,7 +39,7 @@ from tierwise.domain.topology import PYTHON_LABEL, Node, parse_tier
 from tierwise.errors import FailedPrecondition, InvalidArgument, TierwiseError
 from tierwise.files import write_atomically
 from tierwise.placement.policy import create
-from tierwise.v1 import invocation_pb2_grpc
+from tierwise.v1 import cache_pb2_grpc, invocation_pb2_grpc
 from tierwise.wire.channel import AuthorizationInterceptor, new_server, server_credentials
 from tierwise.wire.daemon import configure_logs, follow_parent
 from tierwise.wire.errors import ErrorInterceptor
@@ -48,6 +51,7 @@ log = structlog.get_logger()
 ROLES = {
     "/tierwise.v1.InvocationService/Invoke": {Role.USER, Role.ADMIN, Role.NODE},
     "/tierwise.v1.InvocationService/InvokeStream": {Role.USER, Role.ADMIN, Role.NODE},
+    **CACHE_ROLES,
 }
 
 
@@ -85,6 +89,14 @@ async def serve(config: AgentConfig) -> None:
         billing = Billing(state / "billing.pb")
         functions = FunctionIndex(state / "catalogue.pb")
         peers = PeerStreams(machine, credentials, emulate=config.emulate_links, seed=config.seed)
+        cache = CacheRoom(
+            state / "cache",
+            config.cache,
+            CachePeers(machine, credentials, emulate=config.emulate_links, seed=config.seed),
+            node.node_id,
+            group,
+        )
+        await cache.open()
         shell = Shell(
             machine,
             runtime=runtime,
@@ -100,6 +112,7 @@ async def serve(config: AgentConfig) -> None:
             slowdown=max(1.0, 1.0 / config.speed) if config.emulate_speed else 1.0,
         )
         shell.sizings = functions.catalogue.sizings
+        shell.objects = cache.objects
         # Floors hold from the start, also when the scheduler is away.
         shell.feed(CatalogueReceived(catalogue=functions.catalogue))
         shell.feed(PricesReceived(prices=billing.prices))
@@ -115,14 +128,18 @@ async def serve(config: AgentConfig) -> None:
             probe=probe,
             group=group,
             on_catalogue=preparation.follow,
+            cache=cache,
         )
+        cache.on_changed = uplink.beat_soon
         door = Door(node.node_id, node.address)
         door.open()
         ingress = Ingress(
             shell, functions, billing, uplink.pull_function, node.node_id, group, door
         )
         invocation_pb2_grpc.add_InvocationServiceServicer_to_server(ingress, server)
-        add_health_and_reflection(server, "tierwise.v1.InvocationService")
+        cache_pb2_grpc.add_CacheServiceServicer_to_server(cache.ingress, server)
+        services = ("tierwise.v1.InvocationService", "tierwise.v1.CacheService")
+        add_health_and_reflection(server, *services)
         await server.start()
         write_atomically(state / "address", node.address.encode())
         log.info("agent.started", node_id=node.node_id, tier=node.tier.label, address=node.address)
@@ -133,6 +150,7 @@ async def serve(config: AgentConfig) -> None:
         background = [
             group.create_task(uplink.run_forever()),
             group.create_task(shell.tick_forever()),
+            group.create_task(cache.run_forever()),
         ]
         await stop.wait()
         shell.feed(DrainAsked(is_on=True))
@@ -143,6 +161,7 @@ async def serve(config: AgentConfig) -> None:
         door.close()
         await runtime.close()
         await peers.close()
+        await cache.close()
         await uplink.close()
         (state / "address").unlink(missing_ok=True)
         log.info("agent.stopped", node_id=node.node_id)

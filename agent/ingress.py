@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError
 from agent.billing import Billing
 from agent.catalogue import FunctionIndex
 from agent.door import Door
+from agent.objects import Cached, placed
 from agent.shell import Shell
 from tierwise.domain.function import FunctionSpec
 from tierwise.domain.ids import NodeId
@@ -214,6 +215,9 @@ class Ingress(invocation_pb2_grpc.InvocationServiceServicer):
                 invocation.ClearField("expected_wait_s")
             origin = NodeId(invocation.origin) if caller.is_node else self._node_id
             request = convert.request_from_invocation(invocation, spec, origin=origin)
+            cached = Cached.of(invocation, "" if caller.is_node else caller.name)
+            if cached is not None:
+                request = placed(request, cached, invocation.arguments[0], self._shell.objects)
             channel: Handover | None = None
             files: tuple[Memfd, ...] = ()
             if invocation.channel_id and not caller.is_node:
@@ -232,6 +236,7 @@ class Ingress(invocation_pb2_grpc.InvocationServiceServicer):
             caller=caller.name,
             attachments=files,
             channel=channel,
+            cached=cached,
         )
 
 

@@ -13,8 +13,10 @@ from typing import Protocol, assert_never
 import structlog
 
 from agent.decider import Decider
+from agent.items import code_of, item_of, told, with_message
 from agent.machine import NodeMachine
 from agent.memory import GiveBack
+from agent.objects import Cached, CallObjects, Carried
 from agent.runtime.environments import Environments
 from agent.runtime.runtime import InstanceStartError, ItemKind, ItemResult, RunReport, Runtime
 from agent.sizing import sized
@@ -64,32 +66,6 @@ ANSWERS_BYTES_MAX = 32 << 20
 ANSWERS_KEPT_S = 120.0  # longer than any caller sends again
 REPORTS_MAX = 10_000
 
-# What became of one item, as an error code of tierwise.errors; OK is absent.
-CODE_BY_KIND: dict[ItemKind, str] = {
-    ItemKind.RAISED: "function_raised",
-    ItemKind.OUT_OF_MEMORY: "function_out_of_memory",
-    ItemKind.BAD_ARGUMENTS: "invalid_argument",
-    ItemKind.BAD_RESULT: "result_rejected",
-    ItemKind.RESULT_TOO_LARGE: "result_rejected",
-    ItemKind.TIMED_OUT: "function_timed_out",
-    ItemKind.WORKER_EXITED: "function_died",
-    ItemKind.WORKER_DIED: "function_died",
-    ItemKind.CANCELLED: "cancelled",
-    ItemKind.NOT_RUN: "unavailable",
-}
-
-# Ends of which only the message tells.
-NAMELESS = frozenset(
-    {
-        ItemKind.OUT_OF_MEMORY,
-        ItemKind.BAD_RESULT,
-        ItemKind.RESULT_TOO_LARGE,
-        ItemKind.TIMED_OUT,
-        ItemKind.WORKER_EXITED,
-        ItemKind.WORKER_DIED,
-    }
-)
-
 # Ends after which the same request may come again, and is told when.
 RETRIED = frozenset({"overloaded", "unplaceable"})
 
@@ -134,6 +110,7 @@ class Call:
     log: str = ""
     attachments: Sequence[Memfd] = ()  # the detached arrays of its arguments
     channel: Handover | None = None  # where those of its result may go
+    cached: Cached | None = None  # what it reads from caches, and where its result goes
 
 
 @dataclass(slots=True)
@@ -205,6 +182,7 @@ class Shell:
         """
         self.machine = machine
         self.decider = decider
+        self.objects: CallObjects | None = None
         self.sizings: Mapping[FunctionId, Sizing] = {}
         self.reports: deque[ReportedCall] = deque()
         self.dropped_report_count = 0
@@ -219,6 +197,7 @@ class Shell:
         self._memory = GiveBack()
         # Runs that are over and held back, per instance: what delivers them, and how to do it now.
         self._held: dict[InstanceId, tuple[asyncio.TimerHandle, Callable[[], None]]] = {}
+        self._carried: dict[InstanceId, Carried] = {}  # runs with objects of the cache
         self._ended = Call((), [], "")  # the call of the latest Reply; its Report follows
         runtime.on_died = self._idle_instance_died
         self._is_stepping = False
@@ -233,6 +212,7 @@ class Shell:
         caller: str = "",
         attachments: Sequence[Memfd] = (),
         channel: Handover | None = None,
+        cached: Cached | None = None,
     ) -> None:
         """Take a request; `on_reply` gets its result once, perhaps before this returns.
 
@@ -243,13 +223,19 @@ class Shell:
             caller: Who asks.
             attachments: Files with the arrays that the only argument set lacks.
             channel: Takes the files of the result, if the caller is on this machine.
+            cached: What it reads from caches, and where its result goes.
         """
         call = self._calls.get(request.request_id)
         if call is not None:
             call.on_reply.append(on_reply)
         else:
             self._calls[request.request_id] = Call(
-                arguments, [on_reply], caller, attachments=attachments, channel=channel
+                arguments,
+                [on_reply],
+                caller,
+                attachments=attachments,
+                channel=channel,
+                cached=cached,
             )
             if request.hops == 0:  # a peer has done so already
                 request = sized(request, arguments, self.sizings)
@@ -379,6 +365,7 @@ class Shell:
         call = self._calls[command.request_id]
 
         def finished(report: RunReport) -> None:
+            self._carried.pop(command.instance_id, None)
             wait_s = report.run_s * (self._slowdown - 1.0)
             is_killed = any(item.kind is ItemKind.CANCELLED for item in report.items)
             if wait_s > 0.001 and not is_killed:
@@ -386,14 +373,24 @@ class Shell:
             else:
                 self._run_finished(command, call, report)
 
-        self._runtime.run(
-            command.instance_id,
-            call.arguments,
-            timeout_s=command.timeout_s,
-            on_done=finished,
-            attachments=call.attachments,
-            memory_mib=command.memory_mib,
-        )
+        def start(
+            attachments: Sequence[Memfd], timeout_s: float, on_done: Callable[[RunReport], None]
+        ) -> None:
+            self._runtime.run(
+                command.instance_id,
+                call.arguments,
+                timeout_s=timeout_s,
+                on_done=on_done,
+                attachments=attachments,
+                memory_mib=command.memory_mib,
+            )
+
+        if call.cached is None or self.objects is None:
+            start(call.attachments, command.timeout_s, finished)
+        else:
+            self._carried[command.instance_id] = self.objects.carry(
+                call.cached, call.arguments, command.timeout_s, start, finished
+            )
 
     def _hold(self, command: RunOn, call: Call, report: RunReport, wait_s: float) -> None:
         """Deliver a report later (*emulation* of a slow node): until then the run goes on."""
@@ -412,6 +409,9 @@ class Shell:
         self._held[instance_id] = timer, cut_short
 
     def _kill(self, instance_id: InstanceId) -> None:
+        carried = self._carried.get(instance_id)
+        if carried is not None and carried.cut():
+            return
         held = self._held.pop(instance_id, None)
         if held is None:
             self._runtime.cancel(instance_id)
@@ -425,7 +425,7 @@ class Shell:
             self._group.create_task(self._runtime.stop(command.instance_id))
         instance = self.machine.pool.get(command.instance_id)
         function = instance.spec.function_id if instance is not None else "the function"
-        call.items = [_item(result, function, call.channel) for result in report.items]
+        call.items = [item_of(result, function, call.channel) for result in report.items]
         call.log = report.log
         if report.refused_calls:  # a signal: ordinary functions have no need of these
             log.warning(
@@ -449,8 +449,8 @@ class Shell:
                 peak_memory_mib=report.peak_memory_mib,
                 cpu_s=report.cpu_s,
                 response_bytes=sum(item.size_bytes for item in report.items),
-                error_code=CODE_BY_KIND[first.kind] if first and is_whole else "",
-                message=_told(first, function) if first else "",
+                error_code=code_of(first) if first and is_whole else "",
+                message=told(first, function) if first else "",
                 is_out_of_memory=any(item.kind is ItemKind.OUT_OF_MEMORY for item in failed),
                 refused_calls=tuple(sorted(report.refused_calls.items())),
             )
@@ -499,6 +499,8 @@ class Shell:
             except ValueError as error:  # the function's worker would say so, too
                 log.warning("call.damaged", request_id=request_id, cause=str(error))
         invocation = convert.invocation_from_request(command.request, arguments)
+        if call.cached is not None:
+            call.cached.fill(invocation)
         self._peers.send(command.node_id, invocation, replied)
 
     def _reply(self, outcome: Outcome, reading: NodeReading | None) -> None:
@@ -519,7 +521,7 @@ class Shell:
             late = types_pb2.Item(error_code=outcome.error_code, message=outcome.message)
             items = [late if item.error_code else item for item in items]
         elif outcome.error_code == "function_died":  # the machine knows what follows from it
-            items = [_with_message(item, outcome) for item in items]
+            items = [with_message(item, outcome) for item in items]
         result = types_pb2.InvocationResult(
             request_id=outcome.request_id,
             items=items,
@@ -557,42 +559,3 @@ class Shell:
         now_s = monotonic_s()
         outcome = self.decider.reported(outcome, now_s)
         self.reports.append((outcome, self._ended.log, self._ended.caller, now_s))
-
-
-def _told(result: ItemResult, function: str) -> str:
-    """Return the message of an item that failed; where no traceback names the function, it does."""
-    if result.kind is ItemKind.NOT_RUN:
-        return f"not run: {result.message or 'its worker ended in an earlier item'}"
-    return f"{function}: {result.message}" if result.kind in NAMELESS else result.message
-
-
-def _item(result: ItemResult, function: str, channel: Handover | None = None) -> types_pb2.Item:
-    if result.kind is ItemKind.OK:
-        if not result.attachments:
-            return types_pb2.Item(value=result.value)
-        return _large_item(result, channel)
-    return types_pb2.Item(
-        error_code=CODE_BY_KIND[result.kind],
-        message=_told(result, function),
-        remote_type=result.error_type,
-        remote_traceback=result.remote_traceback,
-    )
-
-
-def _with_message(item: types_pb2.Item, outcome: Outcome) -> types_pb2.Item:
-    if item.error_code == outcome.error_code and outcome.message:
-        item.message = outcome.message
-    return item
-
-
-def _large_item(result: ItemResult, channel: Handover | None) -> types_pb2.Item:
-    """Hand the arrays of a result over, or put them back into it."""
-    if channel is not None and channel.is_open:
-        numbers = [channel.send(file) for file in result.attachments]
-        if None not in numbers:
-            return types_pb2.Item(value=result.value, attachments=filter(None, numbers))
-    try:
-        views = [file.view() for file in result.attachments]
-        return types_pb2.Item(value=payload.inline(result.value, views))
-    except ValueError as error:  # only a worker that was tampered with says such things
-        return types_pb2.Item(error_code="result_rejected", message=f"the result is none: {error}")

@@ -5,22 +5,25 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 import structlog
 
 from agent.billing import Billing
 from agent.catalogue import FunctionIndex
+from agent.objects import Cached
 from agent.policies import PolicySlots
 from agent.probe import Probe
 from agent.runtime.environments import EnvironmentReading
 from agent.shell import ReportedCall, Shell
 from tierwise.clock import monotonic_s, wall_s
-from tierwise.domain.event import CatalogueReceived, DrainAsked, PricesReceived
+from tierwise.domain.cache import HeldRounds
+from tierwise.domain.event import CatalogueReceived, DrainAsked, PricesReceived, ViewReceived
 from tierwise.domain.function import Catalogue, FunctionSpec
-from tierwise.errors import NotFound, TierwiseError
+from tierwise.errors import FailedPrecondition, NotFound, TierwiseError
 from tierwise.v1 import (
+    cache_pb2,
     function_pb2,
     function_pb2_grpc,
     node_pb2,
@@ -31,6 +34,7 @@ from tierwise.v1 import (
 )
 from tierwise.wire import convert
 from tierwise.wire.channel import diagnose, secure_channel
+from tierwise.wire.convert_cache import held_to_pb
 from tierwise.wire.errors import error_from_rpc, item_from_error
 from tierwise.wire.identity import Credentials, scheduler_dns_name
 
@@ -47,6 +51,22 @@ UNSTORED_BEATS_MAX = 32
 OUTBOX_MAX = 10_000
 
 
+class CacheSide(Protocol):
+    """The cache as the session sees it."""
+
+    def held(self) -> tuple[HeldRounds, ...]:
+        """Return what it holds."""
+        ...
+
+    def received(self, view: ViewReceived) -> None:
+        """Take over what other nodes hold."""
+        ...
+
+    async def open_round(self, manifest: cache_pb2.RoundManifest) -> None:
+        """Open a round that the scheduler asks for."""
+        ...
+
+
 @dataclass(slots=True)
 class _Outbox:
     """What goes up: results of durable work until acknowledged, and the next heartbeat."""
@@ -55,6 +75,7 @@ class _Outbox:
         default_factory=OrderedDict
     )
     unsent: list[types_pb2.InvocationResult] = field(default_factory=list)
+    answers: list[node_pb2.SessionRequest] = field(default_factory=list)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
 
     def put(self, result: types_pb2.InvocationResult) -> None:
@@ -80,6 +101,7 @@ class Uplink:
         probe: Probe,
         group: asyncio.TaskGroup,
         on_catalogue: Callable[[Catalogue], None] = lambda catalogue: None,
+        cache: CacheSide | None = None,
     ) -> None:
         self.revoked: frozenset[str] = frozenset()
         self.is_connected = False
@@ -96,6 +118,9 @@ class Uplink:
         self._probe = probe
         self._group = group
         self._on_catalogue = on_catalogue
+        self._cache = cache
+        self._told_held: tuple[HeldRounds, ...] | None = None
+        self._next_beat_s = 0.0
         self._told_environments: list[EnvironmentReading] = []
         self._assigning = asyncio.Lock()  # the newest assignment must win
         self._outbox = _Outbox()
@@ -129,6 +154,11 @@ class Uplink:
             backoff_s = min(BACKOFF_MAX_S, backoff_s * 2)
             if monotonic_s() - started_s > 60.0:
                 backoff_s = BACKOFF_FIRST_S
+
+    def beat_soon(self) -> None:
+        """Send a heartbeat now: the cache holds a new round, and others look for it."""
+        self._next_beat_s = 0.0
+        self._outbox.wake.set()
 
     async def leave(self) -> None:
         """Send what is left to report and say goodbye, so that work goes elsewhere at once."""
@@ -180,6 +210,7 @@ class Uplink:
     async def _session(self) -> None:
         call = node_pb2_grpc.NodeServiceStub(self._channel).Session()
         self._told_environments = []
+        self._told_held = None
         try:
             await call.write(node_pb2.SessionRequest(hello=self._hello()))
             self._report_again()
@@ -212,22 +243,24 @@ class Uplink:
 
     async def _write(self, call: Any) -> None:
         """Send results at once and a heartbeat every interval; when the agent stops, goodbye."""
-        next_beat_s = monotonic_s()
+        self._next_beat_s = 0.0
         while True:
             unsent, self._outbox.unsent = self._outbox.unsent, []
             for result in unsent:
                 await call.write(node_pb2.SessionRequest(work_result=result))
+            while self._outbox.answers:
+                await call.write(self._outbox.answers.pop(0))
             if self._is_leaving and not self._shell.reports:
                 await call.write(node_pb2.SessionRequest(goodbye=node_pb2.Goodbye()))
                 return
             now_s = monotonic_s()
-            if now_s >= next_beat_s or self._is_leaving:
-                next_beat_s = now_s + self._interval_s
+            if now_s >= self._next_beat_s or self._is_leaving:
+                self._next_beat_s = now_s + self._interval_s
                 await call.write(node_pb2.SessionRequest(heartbeat=self._heartbeat()))
             self._outbox.wake.clear()
-            if not self._outbox.unsent and not self._is_leaving:
+            if not (self._outbox.unsent or self._outbox.answers or self._is_leaving):
                 try:
-                    async with asyncio.timeout(max(0.0, next_beat_s - monotonic_s())):
+                    async with asyncio.timeout(max(0.0, self._next_beat_s - monotonic_s())):
                         await self._outbox.wake.wait()
                 except TimeoutError:
                     pass
@@ -259,7 +292,10 @@ class Uplink:
             self._report_sequence += 1
             self._unstored[self._report_sequence] = sent
         dropped_count, shell.dropped_report_count = shell.dropped_report_count, 0
+        held = self._held()
         return node_pb2.Heartbeat(
+            held=map(held_to_pb, held or ()),
+            is_held_known=held is not None,
             reading=convert.reading_to_pb(shell.machine.reading(monotonic_s())),
             host=self._probe.read(instance_count=len(shell.machine.pool)),
             calls=calls,
@@ -270,6 +306,14 @@ class Uplink:
             idle_gb_s=shell.machine.pool.take_idle_gb_s(monotonic_s()),
             report_sequence=self._report_sequence,
         )
+
+    def _held(self) -> tuple[HeldRounds, ...] | None:
+        """Return what the cache holds, or None if the scheduler has been told."""
+        now = self._cache.held() if self._cache is not None else ()
+        if now == self._told_held:
+            return None
+        self._told_held = now
+        return now
 
     def _environments(self) -> list[node_pb2.EnvironmentReading]:
         """Return how far the environments are, if the scheduler has not been told."""
@@ -302,7 +346,10 @@ class Uplink:
                 self._shell.feed(CatalogueReceived(catalogue=catalogue))
                 self._on_catalogue(catalogue)
             case "view":
-                self._shell.feed(convert.view_from_pb(message.view))
+                view = convert.view_from_pb(message.view)
+                self._shell.feed(view)
+                if self._cache is not None:
+                    self._cache.received(view)
             case "dispatch":
                 self._group.create_task(self._dispatched(message.dispatch))
             case "cancel":
@@ -322,6 +369,8 @@ class Uplink:
                 if message.drain.is_on is not self._shell.machine.is_draining:
                     log.info("node.drained", is_on=message.drain.is_on)
                 self._shell.feed(DrainAsked(is_on=message.drain.is_on))
+            case "open_round":
+                self._group.create_task(self._open_round(message.open_round))
             case "policy":
                 self._group.create_task(self._assigned(message.policy, monotonic_s(), wall_s()))
             case None:
@@ -337,6 +386,7 @@ class Uplink:
                 raise NotFound(f"there is no function {invocation.function!r} any more")
             here = self._shell.machine.node.node_id
             request = convert.request_from_invocation(invocation, spec, origin=here)
+            cached = Cached.of(invocation)
         except TierwiseError as error:
             self._outbox.put(
                 types_pb2.InvocationResult(
@@ -356,7 +406,22 @@ class Uplink:
                 )
             )
             return
-        self._shell.invoke(request, invocation.arguments, self._outbox.put, caller="scheduler")
+        self._shell.invoke(
+            request, invocation.arguments, self._outbox.put, caller="scheduler", cached=cached
+        )
+
+    async def _open_round(self, manifest: cache_pb2.RoundManifest) -> None:
+        answer = node_pb2.RoundOpened(
+            namespace=manifest.namespace, job=manifest.job, round=manifest.round
+        )
+        try:
+            if self._cache is None:
+                raise FailedPrecondition("this node has no cache")
+            await self._cache.open_round(manifest)
+        except TierwiseError as error:
+            answer.error_code, answer.message = error.code, error.message
+        self._outbox.answers.append(node_pb2.SessionRequest(round_opened=answer))
+        self._outbox.wake.set()
 
     async def _assigned(
         self, assignment: node_pb2.PolicyAssignment, came_at_s: float, came_unix_s: float

@@ -2,13 +2,16 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import structlog
 
 from scheduler.dispatch import Dispatcher
+from scheduler.holdings import Holdings
 from scheduler.outbox import Outbox
 from tierwise.clock import monotonic_s
+from tierwise.domain.cache import RoundManifest
 from tierwise.domain.event import (
     HeartbeatReceived,
     PeerSeen,
@@ -22,6 +25,7 @@ from tierwise.domain.topology import NodeState
 from tierwise.errors import DeadlineExceeded, InvalidArgument, PermissionDenied, TierwiseError
 from tierwise.v1 import function_pb2, node_pb2, node_pb2_grpc, types_pb2
 from tierwise.wire import convert
+from tierwise.wire.convert_cache import held_from_pb, manifest_to_pb
 from tierwise.wire.identity import Role, peer_identity
 
 log = structlog.get_logger()
@@ -86,6 +90,8 @@ class Sessions(node_pb2_grpc.NodeServiceServicer):
         self._billing = billing
         self._on_result = on_result
         self._sessions: dict[NodeId, NodeSession] = {}
+        self.holdings = Holdings()
+        self.on_round_opened: Callable[[NodeId, node_pb2.RoundOpened], None] = lambda node, _: None
         self._is_changed = asyncio.Event()
         # What agents were told last, to tell them only what is new.
         self._told_peers: dict[NodeId, tuple[NodeState, int]] = {}
@@ -129,6 +135,15 @@ class Sessions(node_pb2_grpc.NodeServiceServicer):
         """Tell a node to drain, or to take work again."""
         self._send(node_id, node_pb2.SessionResponse(drain=node_pb2.Drain(is_on=is_on)))
 
+    def open_round(self, node_id: NodeId, manifest: RoundManifest) -> bool:
+        """Have a node's cache open a round; return whether the node is connected.
+
+        `on_round_opened` hears what became of it. Idempotent: send it again after a lost session.
+        """
+        pb = manifest_to_pb(manifest)
+        self._send(node_id, node_pb2.SessionResponse(open_round=pb))
+        return node_id in self._sessions
+
     def acknowledge(self, node_id: NodeId, request_id: str, lease: int) -> None:
         """Tell a node that a result is on disk here, or counts no more."""
         ack = node_pb2.WorkAck(request_id=request_id, lease=lease)
@@ -166,6 +181,7 @@ class Sessions(node_pb2_grpc.NodeServiceServicer):
         session = self._sessions.pop(node_id, None)
         if session is not None:
             session.outbox.close()
+        self.holdings.remove(node_id)
         self.revocations_changed()
         self.changed()
 
@@ -261,12 +277,16 @@ class Sessions(node_pb2_grpc.NodeServiceServicer):
                 session.policies = beat.policies[:POLICIES_MAX]
                 if told := beat.environments[:ENVIRONMENTS_MAX]:  # all of them, or no news
                     session.environments = {r.requirements_digest: r for r in told}
+                if beat.is_held_known:
+                    self.holdings.told(session.node_id, held_from_pb(beat.held))
                 reading = convert.reading_from_pb(beat.reading)
                 self._dispatcher.feed(HeartbeatReceived(node_id=session.node_id, reading=reading))
                 self.changed()
                 self._on_beat(session.node_id, beat)
             case "work_result":
                 self._on_result(session.node_id, message.work_result)
+            case "round_opened":
+                self.on_round_opened(session.node_id, message.round_opened)
             case "goodbye":
                 session.has_left = True
                 session.outbox.close()
@@ -283,7 +303,7 @@ class Sessions(node_pb2_grpc.NodeServiceServicer):
         outbox.put_policy(self._assignment())
         outbox.put_billing(self._billing())
         view = ViewReceived(
-            peers=plane.peers(monotonic_s()),
+            peers=tuple(map(self._with_held, plane.peers(monotonic_s()))),
             links=plane.table.links,
             profiles=dict(plane.table.profiles),
             is_full=True,
@@ -295,17 +315,23 @@ class Sessions(node_pb2_grpc.NodeServiceServicer):
             heartbeat_interval_s=self._interval_s, revoked_identities=self._revoked()
         )
 
+    def _with_held(self, peer: PeerSeen) -> PeerSeen:
+        return replace(peer, held=self.holdings.of(peer.node.node_id))
+
     def _broadcast_view(self) -> None:
         plane = self._dispatcher.plane
         peers = plane.peers(monotonic_s())
+        news = self.holdings.take_news()
         now = {peer.node.node_id: _version(peer) for peer in peers}
         is_full = not now.keys() >= self._told_peers.keys()
         profiles = plane.table.profiles
         view = ViewReceived(
             peers=tuple(
-                peer
+                self._with_held(peer) if is_full or peer.node.node_id in news else peer
                 for peer in peers
-                if is_full or self._told_peers.get(peer.node.node_id) != _version(peer)
+                if is_full
+                or peer.node.node_id in news
+                or self._told_peers.get(peer.node.node_id) != _version(peer)
             ),
             profiles={
                 key: profile

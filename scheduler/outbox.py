@@ -112,7 +112,15 @@ class _PendingView:
 
     def _add(self, view: node_pb2.View) -> None:
         assert self._merged is not None
-        self._peers.update((peer.node.node_id, peer) for peer in view.peers)
+        for peer in view.peers:
+            before = self._peers.get(peer.node.node_id)
+            if before is not None and before.is_held_known and not peer.is_held_known:
+                newer = node_pb2.PeerView()
+                newer.CopyFrom(peer)  # it is shared between sessions
+                newer.held.extend(before.held)
+                newer.is_held_known = True
+                peer = newer
+            self._peers[peer.node.node_id] = peer
         self._merged.is_full = self._merged.is_full or view.is_full
         if view.HasField("links"):
             self._merged.links.CopyFrom(view.links)

@@ -20,6 +20,7 @@ from tierwise.domain.function import FunctionSpec
 from tierwise.domain.ids import RequestId
 from tierwise.errors import InvalidArgument, Overloaded
 from tierwise.v1 import types_pb2, work_pb2, work_pb2_grpc
+from tierwise.wire.convert_cache import check_objects
 from tierwise.wire.identity import peer_identity
 
 WAIT_S_MAX = 60.0
@@ -171,17 +172,21 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
                 f"arguments: 1 to {ITEMS_MAX} sets of them, not {len(asked.arguments)}"
             )
         spec = self._functions.find(asked.function)
-        payload = types_pb2.Invocation(arguments=asked.arguments).SerializeToString()
+        check_objects(asked, caller)
+        payload = types_pb2.Invocation(arguments=asked.arguments, inputs=asked.inputs)
+        if asked.HasField("output"):
+            payload.output.CopyFrom(asked.output)
+        blob = payload.SerializeToString()
         request_bytes = sum(map(len, asked.arguments))
         item_count = len(asked.arguments)
-        for field in ("arguments", "hops", "lease", "origin"):
+        for field in ("arguments", "hops", "lease", "origin", "inputs", "output"):
             asked.ClearField(field)
         asked.function = spec.function_id
         columns = {
             "request_id": asked.request_id,
             "submitted_by": caller,
             "idempotency_key": key,
-            "content_digest": hashlib.sha256(spec.function_id.encode() + payload).hexdigest(),
+            "content_digest": hashlib.sha256(spec.function_id.encode() + blob).hexdigest(),
             "function_id": spec.function_id,
             "header": asked.SerializeToString(),
             "item_count": item_count,
@@ -194,7 +199,7 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
             "submitted_unix_s": wall_s(),
             "ended_unix_s": 0.0,
         }
-        return _Prepared(columns, payload, submission(_Columns(columns), self._functions))
+        return _Prepared(columns, blob, submission(_Columns(columns), self._functions))
 
     async def _check_budgets(
         self, specs: Sequence[FunctionSpec], rows: list[dict[str, Any]]

@@ -214,8 +214,12 @@ class WorkWindow:
                 cancelled = _outcome_of(request, OutcomeState.CANCELLED, "cancelled", "cancelled")
                 self._dispatcher.feed(WorkFinished(node_id=node_id, outcome=cancelled))
             return  # its node was lost, or it was cancelled, while the lease was being written
-        arguments = types_pb2.Invocation.FromString(blob).arguments
-        self._sessions.dispatch(node_id, convert.invocation_from_request(request, arguments))
+        stored = types_pb2.Invocation.FromString(blob)
+        invocation = convert.invocation_from_request(request, stored.arguments)
+        invocation.inputs.extend(stored.inputs)
+        if stored.HasField("output"):
+            invocation.output.CopyFrom(stored.output)
+        self._sessions.dispatch(node_id, invocation)
 
     def record(self, outcome: Outcome, *, is_dead: bool) -> None:
         """Store how the work ended, if its lease is still the newest."""

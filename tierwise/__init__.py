@@ -30,9 +30,11 @@ if TYPE_CHECKING:
         Unplaceable,
     )
     from tierwise.sdk.app import App, Function
+    from tierwise.sdk.cached import CachedArray
     from tierwise.sdk.client import Client, connect, handle
     from tierwise.sdk.handle import Handle
     from tierwise.sdk.local import LocalCluster
+    from tierwise.sdk.rounds import Rounds
     from tierwise.sdk.shared import SharedArray, share
 
     __version__: str
@@ -41,7 +43,9 @@ _ROOMS = {
     "tierwise.sdk.app": ("App", "Function"),
     "tierwise.sdk.client": ("Client", "connect", "handle"),
     "tierwise.sdk.handle": ("Handle",),
+    "tierwise.sdk.cached": ("CachedArray",),
     "tierwise.sdk.local": ("LocalCluster",),
+    "tierwise.sdk.rounds": ("Rounds",),
     "tierwise.sdk.shared": ("SharedArray", "share"),
     "tierwise.errors": (
         "AlreadyExists",
@@ -74,6 +78,7 @@ _ROOM_BY_NAME = {name: room for room, names in _ROOMS.items() for name in names}
 __all__ = [
     "AlreadyExists",
     "App",
+    "CachedArray",
     "CallerError",
     "Cancelled",
     "Client",
@@ -95,6 +100,7 @@ __all__ = [
     "PermissionDenied",
     "ResultRejected",
     "RetryLater",
+    "Rounds",
     "SharedArray",
     "StartFailed",
     "TierwiseError",

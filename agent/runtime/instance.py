@@ -51,6 +51,7 @@ class ItemKind(IntEnum):
     WORKER_DIED = 8
     CANCELLED = 9
     NOT_RUN = 10
+    NO_OBJECT = 11  # of the cache, which the call reads or its result goes into
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ class ItemResult:
     message: str = ""
     remote_traceback: str = ""
     attachments: tuple[Memfd, ...] = ()  # the detached arrays of `value`
+    error_code: str = ""  # where `kind` does not tell it
 
     @property
     def size_bytes(self) -> int:
@@ -138,6 +140,7 @@ class Worker:
         self._numbered: asyncio.Future[None] = self._loop.create_future()
         self._baseline_mib = 0.0
         self._used_mib = 0.0  # as last seen, of the running batch
+        self._beside_mib = 0.0  # size of the files beside the running batch
         self._limit_mib = memory_mib  # of the running batch, within what the process started with
         self._refs_fd = -1
         self._cpu_s = 0.0  # since the fork: at the end of the last batch
@@ -227,6 +230,7 @@ class Worker:
         """
         assert self._on_done is None, "an instance runs one batch at a time"
         self._limit_mib = min(memory_mib or self._memory_mib, self._memory_mib)
+        self._beside_mib = sum(file.nbytes for file in attachments) / 2**20
         self._reset_peak()
         self._on_done = on_done
         self._results = [None] * len(arguments)
@@ -295,7 +299,8 @@ class Worker:
             self._see_cpu()
             used_mib = self.memory_mib() - self._baseline_mib
             self._used_mib = max(self._used_mib, used_mib)
-            if used_mib > self._limit_mib:
+            # What is handed over lies in memory that is not the function's.
+            if used_mib > self._limit_mib + self._beside_mib:
                 self.kill(
                     ItemKind.OUT_OF_MEMORY,
                     f"the function used {used_mib:.0f} MiB; its limit is {self._limit_mib} MiB: "

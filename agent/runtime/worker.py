@@ -246,7 +246,7 @@ def _serve(
     count, less_mib = _ITEM.unpack_from(body)
     offset = _ITEM.size
     _limit(less_mib)
-    files = iter([memfd.Memfd(fd) for fd in fds])
+    files = iter([memfd.Memfd(fd, is_live=True) for fd in fds])  # the agent's
     items: list[tuple[int, int, bytes | None, str, str, str, int]] = []
     unsent: list[Any] = []  # files of the items that are not sent yet
     unsent_bytes = 0

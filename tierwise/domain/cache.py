@@ -57,6 +57,7 @@ class RoundManifest:
         base: What deltas are taken from; without it statistics are of the vectors themselves.
         replica_nodes: Nodes that get a copy of every object.
         owner: Identity (URI) that opened it.
+        home: Node that opened it, whose copies the others have.
     """
 
     namespace: str
@@ -68,6 +69,25 @@ class RoundManifest:
     base: ObjectKey | None = None
     replica_nodes: tuple[str, ...] = ()
     owner: str = ""
+    home: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldRounds:
+    """The rounds of one job that a node holds, as heartbeats tell.
+
+    Attributes:
+        rounds: Ascending, at most the newest 64.
+        owner: Identity (URI) that opened them.
+        is_copy: All are copies of what another node took.
+    """
+
+    namespace: str
+    job: str
+    rounds: tuple[int, ...]
+    size_bytes: int = 0
+    owner: str = ""
+    is_copy: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,16 +126,6 @@ class IncomingHead:
     metadata: Mapping[str, object] | None = None
     durability: Durability = Durability.DISK
     is_replica: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeldRounds:
-    """The rounds of one job that a node holds: `rounds` ascending, the newest 64."""
-
-    namespace: str
-    job: str
-    rounds: tuple[int, ...]
-    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

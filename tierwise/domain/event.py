@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from tierwise.domain.cache import HeldRounds
 from tierwise.domain.decision import Decision
 from tierwise.domain.function import Catalogue, FunctionProfile
 from tierwise.domain.ids import FunctionId, InstanceId, NodeId, PolicyId, RequestId
@@ -113,12 +114,16 @@ class CatalogueReceived:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerSeen:
-    """The scheduler's latest word of one node; `age_s` is how old the reading was when sent."""
+    """The scheduler's latest word of one node; `age_s` is how old the reading was when sent.
+
+    `held` is all that its cache holds, None if there is no news of that.
+    """
 
     node: Node
     state: NodeState
     reading: NodeReading
     age_s: float
+    held: tuple[HeldRounds, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,8 @@ from tierwise.errors import (
     Unavailable,
 )
 from tierwise.files import write_atomically
+from tierwise.sdk.cached import CachedArray, CachedResult
+from tierwise.sdk.caches import Caches
 from tierwise.v1 import (
     advisor_pb2_grpc,
     budget_pb2_grpc,
@@ -71,6 +73,7 @@ class Options:
     data_nodes: tuple[str, ...] = ()
     data_bytes: int = 0
     idempotency_key: str = ""
+    output: CachedResult | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +110,8 @@ class Connection:
     def __init__(self, folder: Path, config: ClientConfig, credentials: Credentials) -> None:
         self._folder = folder
         self._config = config
-        self._credentials = credentials
+        self.credentials = self._credentials = credentials
+        self.caches = Caches(self)
         self._scheduler = secure_channel(config.scheduler, credentials, scheduler_dns_name())
         self.functions = function_pb2_grpc.FunctionServiceStub(self._scheduler)
         self.work = work_pb2_grpc.WorkServiceStub(self._scheduler)
@@ -125,6 +129,11 @@ class Connection:
         self._sweep: asyncio.TimerHandle | None = None
 
     @property
+    def entry_name(self) -> str:
+        """Return the node that takes the calls, or should; empty: the nearest."""
+        return self._entry.agent.node_id if self._entry is not None else self._config.entry
+
+    @property
     def entry(self) -> Agent | None:
         """Return the agent that takes the calls, if there is a stream to one."""
         return self._entry.agent if self._entry is not None else None
@@ -136,6 +145,7 @@ class Connection:
             self._sweep.cancel()
         if entry is not None:
             await entry.close()
+        await self.caches.close()
         await self._scheduler.close()
         # gRPC shares one queue among all loops of the process, and stumbles over events of a
         # loop that is closed: let it deliver what it still has for this one.
@@ -227,6 +237,8 @@ class Connection:
             Unavailable: No agent could be reached; the message names those that were tried.
         """
         invocation = invocation_of(function, arguments, options, detached)
+        if invocation.inputs:
+            detached = ()  # they are in caches, and stay there
         limit_s = (options.timeout_s or timeout_s or DEFAULT_TIMEOUT_S) + CALL_MARGIN_S
         ends_s = monotonic_s() + limit_s
         entry = self._entry
@@ -434,7 +446,10 @@ def invocation_of(
     Raises:
         PayloadTooLarge: It would not fit into one message.
     """
-    size_bytes = sum(map(len, arguments)) + sum(array.nbytes for array in detached)
+    cached = [each for each in detached if isinstance(each, CachedArray)]
+    size_bytes = sum(map(len, arguments))
+    if not cached:
+        size_bytes += sum(array.nbytes for array in detached)
     if size_bytes > ARGUMENTS_BYTES_MAX:
         raise PayloadTooLarge(
             f"the arguments of {function} have {size_bytes} bytes, the limit of one call is "
@@ -449,6 +464,8 @@ def invocation_of(
         node_id=options.node,
         data_nodes=options.data_nodes,
         data_bytes=options.data_bytes,
+        inputs=[each.to_pb() for each in cached],
+        output=None if options.output is None else options.output.to_pb(),
     )
     if options.priority is not None:
         invocation.priority = types_pb2.Priority.ValueType(options.priority)

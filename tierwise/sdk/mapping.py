@@ -168,15 +168,21 @@ def take(
 
 
 def encode(
-    args: tuple[Any, ...], kwargs: dict[str, Any], detached: list[Any] | None = None
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    detached: list[Any] | None = None,
+    *,
+    only_cached: bool = False,
 ) -> bytes:
-    """Return the arguments of one call as they travel; large arrays go to `detached`, if given.
+    """Return the arguments of one call as they travel.
+
+    Large arrays go to `detached`, if given; cached ones do, and then no others.
 
     Raises:
         InvalidArgument: They hold something that cannot.
     """
     try:
-        return payload.encode((args, kwargs), detached=detached)
+        return payload.encode((args, kwargs), detached=detached, only_refs=only_cached)
     except payload.PayloadError as error:
         raise InvalidArgument(f"the arguments cannot travel: {error}") from None
 

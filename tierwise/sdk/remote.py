@@ -10,6 +10,7 @@ from tierwise.config import parse_duration_s
 from tierwise.domain.function import FunctionSpec, Priority
 from tierwise.domain.topology import Tier, parse_tier
 from tierwise.errors import InvalidArgument, NotFound, TierwiseError, Unavailable
+from tierwise.sdk.cached import CachedResult
 from tierwise.sdk.connection import Options, invocation_of
 from tierwise.sdk.handle import Handle
 from tierwise.sdk.mapping import Mapping, Target, encode, take, value_of
@@ -130,6 +131,7 @@ class RemoteFunction:
         data_nodes: Iterable[str] = (),
         data_bytes: int = 0,
         idempotency_key: str = "",
+        output: CachedResult | None = None,
     ) -> "RemoteFunction":
         """Return the same function with other wishes for its calls.
 
@@ -144,6 +146,7 @@ class RemoteFunction:
             data_nodes: Nodes that hold the data it reads.
             data_bytes: How much that is, to weigh moving it.
             idempotency_key: Of durable work: the same key is accepted once, whoever sends it again.
+            output: The cache that its result goes into; the call returns a receipt.
 
         Raises:
             InvalidArgument: A value is not understood.
@@ -160,6 +163,7 @@ class RemoteFunction:
             data_nodes=tuple(data_nodes) or old.data_nodes,
             data_bytes=data_bytes or old.data_bytes,
             idempotency_key=idempotency_key or old.idempotency_key,
+            output=output or old.output,
         )
         return self._with(changed)
 
@@ -213,22 +217,22 @@ class RemoteFunction:
         return value_of(result.items[0], files)
 
     async def _spawn(self, *args: Any, **kwargs: Any) -> Handle:
-        return (await self._submit([encode(args, kwargs)]))[0]
+        return (await self._submit([_prepared(args, kwargs)]))[0]
 
     async def _spawn_map(self, *iterables: Iterable[Any]) -> list[Handle]:
         """Submit one piece of durable work per input, in batches that are accepted as a whole."""
-        return await self._submit([encode(args, {}) for args in zip(*iterables, strict=False)])
+        return await self._submit([_prepared(args, {}) for args in zip(*iterables, strict=False)])
 
-    async def _submit(self, blobs: list[bytes]) -> list[Handle]:
+    async def _submit(self, prepared: list[tuple[bytes, list[Any]]]) -> list[Handle]:
         name, _ = await self.resolve()
         client = self.client()
         submissions = [
-            work_pb2.Submission(invocation=invocation_of(name, [blob], self._options))
-            for blob in blobs
+            work_pb2.Submission(invocation=invocation_of(name, [blob], self._options, cached))
+            for blob, cached in prepared
         ]
         if key := self._options.idempotency_key:
             for index, submission in enumerate(submissions):
-                submission.idempotency_key = key if len(blobs) == 1 else f"{key}/{index}"
+                submission.idempotency_key = key if len(prepared) == 1 else f"{key}/{index}"
         handles = []
         for batch in _batches(submissions):
             response = await _submitted(client, work_pb2.SubmitRequest(submissions=batch))
@@ -264,6 +268,12 @@ def parse_tiers(value: str | Iterable[str]) -> frozenset[Tier]:
     if not tiers:
         raise InvalidArgument("tier: name at least one of edge, fog, cloud")
     return tiers
+
+
+def _prepared(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bytes, list[Any]]:
+    """Return the arguments of durable work, and the cached arrays that they lack."""
+    cached: list[Any] = []
+    return encode(args, kwargs, cached, only_cached=True), cached
 
 
 def _checked(results: list[Any], return_exceptions: bool) -> Iterator[Any]:

@@ -125,6 +125,7 @@ class RoundManifest(_message.Message):
     BASE_FIELD_NUMBER: _builtins.int
     REPLICA_NODES_FIELD_NUMBER: _builtins.int
     OWNER_FIELD_NUMBER: _builtins.int
+    HOME_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     job: _builtins.str
     round: _builtins.int
@@ -134,6 +135,8 @@ class RoundManifest(_message.Message):
     """Updates with a larger Euclidean distance from `base` are quarantined; 0: no bound."""
     owner: _builtins.str
     """Identity (URI) that opened the round; set by the server."""
+    home: _builtins.str
+    """Node that opened it, whose copies the others have; set by the server."""
     @_builtins.property
     def clients(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoundClient]: ...
     @_builtins.property
@@ -158,10 +161,11 @@ class RoundManifest(_message.Message):
         base: Global___ObjectKey | None = ...,
         replica_nodes: _abc.Iterable[_builtins.str] | None = ...,
         owner: _builtins.str = ...,
+        home: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "clients", b"clients", "distance_max", b"distance_max", "job", b"job", "namespace", b"namespace", "owner", b"owner", "parameter_count", b"parameter_count", "replica_nodes", b"replica_nodes", "round", b"round"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "clients", b"clients", "distance_max", b"distance_max", "home", b"home", "job", b"job", "namespace", b"namespace", "owner", b"owner", "parameter_count", b"parameter_count", "replica_nodes", b"replica_nodes", "round", b"round"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -263,6 +267,9 @@ class ObjectHead(_message.Message):
     DURABILITY_FIELD_NUMBER: _builtins.int
     ENCODING_FIELD_NUMBER: _builtins.int
     IS_REPLICA_FIELD_NUMBER: _builtins.int
+    WRITER_FIELD_NUMBER: _builtins.int
+    RELATIVE_TO_FIELD_NUMBER: _builtins.int
+    ROW_COUNT_FIELD_NUMBER: _builtins.int
     size_bytes: _builtins.int
     digest: _builtins.str
     """BLAKE2b-256 of the bytes as they are held (uncompressed), hex; empty: not checked."""
@@ -274,8 +281,16 @@ class ObjectHead(_message.Message):
     """How the bytes travel: empty (as they are), fp16 or int8 (see tierwise/wire/compression.py)."""
     is_replica: _builtins.bool
     """A copy from the node that took it: it is taken as it is, and not copied on."""
+    writer: _builtins.str
+    """For whom a node puts it (URI); ignored from others, who put for themselves."""
+    row_count: _builtins.int
+    """Of a matrix, in answers."""
     @_builtins.property
     def key(self) -> Global___ObjectKey: ...
+    @_builtins.property
+    def relative_to(self) -> Global___ObjectKey:
+        """What travels is the difference from this vector, which the taker holds or fetches."""
+
     def __init__(
         self,
         *,
@@ -286,10 +301,13 @@ class ObjectHead(_message.Message):
         durability: Global___Durability.ValueType = ...,
         encoding: _builtins.str = ...,
         is_replica: _builtins.bool = ...,
+        writer: _builtins.str = ...,
+        relative_to: Global___ObjectKey | None = ...,
+        row_count: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "relative_to", b"relative_to"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "durability", b"durability", "encoding", b"encoding", "is_replica", b"is_replica", "key", b"key", "metadata", b"metadata", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "durability", b"durability", "encoding", b"encoding", "is_replica", b"is_replica", "key", b"key", "metadata", b"metadata", "relative_to", b"relative_to", "row_count", b"row_count", "size_bytes", b"size_bytes", "writer", b"writer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -364,8 +382,14 @@ class GetRequest(_message.Message):
 
     KEY_FIELD_NUMBER: _builtins.int
     IS_FORWARDED_FIELD_NUMBER: _builtins.int
+    CALLER_FIELD_NUMBER: _builtins.int
+    IS_HEAD_ONLY_FIELD_NUMBER: _builtins.int
     is_forwarded: _builtins.bool
     """Set by agents that ask for somebody: do not ask on."""
+    caller: _builtins.str
+    """For whom a node asks (URI); ignored from others."""
+    is_head_only: _builtins.bool
+    """Answer with the head and nothing else."""
     @_builtins.property
     def key(self) -> Global___ObjectKey: ...
     def __init__(
@@ -373,10 +397,12 @@ class GetRequest(_message.Message):
         *,
         key: Global___ObjectKey | None = ...,
         is_forwarded: _builtins.bool = ...,
+        caller: _builtins.str = ...,
+        is_head_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_forwarded", b"is_forwarded", "key", b"key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "is_forwarded", b"is_forwarded", "is_head_only", b"is_head_only", "key", b"key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -414,21 +440,25 @@ class ListObjectsRequest(_message.Message):
     NAMESPACE_FIELD_NUMBER: _builtins.int
     JOB_FIELD_NUMBER: _builtins.int
     IS_EVERYWHERE_FIELD_NUMBER: _builtins.int
+    CALLER_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     job: _builtins.str
     """Empty: all jobs."""
     is_everywhere: _builtins.bool
     """Ask the other nodes too."""
+    caller: _builtins.str
+    """As in GetRequest."""
     def __init__(
         self,
         *,
         namespace: _builtins.str = ...,
         job: _builtins.str = ...,
         is_everywhere: _builtins.bool = ...,
+        caller: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_everywhere", b"is_everywhere", "job", b"job", "namespace", b"namespace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "is_everywhere", b"is_everywhere", "job", b"job", "namespace", b"namespace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -484,12 +514,33 @@ class CacheReading(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class MovedBytesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_MAX_FIELD_NUMBER: _builtins.int
     DISK_BYTES_FIELD_NUMBER: _builtins.int
     HIT_COUNT_FIELD_NUMBER: _builtins.int
     MISS_COUNT_FIELD_NUMBER: _builtins.int
     POLICIES_FIELD_NUMBER: _builtins.int
+    MOVED_BYTES_FIELD_NUMBER: _builtins.int
     memory_bytes: _builtins.int
     memory_bytes_max: _builtins.int
     disk_bytes: _builtins.int
@@ -498,6 +549,10 @@ class CacheReading(_message.Message):
     @_builtins.property
     def policies(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Policy per job, namespace/job."""
+
+    @_builtins.property
+    def moved_bytes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """What moved between caches since the agent started, by link class, such as edge-cloud."""
 
     def __init__(
         self,
@@ -508,10 +563,11 @@ class CacheReading(_message.Message):
         hit_count: _builtins.int = ...,
         miss_count: _builtins.int = ...,
         policies: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        moved_bytes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["disk_bytes", b"disk_bytes", "hit_count", b"hit_count", "memory_bytes", b"memory_bytes", "memory_bytes_max", b"memory_bytes_max", "miss_count", b"miss_count", "policies", b"policies"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["disk_bytes", b"disk_bytes", "hit_count", b"hit_count", "memory_bytes", b"memory_bytes", "memory_bytes_max", b"memory_bytes_max", "miss_count", b"miss_count", "moved_bytes", b"moved_bytes", "policies", b"policies"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -527,6 +583,7 @@ class AskStatisticsRequest(_message.Message):
     QUESTION_FIELD_NUMBER: _builtins.int
     ARGUMENTS_FIELD_NUMBER: _builtins.int
     IS_FORWARDED_FIELD_NUMBER: _builtins.int
+    CALLER_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     job: _builtins.str
     round: _builtins.int
@@ -535,6 +592,8 @@ class AskStatisticsRequest(_message.Message):
     arguments: _builtins.bytes
     """Payload-encoded dict."""
     is_forwarded: _builtins.bool
+    caller: _builtins.str
+    """As in GetRequest."""
     def __init__(
         self,
         *,
@@ -544,10 +603,11 @@ class AskStatisticsRequest(_message.Message):
         question: _builtins.str = ...,
         arguments: _builtins.bytes = ...,
         is_forwarded: _builtins.bool = ...,
+        caller: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "is_forwarded", b"is_forwarded", "job", b"job", "namespace", b"namespace", "question", b"question", "round", b"round"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "caller", b"caller", "is_forwarded", b"is_forwarded", "job", b"job", "namespace", b"namespace", "question", b"question", "round", b"round"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -590,19 +650,23 @@ class ForgetJobRequest(_message.Message):
     NAMESPACE_FIELD_NUMBER: _builtins.int
     JOB_FIELD_NUMBER: _builtins.int
     WITH_STORE_FIELD_NUMBER: _builtins.int
+    CALLER_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     job: _builtins.str
     with_store: _builtins.bool
+    caller: _builtins.str
+    """As in GetRequest; a node that asks is not asked on."""
     def __init__(
         self,
         *,
         namespace: _builtins.str = ...,
         job: _builtins.str = ...,
         with_store: _builtins.bool = ...,
+        caller: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "namespace", b"namespace", "with_store", b"with_store"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "job", b"job", "namespace", b"namespace", "with_store", b"with_store"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -637,9 +701,15 @@ class HeldRounds(_message.Message):
     JOB_FIELD_NUMBER: _builtins.int
     ROUNDS_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    IS_COPY_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     job: _builtins.str
     size_bytes: _builtins.int
+    owner: _builtins.str
+    """Identity (URI) that opened them."""
+    is_copy: _builtins.bool
+    """All are copies of what another node took."""
     @_builtins.property
     def rounds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ascending; at most the newest 64."""
@@ -651,10 +721,12 @@ class HeldRounds(_message.Message):
         job: _builtins.str = ...,
         rounds: _abc.Iterable[_builtins.int] | None = ...,
         size_bytes: _builtins.int = ...,
+        owner: _builtins.str = ...,
+        is_copy: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "namespace", b"namespace", "rounds", b"rounds", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_copy", b"is_copy", "job", b"job", "namespace", b"namespace", "owner", b"owner", "rounds", b"rounds", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -668,8 +740,11 @@ class ObjectRef(_message.Message):
 
     KEY_FIELD_NUMBER: _builtins.int
     NODE_ID_FIELD_NUMBER: _builtins.int
+    CALLER_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     """Where it is, if the sender knows; otherwise the index says."""
+    caller: _builtins.str
+    """Who reads it (URI); set by the node that the call reaches first, or by the scheduler."""
     @_builtins.property
     def key(self) -> Global___ObjectKey: ...
     def __init__(
@@ -677,10 +752,11 @@ class ObjectRef(_message.Message):
         *,
         key: Global___ObjectKey | None = ...,
         node_id: _builtins.str = ...,
+        caller: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "node_id", b"node_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "key", b"key", "node_id", b"node_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -698,13 +774,21 @@ class ObjectSink(_message.Message):
     NODE_ID_FIELD_NUMBER: _builtins.int
     ENCODING_FIELD_NUMBER: _builtins.int
     DURABILITY_FIELD_NUMBER: _builtins.int
+    CALLER_FIELD_NUMBER: _builtins.int
+    RELATIVE_TO_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     """The node that takes it; empty: the node that runs the call."""
     encoding: _builtins.str
     """As in ObjectHead; "auto": what is fastest over the link to node_id."""
     durability: Global___Durability.ValueType
+    caller: _builtins.str
+    """Who puts it (URI), as in ObjectRef."""
     @_builtins.property
     def key(self) -> Global___ObjectKey: ...
+    @_builtins.property
+    def relative_to(self) -> Global___ObjectKey:
+        """Send the difference from this vector, which compresses better; the taker must be able to get it."""
+
     def __init__(
         self,
         *,
@@ -712,10 +796,12 @@ class ObjectSink(_message.Message):
         node_id: _builtins.str = ...,
         encoding: _builtins.str = ...,
         durability: Global___Durability.ValueType = ...,
+        caller: _builtins.str = ...,
+        relative_to: Global___ObjectKey | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "relative_to", b"relative_to"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["durability", b"durability", "encoding", b"encoding", "key", b"key", "node_id", b"node_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "durability", b"durability", "encoding", b"encoding", "key", b"key", "node_id", b"node_id", "relative_to", b"relative_to"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

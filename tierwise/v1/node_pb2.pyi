@@ -28,6 +28,7 @@ class SessionRequest(_message.Message):
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     WORK_RESULT_FIELD_NUMBER: _builtins.int
     GOODBYE_FIELD_NUMBER: _builtins.int
+    ROUND_OPENED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -40,6 +41,10 @@ class SessionRequest(_message.Message):
     def goodbye(self) -> Global___Goodbye:
         """The last message of an agent that stops; its work goes elsewhere at once."""
 
+    @_builtins.property
+    def round_opened(self) -> Global___RoundOpened:
+        """The answer to open_round."""
+
     def __init__(
         self,
         *,
@@ -47,16 +52,51 @@ class SessionRequest(_message.Message):
         heartbeat: Global___Heartbeat | None = ...,
         work_result: _types_pb2.InvocationResult | None = ...,
         goodbye: Global___Goodbye | None = ...,
+        round_opened: Global___RoundOpened | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "work_result", b"work_result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "round_opened", b"round_opened", "work_result", b"work_result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "work_result", b"work_result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "round_opened", b"round_opened", "work_result", b"work_result"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "heartbeat", "work_result", "goodbye"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "heartbeat", "work_result", "goodbye", "round_opened"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
 Global___SessionRequest: _TypeAlias = SessionRequest  # noqa: Y015
+
+@_typing.final
+class RoundOpened(_message.Message):
+    """What became of a round that the scheduler asked for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    JOB_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    ERROR_CODE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    job: _builtins.str
+    round: _builtins.int
+    error_code: _builtins.str
+    """Code of the table in tierwise/errors.py; empty: it is open."""
+    message: _builtins.str
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        job: _builtins.str = ...,
+        round: _builtins.int = ...,
+        error_code: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error_code", b"error_code", "job", b"job", "message", b"message", "namespace", b"namespace", "round", b"round"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoundOpened: _TypeAlias = RoundOpened  # noqa: Y015
 
 @_typing.final
 class Goodbye(_message.Message):
@@ -166,10 +206,12 @@ class Heartbeat(_message.Message):
     IDLE_GB_S_FIELD_NUMBER: _builtins.int
     REPORT_SEQUENCE_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
+    IS_HELD_KNOWN_FIELD_NUMBER: _builtins.int
     dropped_call_count: _builtins.int
     policy_id: _builtins.str
     report_sequence: _builtins.int
     """Numbers the call reports of this and earlier heartbeats; acknowledged by ReportsAck."""
+    is_held_known: _builtins.bool
     @_builtins.property
     def reading(self) -> _types_pb2.NodeReading: ...
     @_builtins.property
@@ -190,7 +232,7 @@ class Heartbeat(_message.Message):
 
     @_builtins.property
     def held(self) -> _containers.RepeatedCompositeFieldContainer[_cache_pb2.HeldRounds]:
-        """Of the newest 256 jobs in the node's cache."""
+        """Of the newest 256 jobs in the node's cache: all that it holds, or no news."""
 
     def __init__(
         self,
@@ -205,10 +247,11 @@ class Heartbeat(_message.Message):
         idle_gb_s: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         report_sequence: _builtins.int = ...,
         held: _abc.Iterable[_cache_pb2.HeldRounds] | None = ...,
+        is_held_known: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "reading", b"reading"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "dropped_call_count", b"dropped_call_count", "environments", b"environments", "held", b"held", "host", b"host", "idle_gb_s", b"idle_gb_s", "policies", b"policies", "policy_id", b"policy_id", "reading", b"reading", "report_sequence", b"report_sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "dropped_call_count", b"dropped_call_count", "environments", b"environments", "held", b"held", "host", b"host", "idle_gb_s", b"idle_gb_s", "is_held_known", b"is_held_known", "policies", b"policies", "policy_id", b"policy_id", "reading", b"reading", "report_sequence", b"report_sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -424,14 +467,18 @@ class PeerView(_message.Message):
     READING_FIELD_NUMBER: _builtins.int
     AGE_S_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
+    IS_HELD_KNOWN_FIELD_NUMBER: _builtins.int
     state: _types_pb2.NodeState.ValueType
     age_s: _builtins.float
+    is_held_known: _builtins.bool
     @_builtins.property
     def node(self) -> _types_pb2.Node: ...
     @_builtins.property
     def reading(self) -> _types_pb2.NodeReading: ...
     @_builtins.property
-    def held(self) -> _containers.RepeatedCompositeFieldContainer[_cache_pb2.HeldRounds]: ...
+    def held(self) -> _containers.RepeatedCompositeFieldContainer[_cache_pb2.HeldRounds]:
+        """All that it holds, or no news."""
+
     def __init__(
         self,
         *,
@@ -440,10 +487,11 @@ class PeerView(_message.Message):
         reading: _types_pb2.NodeReading | None = ...,
         age_s: _builtins.float = ...,
         held: _abc.Iterable[_cache_pb2.HeldRounds] | None = ...,
+        is_held_known: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "reading", b"reading"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "held", b"held", "node", b"node", "reading", b"reading", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "held", b"held", "is_held_known", b"is_held_known", "node", b"node", "reading", b"reading", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,6 +12,7 @@ from tierwise.domain.view import NodeReading
 from tierwise.errors import InvalidArgument
 from tierwise.v1 import node_pb2, types_pb2
 from tierwise.wire import checks
+from tierwise.wire.convert_cache import held_from_pb, held_to_pb
 from tierwise.wire.convert_function import (
     INT32_MAX,
     INT64_MAX,
@@ -204,6 +205,8 @@ def peer_to_pb(peer: PeerSeen) -> node_pb2.PeerView:
         state=types_pb2.NodeState.ValueType(peer.state),
         reading=reading_to_pb(peer.reading),
         age_s=peer.age_s,
+        held=map(held_to_pb, peer.held or ()),
+        is_held_known=peer.held is not None,
     )
 
 
@@ -218,6 +221,7 @@ def peer_from_pb(pb: node_pb2.PeerView) -> PeerSeen:
         state=checks.member(NodeState, pb.state, "state"),
         reading=reading_from_pb(pb.reading),
         age_s=checks.number(pb.age_s, "age_s", 0, TIMES_MAX_S),
+        held=held_from_pb(pb.held) if pb.is_held_known else None,
     )
 
 

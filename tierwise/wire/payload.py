@@ -32,7 +32,12 @@ class PayloadError(ValueError):
 
 
 def encode(
-    value: object, name: str = "value", *, detached: list[Any] | None = None, detach_max: int = 16
+    value: object,
+    name: str = "value",
+    *,
+    detached: list[Any] | None = None,
+    detach_max: int = 16,
+    only_refs: bool = False,
 ) -> bytes:
     """Return `value` as one blob.
 
@@ -45,6 +50,8 @@ def encode(
         detached: If given, the first arrays of 1 MiB or more are put here instead of into the
             blob: as memoryviews, or as the objects with `__tierwise_array__` that held them.
         detach_max: At most so many.
+        only_refs: Put nothing there but objects with `__tierwise_ref__` (dtype and shape), which
+            stand for arrays that lie elsewhere. If there are any, arrays that are here stay inside.
 
     Raises:
         PayloadError: Something inside is of another type; the message names its place.
@@ -59,9 +66,17 @@ def encode(
     if not arrays:
         return _HEADER.pack(MAGIC, 0, len(head)) + head
     lengths, inside = [], []
+    refs = [array for array in arrays if hasattr(type(array), "__tierwise_ref__")]
+    if refs and (detached is None or len(refs) > detach_max):
+        may = "here" if detached is None else f"in such numbers: use at most {detach_max}"
+        raise PayloadError(f"{name} holds arrays that lie in a cache, which cannot travel {may}")
     for array in arrays:
         length = array.nbytes
-        if detached is not None and length >= DETACH_BYTES_MIN and len(detached) < detach_max:
+        if refs or only_refs:
+            is_beside = hasattr(type(array), "__tierwise_ref__")
+        else:
+            is_beside = length >= DETACH_BYTES_MIN
+        if is_beside and detached is not None and len(detached) < detach_max:
             detached.append(array)
             lengths.append(length | DETACHED)
         else:
@@ -83,6 +98,18 @@ def inline(blob: bytes, attachments: Sequence[Any]) -> bytes:
     except struct.error as error:
         raise PayloadError(f"the payload is damaged: {error}") from None
     return _assemble(bytes(head), [array.nbytes for array in arrays], arrays)
+
+
+def detached_bytes(blob: bytes) -> list[int]:
+    """Return the sizes of the arrays that travel beside a blob, in order; none if it is damaged."""
+    try:
+        magic, count, _ = _HEADER.unpack_from(blob)
+        if magic != MAGIC or count > ARRAYS_MAX:
+            return []
+        lengths = struct.unpack_from(f"<{count}Q", blob, _HEADER.size)
+    except struct.error:
+        return []
+    return [length ^ DETACHED for length in lengths if length & DETACHED]
 
 
 def view_of(array: Any) -> memoryview:
@@ -179,6 +206,11 @@ def _lower(value: Any, arrays: list[Any], where: str, depth: int) -> Any:
         lowered = _lower_array(value.__tierwise_array__, arrays, where)
         arrays[-1] = value  # its bytes lie in shared memory already
         return lowered
+    if hasattr(kind, "__tierwise_ref__"):
+        dtype, shape = value.__tierwise_ref__
+        head = [len(arrays), dtype, list(shape), False]
+        arrays.append(value)
+        return msgspec.msgpack.Ext(ARRAY, msgspec.msgpack.encode(head))
     if kind in (set, frozenset):
         return {v if type(v) in _PLAIN else _key(v, where) for v in value}
     if kind is bytearray or kind is memoryview:
