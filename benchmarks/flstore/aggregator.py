@@ -146,7 +146,7 @@ class Aggregator:
         start_s = precise_s()
         if len(names) > len(self._memory):
             raise ValueError(f"{len(names)} vectors at a time; there is room for {ROWS}")
-        wanted = [f"{number:04d}/metadata" for number in rounds]
+        wanted = [f"{number + 1:04d}/metadata" for number in rounds]
         rows = self._memory[: len(names)]
         if isinstance(store, S3Tuned) and names:
             later = self._threads.submit(store.fetch_small, wanted)

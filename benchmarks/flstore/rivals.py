@@ -2,16 +2,16 @@
 
 First-byte latency and bandwidth of the *emulated* lines:
 
-    S3     30 ms and 87.5 MB/s per connection, 1,250 MB/s in all. AWS: 85–90 MB/s for each concurrent
-           request, about 15 of them for 10 Gbit/s (S3 performance design patterns); "median latency
-           often in the range of tens of milliseconds" for small requests, 100–200 ms for first bytes
-           in general (S3 performance guidelines). 30 ms is at the low end, in favour of the rival.
+    S3     30 ms and 87.5 MB/s per connection, 1,250 MB/s in all. AWS: 85–90 MB/s for each of
+           about 15 concurrent requests on 10 Gbit/s (S3 performance design patterns); medians of
+           small requests "often in the range of tens of milliseconds", first bytes after 100–200 ms
+           (S3 performance guidelines). 30 ms is at the low end, in favour of the rival.
     Redis  0.5 ms and 625 MB/s per connection, 1,250 MB/s in all: a single flow has 5 Gbit/s (EC2
            instance network bandwidth), and 10 Gbit/s is what a cache.r6g.xlarge reaches in bursts;
            its baseline is an eighth of that.
 
-The line between whoever asks and the aggregator, or the agent, is loopback for every system: who asks
-is taken to sit beside both. Writing is not emulated.
+The line between whoever asks and the aggregator, or the agent, is loopback for every system: who
+asks is taken to sit beside both. Writing is not emulated.
 """
 
 import json

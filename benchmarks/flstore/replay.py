@@ -1,0 +1,201 @@
+"""One trace on all systems, in turns: rounds come in, then what is asked after them."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.flstore.ours import CLASSES, INPUT_WIDTH, Ours, layout_of, parameters_of
+from benchmarks.flstore.results import Sample, is_same
+from benchmarks.flstore.rivals import EMULATED, Aggregators, aggregate, test_data, update
+from benchmarks.flstore.trace import Query, Trace, Vectors, make_trace
+
+INPUTS = 16  # test inputs of a query
+IGNORED = ("arrival_s", "with_last_step")  # when it came; what reads one more vector
+NAIVE = "s3 naive"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What one model size is tried with.
+
+    Attributes:
+        cache_rounds: How many rounds tierwise's memory has room for, aggregates included.
+        naive_every: The naive rival is asked every so many queries; 0: never.
+    """
+
+    size_mb: int
+    rounds: int
+    query_count: int
+    cache_rounds: float
+    naive_every: int = 10
+    seed: int
+    policy: str = "adaptive"
+
+    @property
+    def cache_mib(self) -> int:
+        """Return the cache's memory."""
+        return int(self.cache_rounds * 11 * 4 * parameters_of(self.size_mb) / 2**20) + 1
+
+
+@dataclass(slots=True)
+class Replayed:
+    """What came of it."""
+
+    plan: Plan
+    samples: list[Sample] = field(default_factory=list)
+    ingest_s: list[float] = field(default_factory=list)
+    compared_count: int = 0
+    differing: list[str] = field(default_factory=list)
+    hit_count: int = 0
+    miss_count: int = 0
+
+
+def replay(plan: Plan, *, with_rivals: bool = True) -> Replayed:
+    """Run one size from the first round to the last query."""
+    count = parameters_of(plan.size_mb)
+    trace = make_trace(rounds=plan.rounds, query_count=plan.query_count, seed=plan.seed)
+    inputs = test_data(INPUT_WIDTH, CLASSES, count=INPUTS, seed=plan.seed)
+    vectors = Vectors(count, seed=plan.seed)
+    found = Replayed(plan)
+    with scratch() as folder, shared_file(count) as (path, matrix):
+        ours = Ours(folder / "ours", count, inputs, memory_mib=plan.cache_mib, policy=plan.policy)
+        rivals = Aggregators(folder, count, inputs) if with_rivals else None
+        with ours:
+            if rivals is None:
+                _run(trace, plan, vectors, ours, None, path, matrix, found)
+            else:
+                with rivals:
+                    _run(trace, plan, vectors, ours, rivals, path, matrix, found)
+            reading = ours.reading()
+            found.hit_count, found.miss_count = reading.hit_count, reading.miss_count
+    return found
+
+
+def _run(
+    trace: Trace,
+    plan: Plan,
+    vectors: Vectors,
+    ours: Ours,
+    rivals: Aggregators | None,
+    path: Path,
+    matrix: NDArray[np.float32],
+    found: Replayed,
+) -> None:
+    stores = ["s3", "redis", *([NAIVE] if plan.naive_every else [])]
+    base = vectors.first().copy()
+    ours.begin(base)
+    matrix[0] = base
+    for store in stores if rivals else ():
+        assert rivals is not None
+        rivals.put(store, path, [aggregate(-1)], {})
+    for number, clients in enumerate(trace.members):
+        for row, client in enumerate(clients):
+            vectors.fill(matrix[row], base, client, number)
+        metadata = [vectors.metadata(client, number) for client in clients]
+        base = mean(matrix[: len(clients)], [facts["example_count"] for facts in metadata])
+        matrix[len(clients)] = base
+        facts = {"layout": layout_of(len(base))}
+        found.ingest_s.append(
+            ours.ingest(number, clients, matrix[: len(clients)], metadata, base, facts)
+        )
+        record = {
+            "round": number + 1,
+            "clients": clients,
+            "metadata": metadata,
+            "parameter_count": len(base),
+            "round_metadata": facts,
+        }
+        names = [*(update(number, client) for client in clients), aggregate(number)]
+        for store in stores if rivals else ():
+            assert rivals is not None
+            rivals.put(store, path, names, record)
+        ours.settle()
+        for query in (query for query in trace.queries if query.after == number):
+            _ask_all(trace, plan, query, ours, rivals, found)
+
+
+def _ask_all(
+    trace: Trace,
+    plan: Plan,
+    query: Query,
+    ours: Ours,
+    rivals: Aggregators | None,
+    found: Replayed,
+) -> None:
+    """Ask every system the same, beginning with another one each time."""
+    systems = [ours.name, *(rivals.systems if rivals else ())]
+    if not plan.naive_every or query.number % plan.naive_every:
+        systems = [system for system in systems if not system.startswith(NAIVE)]
+    first = query.number % len(systems)
+    answers: dict[str, Any] = {}
+    for system in systems[first:] + systems[:first]:
+        if system == ours.name:
+            answers[system], sample = ours.ask(trace, query, plan.size_mb)
+        else:
+            assert rivals is not None
+            reply = rivals.ask(system, trace, query)
+            answers[system] = reply["answer"]
+            sample = Sample(
+                system=system,
+                size_mb=plan.size_mb,
+                number=query.number,
+                query_class=query.workload.query_class,
+                workload=query.workload.name,
+                elapsed_s=reply["elapsed_s"],
+                read_bytes=reply["bytes"],
+                get_count=reply["gets"],
+                fetch_s=reply["fetch_s"],
+            )
+        found.samples.append(sample)
+    expected = without(answers[ours.name])
+    for system in systems[1:]:
+        found.compared_count += 1
+        if not is_same(expected, without(answers[system])):
+            found.differing.append(f"{query.workload.name} ({system}, query {query.number})")
+
+
+def without(answer: Any) -> Any:
+    """Return an answer without what systems need not agree on."""
+    if isinstance(answer, Mapping):
+        return {key: without(value) for key, value in answer.items() if key not in IGNORED}
+    if isinstance(answer, list | tuple):
+        return [without(value) for value in answer]
+    return answer
+
+
+def mean(matrix: NDArray[np.float32], counts: list[float]) -> NDArray[np.float32]:
+    """Return FedAvg's mean, shape (P,), float32."""
+    weights = (np.array(counts) / sum(counts)).astype(np.float32)
+    return np.asarray(weights @ matrix, dtype=np.float32)
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """Make a folder for everything that a run writes; it is removed afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="bench-flstore-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def shared_file(parameter_count: int) -> Iterator[tuple[Path, NDArray[np.float32]]]:
+    """Make a file in memory with one round and its end, shape (11, P), that rivals map."""
+    memory = Path("/dev/shm")
+    place = memory if memory.is_dir() else None
+    with tempfile.NamedTemporaryFile(prefix="bench-flstore-", dir=place) as file:
+        path = Path(file.name)
+        yield path, np.memmap(path, dtype=np.float32, mode="w+", shape=(11, parameter_count))
+
+
+def is_emulated(system: str) -> bool:
+    """Return whether a system's line is emulated."""
+    return system.endswith(EMULATED)
