@@ -150,13 +150,14 @@ class Problem:
         self._root = next(i for i, node in enumerate(nodes) if node.node_id == wanted.root)
         profile = view.profile(wanted.aggregate.function_id)
         warm = [row.reading.warm.get(wanted.aggregate.function_id, 0) > 0 for row in candidates]
-        self._available_s = np.array(
+        self._cold_s = np.array(
             [
-                predict_wait_s(row, view.now_s, Priority.NORMAL)
-                + (0.0 if is_warm else profile.cold_start_s / row.node.speed)
+                0.0 if is_warm else profile.cold_start_s / row.node.speed
                 for row, is_warm in zip(candidates, warm, strict=True)
             ]
         )
+        waits_s = [predict_wait_s(row, view.now_s, Priority.NORMAL) for row in candidates]
+        self._available_s = np.array(waits_s) + self._cold_s
         self._run_s = np.array([profile.run_s / node.speed for node in nodes])  # of one update
         self._ready_s = np.array([client.ready_s for client in wanted.clients])
         self._bytes = np.array([float(client.update_bytes) for client in wanted.clients])
@@ -198,6 +199,20 @@ class Problem:
     def rows_of(self, tier: Tier) -> list[int]:
         """Return the candidates of a tier."""
         return [i for i, row in enumerate(self._rows) if row.node.tier is tier]
+
+    def association(self, aggregators: Sequence[NodeId]) -> Association | None:
+        """Return the association of each client with a node; None if one is no candidate."""
+        known = {row.node.node_id: i for i, row in enumerate(self._rows)}
+        if not all(node_id in known for node_id in aggregators):
+            return None
+        return np.array([known[node_id] for node_id in aggregators], dtype=np.intp)
+
+    def arrival_s(self, row: int) -> float:
+        """Return what it takes to bring the model from the root to a candidate that may be cold."""
+        if row == self._root:
+            return 0.0
+        usd = self._wanted.aggregate_bytes * float(self._up_gate_usd[row])
+        return float(self._up_s[row] + self._cold_s[row]) + DEFAULT_OBJECTIVE.per_usd_s * usd
 
     def all_to(self, row: int) -> Association:
         """Return the association of every client with one candidate."""
