@@ -1,6 +1,8 @@
 """The SDK against agents made to measure, over real gRPC and mTLS."""
 
 import asyncio
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,6 +15,7 @@ import grpc
 import pytest
 from sdk_builders import FakeAgent, FakeCluster, answer, echo, failure
 
+import tierwise
 from tierwise.domain.function import Priority
 from tierwise.domain.topology import Tier
 from tierwise.errors import (
@@ -150,6 +153,35 @@ def test_code_is_shipped_by_value_and_runs_without_its_module(tmp_path: Path) ->
         [sys.executable, "-c", load], input=blobs[0], capture_output=True, check=True
     )
     assert done.stdout.strip() == b"10"
+
+
+@pytest.mark.parametrize("name", ["predict", "gtg-shapley"])
+def test_platform_functions_are_shipped_by_value_with_the_same_bytes_wherever_they_lie(
+    tmp_path: Path, name: str
+) -> None:
+    root = Path(tierwise.__file__).parents[1]
+    shutil.copytree(root / "tierwise", tmp_path / "tierwise")
+    script = (
+        "import sys; from tierwise.functions.fl.questions import QUESTIONS; "
+        "from tierwise.sdk.code import pack; "
+        f"sys.stdout.buffer.write(pack(QUESTIONS[{name!r}].function))"
+    )
+    blobs = []
+    for place, seed in ((root, "1"), (root, "2"), (tmp_path, "3")):
+        environment = {**os.environ, "PYTHONPATH": str(place), "PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", script]
+        ran = subprocess.run(command, cwd=place, env=environment, capture_output=True, check=True)
+        blobs.append(ran.stdout)
+    assert blobs[0] == blobs[1] == blobs[2]
+    assert str(root).encode() not in blobs[0]
+    load = (
+        "import sys; sys.modules['tierwise'] = None; import cloudpickle; "
+        "print(cloudpickle.loads(sys.stdin.buffer.read()).__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", load], input=blobs[0], cwd=tmp_path, capture_output=True, check=True
+    )
+    assert done.stdout.decode().strip() == name.replace("-", "_")
 
 
 def test_what_cannot_be_shipped_is_named() -> None:

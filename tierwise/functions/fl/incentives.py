@@ -38,8 +38,10 @@ def split(budget: int, merits: Float, *, equal_share: float = 0.0, power: float 
     wanted = budget * (equal_share / count + (1.0 - equal_share) * raised / float(raised.sum()))
     paid = np.floor(wanted).astype(np.intp)
     left = budget - int(paid.sum())
-    by_remainder = np.argsort(-(wanted - paid), kind="stable")
-    paid[by_remainder[: max(left, 0) % (count + 1)]] += 1
-    if left < 0:  # rounding of large budgets
+    if left >= 0:
+        to_all, rest = divmod(left, count)
+        paid += to_all
+        paid[np.argsort(-(wanted - paid), kind="stable")[:rest]] += 1
+    else:  # rounding of large budgets
         paid[int(paid.argmax())] += left
     return paid

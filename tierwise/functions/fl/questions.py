@@ -5,6 +5,7 @@ For the rest, `find(name).function` is shipped to the node that holds the vector
 """
 
 import difflib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,3 +56,37 @@ def answer(
             "Rounds.ask or `tierwise fl ask`"
         )
     return question.function(statistics, **question.checked(arguments))
+
+
+def markdown() -> str:
+    """Return all questions as the documentation shows them: a table, then their arguments."""
+    lines = ["| question | what it answers | from what | source |", "|---|---|---|---|"]
+    lines += [
+        f"| `{each.name}` | {each.summary} | {_from_what(each)} | {each.source} |"
+        for each in QUESTIONS.values()
+    ]
+    lines += ["", "| question | argument | default | meaning |", "|---|---|---|---|"]
+    for each in QUESTIONS.values():
+        for name, parameter in each.parameters().items():
+            is_needed = parameter.default is parameter.empty
+            default = "needed" if is_needed else f"`{json.dumps(parameter.default)}`"
+            lines.append(f"| `{each.name}` | `{name}` | {default} | {each.arguments[name]} |")
+    return "\n".join(lines) + "\n"
+
+
+def _from_what(question: Question) -> str:
+    if question.needs != "statistics":
+        return " and ".join(_ARRAYS[name] for name in question.inputs)
+    if question.rounds == 1:
+        return "statistics of a round"
+    many = "all rounds held" if question.rounds == 0 else f"up to {question.rounds} rounds"
+    return f"statistics of {many}"
+
+
+_ARRAYS = {
+    "matrix": "the round's updates",
+    "base": "its base",
+    "aggregate": "its aggregate",
+    "update": "a client's update",
+    "model": "a client's update or the aggregate",
+}
