@@ -1,9 +1,9 @@
-"""How often each cache policy has what is read: the policies themselves, on a long trace. Simulated.
+"""How often each cache policy has what is read: the policies' own code on a long trace. Simulated.
 
-The policies are the agent's own code (`agent/cache/policies.py`, `rivals.py`); the cache around them
-is a dict with a bound. Objects are a round's updates and aggregate, all of one size, and metadata of
-none. Hits are counted in bytes. Two ways to read: `vectors`, where every question about a round reads
-its updates, as in FLStore; and `statistics`, where those that need no vectors read none.
+The policies are the agent's (`agent/cache/policies.py`, `rivals.py`); the cache around them is a
+dict with a bound. Objects are a round's updates and aggregate, all of one size; metadata has none.
+Hits are counted in bytes. Two ways to read: `vectors`, where every question about a round reads its
+updates, as in FLStore; and `statistics`, where those that need no vectors read none.
 """
 
 from collections.abc import Sequence
