@@ -8,12 +8,13 @@ another one, can take a round up again.
 import asyncio
 import contextlib
 import os
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import obstore
-from obstore.exceptions import AlreadyExistsError
+from obstore.exceptions import NotFoundError
 from obstore.store import LocalStore, from_url
 
 from tierwise.errors import InvalidArgument, NotFound, Unavailable
@@ -26,6 +27,8 @@ CALL_S_MAX = 20.0
 CONNECT_S_MAX = 5.0
 CHUNK_BYTES = 8 << 20
 LIST_MAX = 100_000
+
+Result = TypeVar("Result")
 
 
 class Archive:
@@ -90,14 +93,14 @@ class Archive:
         """
         await self._call(obstore.put_async(self._store, path, content), path, len(content))
 
-    async def get(self, path: str, target: memoryview) -> None:
-        """Fill `target` with an object.
+    async def get(self, path: str, size_bytes: int, take: Callable[[memoryview], None]) -> None:
+        """Hand an object's bytes to `take` in order, in a thread.
 
         Raises:
             NotFound: There is none.
             Unavailable: The store does not answer, or the object has another size.
         """
-        await self._call(self._fill(path, target), path, target.nbytes)
+        await self._call(self._stream(path, size_bytes, take), path, size_bytes)
 
     async def get_small(self, path: str, size_bytes_max: int = 64 << 20) -> bytes:
         """Return an object.
@@ -115,7 +118,7 @@ class Archive:
 
         return await self._call(_read(), path, 0)
 
-    async def list(self, prefix: str) -> list[str]:
+    async def paths(self, prefix: str) -> list[str]:
         """Return the paths under a prefix, at most LIST_MAX.
 
         Raises:
@@ -143,30 +146,30 @@ class Archive:
             with contextlib.suppress(NotFound):
                 await self._call(obstore.delete_async(self._store, batch), batch[0], 0)
 
-    async def _fill(self, path: str, target: memoryview) -> None:
+    async def _stream(self, path: str, size_bytes: int, take: Callable[[memoryview], None]) -> None:
         found = await obstore.get_async(self._store, path)
-        if found.meta["size"] != target.nbytes:
+        if found.meta["size"] != size_bytes:
             raise Unavailable(
-                f"{path} in the store has {found.meta['size']} bytes, not {target.nbytes}"
+                f"{path} in the store has {found.meta['size']} bytes, not {size_bytes}"
             )
-        offset = 0
+        count = 0
         async for chunk in found.stream(min_chunk_size=CHUNK_BYTES):
             part = memoryview(chunk)
-            target[offset : offset + part.nbytes] = part
-            offset += part.nbytes
-        if offset != target.nbytes:
+            await asyncio.to_thread(take, part)
+            count += part.nbytes
+        if count != size_bytes:
             raise Unavailable(f"{path} came truncated from the store")
 
-    async def _call[Result](self, call: Any, path: str, size_bytes: int) -> Result:
+    async def _call(self, call: Awaitable[Result], path: str, size_bytes: int) -> Result:
         timeout_s = CALL_S_MAX * (1 + size_bytes // (64 << 20))
         try:
             return await asyncio.wait_for(call, timeout_s)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotFoundError):
             raise NotFound(f"the store holds no {path}") from None
         except TimeoutError:
             raise Unavailable(f"the store did not answer within {timeout_s:.0f} s") from None
-        except (NotFound, Unavailable):
-            raise
+        except (NotFound, Unavailable, OSError):
+            raise  # an OSError is the local disk's
         except Exception as error:  # obstore has a kind per cause; all mean: not now
             text = str(error).partition("\n")[0][:300]
             raise Unavailable(f"the store refuses {path}: {text}") from None

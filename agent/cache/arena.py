@@ -8,6 +8,7 @@ import contextlib
 import mmap
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +25,11 @@ class Matrix:
     Attributes:
         file: What readers get. Its memory is free when nobody holds it nor a view.
         rows: Shape (K, P), float32, writable: for the store alone.
+        mapping: What views of rows are taken from.
         filled: Rows that hold an update which counts.
     """
 
-    __slots__ = ("_mapping", "file", "filled", "nbytes", "row_bytes", "rows")
+    __slots__ = ("file", "filled", "mapping", "nbytes", "row_bytes", "rows")
 
     def __init__(self, row_count: int, parameter_count: int) -> None:
         """Make room; the kernel gives pages as they are touched.
@@ -37,8 +39,8 @@ class Matrix:
         """
         self.row_bytes = 4 * parameter_count
         self.nbytes = row_count * self.row_bytes
-        self.file, self._mapping = memfd.make_live(self.nbytes)
-        self.rows: NDArray[np.float32] = np.frombuffer(self._mapping, np.float32).reshape(
+        self.file, self.mapping = memfd.make_live(self.nbytes)
+        self.rows: NDArray[np.float32] = np.frombuffer(self.mapping, np.float32).reshape(
             row_count, parameter_count
         )
         self.filled: set[int] = set()
@@ -63,12 +65,31 @@ class Matrix:
                     return
                 length = min(PIECE_BYTES, self.nbytes - start)
                 os.posix_fallocate(self.file.fd, start, length)
-                self._mapping.madvise(_POPULATE_WRITE, start, length)
+                self.mapping.madvise(_POPULATE_WRITE, start, length)
 
 
-def single(parts: list[memoryview]) -> memfd.Memfd:
-    """Return one object's bytes as a file of its own."""
-    return memfd.make(parts)
+class RowTarget:
+    """One row while it is written."""
+
+    __slots__ = ("_index", "_matrix", "view")
+
+    def __init__(self, matrix: Matrix, index: int) -> None:
+        self._matrix = matrix
+        self._index = index
+        self.view: memoryview | None = matrix.row(index)
+
+    def write(self, chunk: memoryview, offset: int) -> None:
+        """Put bytes at their place."""
+        assert self.view is not None
+        self.view[offset : offset + chunk.nbytes] = chunk
+
+    def fill(self) -> None:
+        """Count the row in."""
+        self._matrix.filled.add(self._index)
+
+    def drop(self) -> None:
+        """Make the row zeros: half an update may hold NaN, which no weight of 0 hides."""
+        self._matrix.clear(self._index)
 
 
 class Sheet:
@@ -86,19 +107,31 @@ class Sheet:
         try:
             os.ftruncate(self._fd, size_bytes)
             # Private: the file can be sealed while this view is alive.
-            private = mmap.mmap(
-                self._fd, size_bytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ
-            )
+            private = mmap.mmap(self._fd, size_bytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
         except BaseException:
-            self.close()
+            self.drop()
             raise
-        self.view = memoryview(private)
+        self.view: memoryview | None = memoryview(private)
 
     def write(self, chunk: memoryview, offset: int) -> None:
         """Put bytes at their place."""
         while chunk:
             count = os.pwrite(self._fd, chunk, offset)
             chunk, offset = chunk[count:], offset + count
+
+    def fill_from(self, path: Path, size_bytes: int) -> None:
+        """Copy a file of `size_bytes`, in the kernel.
+
+        Raises:
+            OSError: There is no such file, or it is shorter.
+        """
+        with path.open("rb", buffering=0) as source:
+            offset = 0
+            while offset < size_bytes:
+                count = os.sendfile(self._fd, source.fileno(), offset, size_bytes - offset)
+                if not count:
+                    raise OSError(f"{path} is truncated")
+                offset += count
 
     def seal(self) -> memfd.Memfd:
         """Return the file, complete; this object must not be used again."""
@@ -109,11 +142,11 @@ class Sheet:
             os.close(fd)
             raise
 
-    def close(self) -> None:
+    def drop(self) -> None:
         """Give up. Safe to call twice, and after `seal`."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
 
     def __del__(self) -> None:
-        self.close()
+        self.drop()

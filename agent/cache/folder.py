@@ -17,6 +17,7 @@ class Folder:
     """The files of one cache. Blocking; safe to use from several threads."""
 
     def __init__(self, path: Path) -> None:
+        self.root = path
         self._objects = path / "objects"
         self._unfinished = path / "unfinished"
 
@@ -64,9 +65,14 @@ class Folder:
                     raise OSError(f"{digest} is truncated on the disk")
                 target = target[count:]
 
-    def remove(self, digest: str) -> None:
-        """Delete a file, if it is there."""
-        self.path(digest).unlink(missing_ok=True)
+    def set_aside(self, digest: str, number: int) -> list[Path]:
+        """Take a file's name away; return where it is until it is deleted, if it was there."""
+        path = self._unfinished / f"{number}.gone"
+        try:
+            self.path(digest).rename(path)
+        except FileNotFoundError:
+            return []
+        return [path]
 
     def sweep(self, known: Iterable[str]) -> int:
         """Delete files that nothing refers to: they were never acknowledged. Return how many."""

@@ -81,6 +81,8 @@ class Journal:
         self._fd = -1
         self._pending: list[tuple[bytes, asyncio.Future[None]]] = []
         self._is_writing = False
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
         self.record_count = 0  # in the file
 
     def open(self) -> list[Record]:
@@ -90,7 +92,7 @@ class Journal:
         follows; what cannot be read is kept aside, in `journal.damaged`.
         """
         content = self._path.read_bytes() if self._path.exists() else b""
-        records, end = _records(content)
+        records, end = records_in(content)
         if end < len(content):
             log.warning("cache.journal_cut", size_bytes=len(content) - end)
             self._path.with_suffix(".damaged").write_bytes(content[end:])
@@ -110,7 +112,7 @@ class Journal:
         if len(self._pending) >= PENDING_MAX:
             raise Overloaded("the cache's disk is too slow for what comes in", retry_after_s=1.0)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._pending.append((_framed(records), future))
+        self._pending.append((framed(records), future))
         self.record_count += len(records)
         if not self._is_writing:
             self._write_next()
@@ -124,18 +126,16 @@ class Journal:
             OSError: The disk is full; the old file stays.
         """
         while self._is_writing:
-            await asyncio.sleep(0.01)
-        self._is_writing = True
+            await self._is_idle.wait()
+        self._begin()
         try:
             records = state()
-            content = b"".join(_framed([record]) for record in records)
+            content = b"".join(framed([record]) for record in records)
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(self._executor, self._swap, content)
             self.record_count = len(records) + len(self._pending)
         finally:
-            self._is_writing = False
-            if self._pending:
-                self._write_next()
+            self._end()
 
     def close(self) -> None:
         """Close the file. Blocking, brief."""
@@ -145,13 +145,12 @@ class Journal:
 
     def _write_next(self) -> None:
         batch, self._pending = self._pending, []
-        self._is_writing = True
+        self._begin()
         loop = asyncio.get_running_loop()
         content = b"".join(frame for frame, _ in batch)
         written = loop.run_in_executor(self._executor, self._write, content)
 
         def _done(future: asyncio.Future[None]) -> None:
-            self._is_writing = False
             error = None if future.cancelled() else future.exception()
             for _, waiter in batch:
                 if waiter.done():
@@ -161,10 +160,20 @@ class Journal:
                 else:
                     waiter.set_exception(Overloaded(f"the cache cannot write its journal: {error}"))
                     waiter.exception()  # whoever waited may be gone
-            if self._pending:
-                self._write_next()
+            self._end()
 
         written.add_done_callback(_done)
+
+    def _begin(self) -> None:
+        self._is_writing = True
+        self._is_idle.clear()
+
+    def _end(self) -> None:
+        self._is_writing = False
+        if self._pending:
+            self._write_next()
+        else:
+            self._is_idle.set()
 
     def _write(self, content: bytes) -> None:
         start = os.lseek(self._fd, 0, os.SEEK_CUR)
@@ -186,7 +195,8 @@ class Journal:
         os.lseek(self._fd, 0, os.SEEK_END)
 
 
-def _framed(records: Sequence[Record]) -> bytes:
+def framed(records: Sequence[Record]) -> bytes:
+    """Return records as they stand in a file."""
     frames = []
     for record in records:
         content = msgspec.msgpack.encode(record)
@@ -194,7 +204,7 @@ def _framed(records: Sequence[Record]) -> bytes:
     return b"".join(frames)
 
 
-def _records(content: bytes) -> tuple[list[Record], int]:
+def records_in(content: bytes) -> tuple[list[Record], int]:
     """Return the sound records, and where the last of them ends."""
     found: list[Record] = []
     offset = end = 0
