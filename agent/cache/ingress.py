@@ -15,7 +15,7 @@ from agent.cache.answers import Answers
 from agent.cache.holders import HolderIndex
 from agent.cache.lists import merged
 from agent.cache.peers import CachePeers
-from agent.cache.reach import CHUNK_BYTES, HOLDERS_TRIED_MAX, Reach
+from agent.cache.reach import HOLDERS_TRIED_MAX, Reach
 from agent.cache.replication import Replicator
 from agent.cache.rights import CLUSTER, Rights
 from agent.cache.store import CacheStore
@@ -33,6 +33,7 @@ from tierwise.v1 import cache_pb2, cache_pb2_grpc
 from tierwise.wire import checks, payload
 from tierwise.wire.compression import Decoder
 from tierwise.wire.convert_cache import (
+    CHUNK_BYTES,
     durability_from_pb,
     info_to_pb,
     key_from_pb,

@@ -30,11 +30,10 @@ from tierwise.domain.ids import NodeId
 from tierwise.errors import FailedPrecondition, NotFound, TierwiseError, Unavailable
 from tierwise.v1 import cache_pb2
 from tierwise.wire import compression
-from tierwise.wire.convert_cache import key_to_pb, metadata_to_bytes
+from tierwise.wire.convert_cache import CHUNK_BYTES, key_to_pb, metadata_to_bytes
 from tierwise.wire.identity import Identity, Role
 from tierwise.wire.memfd import Memfd
 
-CHUNK_BYTES = 1 << 20
 YIELD_BYTES = 8 << 20  # copied in one go before the loop gets its turn
 FETCHED_BYTES_MAX = 512 << 20  # of other nodes' objects that are kept here
 FETCHED_KEPT_S = 120.0

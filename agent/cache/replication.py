@@ -14,7 +14,7 @@ from typing import Any
 import structlog
 
 from agent.cache.peers import CachePeers
-from agent.cache.reach import CHUNK_BYTES, copies_of
+from agent.cache.reach import copies_of
 from agent.cache.store import CacheStore
 from tierwise.domain.cache import Durability, IncomingHead, ObjectInfo, ObjectKey, ObjectKind
 from tierwise.domain.ids import NodeId
@@ -27,7 +27,12 @@ from tierwise.errors import (
     Unavailable,
 )
 from tierwise.v1 import cache_pb2
-from tierwise.wire.convert_cache import key_to_pb, manifest_to_pb, metadata_to_bytes
+from tierwise.wire.convert_cache import (
+    CHUNK_BYTES,
+    key_to_pb,
+    manifest_to_pb,
+    metadata_to_bytes,
+)
 
 log = structlog.get_logger()
 

@@ -9,8 +9,8 @@ from tierwise.cli.output import Format, Output, Record, age, ms, print_table, sh
 from tierwise.clock import wall_s
 from tierwise.errors import InvalidArgument, NotFound
 
-KINDS = ("nodes", "functions", "calls", "policies", "work", "tokens")
-_SINGULAR = ("node", "function", "call", "policie", "policy", "work", "token")
+KINDS = ("nodes", "functions", "calls", "policies", "work", "objects", "tokens")
+_SINGULAR = ("node", "function", "call", "policie", "policy", "work", "object", "token")
 _DESCRIBED = ("node", "function", "call", "policie", "policy", "work")
 
 
@@ -26,7 +26,8 @@ def add_to(app: typer.Typer) -> None:
 def get(
     kind: Annotated[str, typer.Argument(help=", ".join(KINDS), autocompletion=lambda: list(KINDS))],
     function: Annotated[str, typer.Option(help="calls: of this function only")] = "",
-    node: Annotated[str, typer.Option(help="calls: on this node only")] = "",
+    node: Annotated[str, typer.Option(help="calls, objects: on this node only")] = "",
+    job: Annotated[str, typer.Option(help="objects: of this job only, [namespace/]name")] = "",
     state: Annotated[str, typer.Option(help="work: in this state only")] = "",
     limit: Annotated[int, typer.Option(help="calls, work: at most this many", min=1)] = 50,
     output: Output = Format.TABLE,
@@ -66,6 +67,16 @@ def get(
                     WORK_COLUMNS,
                     name=lambda r: str(r["request_id"]),
                     empty="no durable work yet: `tierwise submit FUNCTION …`",
+                )
+            case "object":
+                namespace, _, name = job.rpartition("/")
+                found = ask.objects(namespace, name)
+                show(
+                    [each for each in found if node in ("", *each["node_ids"])],
+                    output,
+                    OBJECT_COLUMNS,
+                    name=object_name,
+                    empty="no cached objects yet: `tierwise.Rounds` puts some",
                 )
             case _:
                 show(ask.tokens(), output, TOKEN_COLUMNS, name=lambda r: str(r["token_id"]))
@@ -141,6 +152,12 @@ def delete(
     if not count:
         raise NotFound(f"there is no function {function!r}")
     print_table(["deleted", "versions"], [[function, count]])
+
+
+def object_name(record: Record) -> str:
+    """Return the key of an object as one word."""
+    parts = [record["namespace"], record["job"], f"{record['round']:06d}", record["kind"]]
+    return "/".join([*parts, record["client"]] if record["client"] else parts)
 
 
 def environment_words(environments: list[Record]) -> str:
@@ -291,6 +308,17 @@ WORK_COLUMNS = [
     ("attempts", lambda r: r["attempt_count"]),
     ("age", lambda r: age(wall_s() - r["submitted_unix_s"])),
     ("message", lambda r: r["message"][:60]),
+]
+OBJECT_COLUMNS = [
+    ("object", object_name),
+    ("size", lambda r: f"{r['size_bytes'] / 1e6:.3g} MB"),
+    ("durability", lambda r: r["durability"]),
+    ("memory", lambda r: r["is_in_memory"]),
+    ("nodes", lambda r: ",".join(r["node_ids"])),
+    ("examples", lambda r: r["metadata"].get("example_count", "")),
+    ("loss", lambda r: r["metadata"].get("loss", "")),
+    ("digest", lambda r: r["digest"][:12]),
+    ("quarantined", lambda r: r["quarantined"]),
 ]
 TOKEN_COLUMNS = [
     ("token", lambda r: r["token_id"]),

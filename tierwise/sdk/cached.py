@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from tierwise.domain.cache import Durability, ObjectKey
 from tierwise.v1 import cache_pb2
-from tierwise.wire.convert_cache import key_to_pb
+from tierwise.wire.convert_cache import info_from_pb, key_from_pb, key_to_pb
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,3 +61,23 @@ class CachedResult:
         if self.relative_to is not None:
             pb.relative_to.CopyFrom(key_to_pb(self.relative_to))
         return pb
+
+
+def plain(info: cache_pb2.ObjectInfo) -> dict[str, Any]:
+    """Return what is known of an object as plain values, as lists and JSON show it."""
+    found = info_from_pb(info)
+    key = key_from_pb(info.key)
+    return {
+        "namespace": key.namespace,
+        "job": key.job,
+        "round": key.round,
+        "kind": key.kind.value,
+        "client": key.client,
+        "size_bytes": found.size_bytes,
+        "digest": found.digest,
+        "durability": found.durability.name.lower(),
+        "node_ids": list(found.node_ids),
+        "is_in_memory": found.is_in_memory,
+        "quarantined": found.quarantined,
+        "metadata": dict(found.metadata or {}),
+    }

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import grpc
-import numpy as np
 
 from tierwise.errors import NotFound, TierwiseError, Unavailable
 from tierwise.v1 import cache_pb2, cache_pb2_grpc
@@ -88,6 +87,7 @@ class Caches:
         self, node: str, request: cache_pb2.GetRequest
     ) -> tuple[cache_pb2.ObjectHead, Any]:
         """Return the head of an object and its bytes, as a writable uint8 array."""
+        import numpy as np
 
         async def call(stub: Any) -> Any:
             head: cache_pb2.ObjectHead | None = None

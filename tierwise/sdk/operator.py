@@ -6,10 +6,12 @@ from typing import Any
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
+from tierwise.sdk.cached import plain
 from tierwise.sdk.client import Client
 from tierwise.v1 import (
     advisor_pb2,
     budget_pb2,
+    cache_pb2,
     call_pb2,
     cluster_pb2,
     function_pb2,
@@ -161,6 +163,20 @@ class Operator:
         request = work_pb2.RedriveRequest(request_id=request_id)
         found: Record = self._one("work", "Redrive", request)["work"]
         return found
+
+    def objects(self, namespace: str = "", job: str = "") -> list[Record]:
+        """Return the objects of federated jobs that the caller may read, on every node.
+
+        Args:
+            namespace: Of these jobs only; empty: all.
+            job: This one only; empty: all.
+        """
+        request = cache_pb2.ListObjectsRequest(namespace=namespace, job=job, is_everywhere=True)
+
+        async def ask() -> Any:
+            return await self._client.connection().caches.ask("", "ListObjects", request)
+
+        return [plain(info) for info in self._client.run(ask).objects]
 
     def policies(self) -> list[Record]:
         """Return built-in and published policies."""

@@ -17,21 +17,20 @@ from tierwise.domain.cache import (
 from tierwise.domain.ids import is_name
 from tierwise.errors import InvalidArgument, NotFound
 from tierwise.sdk.asking import Asking
-from tierwise.sdk.cached import CachedArray, CachedResult
+from tierwise.sdk.cached import CachedArray, CachedResult, plain
 from tierwise.sdk.client import Client, default_client
 from tierwise.sdk.verb import Verb
 from tierwise.v1 import cache_pb2
 from tierwise.wire import compression
 from tierwise.wire.convert_cache import (
+    CHUNK_BYTES,
     info_from_pb,
-    key_from_pb,
     key_to_pb,
     manifest_to_pb,
     metadata_from_bytes,
     metadata_to_bytes,
 )
 
-CHUNK_BYTES = 1 << 20
 Vector = NDArray[np.float32]
 
 
@@ -381,26 +380,6 @@ def parse_durability(value: str | Durability | None) -> Durability | None:
         raise InvalidArgument(
             f"durability {value!r}: use memory, disk, replicated or stored"
         ) from None
-
-
-def plain(info: cache_pb2.ObjectInfo) -> dict[str, Any]:
-    """Return what is known of an object as plain values, as lists and JSON show it."""
-    found = info_from_pb(info)
-    key = key_from_pb(info.key)
-    return {
-        "namespace": key.namespace,
-        "job": key.job,
-        "round": key.round,
-        "kind": key.kind.value,
-        "client": key.client,
-        "size_bytes": found.size_bytes,
-        "digest": found.digest,
-        "durability": found.durability.name.lower(),
-        "node_ids": list(found.node_ids),
-        "is_in_memory": found.is_in_memory,
-        "quarantined": found.quarantined,
-        "metadata": dict(found.metadata or {}),
-    }
 
 
 def _flat(vector: Any) -> Vector:

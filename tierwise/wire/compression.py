@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 
 from tierwise.domain.topology import Link
 from tierwise.errors import InvalidArgument
+from tierwise.wire.encodings import AUTO, ENCODINGS, FP16, INT8, RAW, check
 
-RAW, FP16, INT8, AUTO = "", "fp16", "int8", "auto"
-ENCODINGS = (RAW, FP16, INT8)
 BLOCK = 1024  # elements that share a scale
 RECORD_BYTES = 4 + BLOCK
 CHUNK_BYTES_MAX = 1 << 20
@@ -31,6 +30,22 @@ SAMPLE_ELEMENTS = 1 << 18  # to measure how fast this machine encodes
 _LEVELS = 127.0
 
 Vector = NDArray[np.float32]
+
+__all__ = [
+    "AUTO",
+    "ENCODINGS",
+    "FP16",
+    "INT8",
+    "RAW",
+    "Decoder",
+    "Rates",
+    "Vector",
+    "check",
+    "choose",
+    "encoded",
+    "encoded_bytes",
+    "measured",
+]
 
 
 def encoded_bytes(encoding: str, element_count: int) -> int:
@@ -45,16 +60,6 @@ def encoded_bytes(encoding: str, element_count: int) -> int:
     if encoding == INT8:
         return element_count + 4 * -(-element_count // BLOCK)
     return 4 * element_count
-
-
-def check(encoding: str) -> None:
-    """Refuse what is no encoding.
-
-    Raises:
-        InvalidArgument: It is none.
-    """
-    if encoding not in ENCODINGS:
-        raise InvalidArgument(f"encoding {encoding[:40]!r}: use fp16, int8 or none")
 
 
 def encoded(
