@@ -131,7 +131,7 @@ def ingest(ours: Ours, made: Rounds, rounds: int) -> dict[str, Any]:
 
 
 def put_round(ours: Ours, made: Rounds) -> tuple[float, float]:
-    """Put a round's ten updates; return seconds until all are on disk, and from then to an answer."""
+    """Put a round; return seconds until all updates are on disk, and from then to an answer."""
     number = made.number + 1
     ours.rounds.open(number, made.clients, made.matrix.shape[1], base=number - 1)
     start_s = precise_s()
@@ -221,7 +221,10 @@ def kill(ours: Ours, made: Rounds) -> dict[str, Any]:
     start_s = precise_s()
     ours.cluster.restart(HOME)
     answered_s = _until(lambda: ours.rounds.ask("similarity", round=number - 1), start_s)
-    vectors_s = _until(lambda: ours.rounds.ask("feddebug", round=number - 1), start_s)
+    layout = layout_of(made.matrix.shape[1])
+    vectors_s = _until(
+        lambda: ours.rounds.ask("feddebug", round=number - 1, layout=layout), start_s
+    )
     lost = []
     for row, client in zip(made.matrix, made.clients, strict=True):
         if client not in acknowledged:

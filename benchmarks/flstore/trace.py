@@ -27,6 +27,7 @@ MIX = {"P1": 0.30, "P2": 0.40, "P3": 0.15, "P4": 0.15}
 AGE_SHARE = 0.3
 WATCHED = 3  # clients whose history is asked for
 HISTORY_MODELS = 4
+OF_HISTORY = ("history", "models")
 RECORDS = 16  # rounds of metadata that schedulers look at
 GROUPS = 3  # clients of one group move alike
 MALICIOUS_SHARE = 0.2  # of clients: they send their update with the sign turned
@@ -206,6 +207,21 @@ def make_trace(
     return Trace(seed=seed, members=members, queries=tuple(queries))
 
 
+def warm_up(trace: Trace, workloads: Sequence[Workload] = WORKLOADS) -> list[Query]:
+    """Return every workload once, after the first round; they are timed apart from the trace."""
+    client = trace.members[0][0]
+    return [
+        Query(
+            number=-1 - number,
+            after=0,
+            workload=workload,
+            round=0,
+            client=client if workload.is_of_client or workload.reads in OF_HISTORY else "",
+        )
+        for number, workload in enumerate(workloads)
+    ]
+
+
 def _query(
     number: int,
     after: int,
@@ -218,7 +234,7 @@ def _query(
     member, watched = int(rng.integers(PER_ROUND)), int(rng.integers(WATCHED))
     if workload.reads in ("statistics", "matrix"):
         about = max(0, after - age)
-    if workload.reads in ("history", "models"):
+    if workload.reads in OF_HISTORY:
         client = _name(watched)
         if not any(client in names for names in members[: after + 1]):
             client = members[after][member]
