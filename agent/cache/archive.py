@@ -75,14 +75,15 @@ class Archive:
         """Return whether the store is a folder on the same file system."""
         return self.folder is not None and self.folder.stat().st_dev == folder.stat().st_dev
 
-    async def put_file(self, path: str, source: Path) -> None:
-        """Store a file that will never change.
+    async def put_file(self, path: str, source: Path, *, is_final: bool = True) -> None:
+        """Store a file; one that will never change may get a second name instead of a copy.
 
         Raises:
             Unavailable: The store does not answer, or refuses; the message says what it said.
         """
-        if self.folder is not None and await asyncio.to_thread(_link, source, self.folder / path):
-            return
+        if is_final and self.folder is not None:
+            if await asyncio.to_thread(_link, source, self.folder / path):
+                return
         await self._call(obstore.put_async(self._store, path, source), path, source.stat().st_size)
 
     async def put(self, path: str, content: bytes) -> None:

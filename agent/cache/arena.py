@@ -27,9 +27,10 @@ class Matrix:
         rows: Shape (K, P), float32, writable: for the store alone.
         mapping: What views of rows are taken from.
         filled: Rows that hold an update which counts.
+        attempts: How often each row was begun to be written.
     """
 
-    __slots__ = ("file", "filled", "mapping", "nbytes", "row_bytes", "rows")
+    __slots__ = ("attempts", "file", "filled", "mapping", "nbytes", "row_bytes", "rows")
 
     def __init__(self, row_count: int, parameter_count: int) -> None:
         """Make room; the kernel gives pages as they are touched.
@@ -44,6 +45,7 @@ class Matrix:
             row_count, parameter_count
         )
         self.filled: set[int] = set()
+        self.attempts = [0] * row_count
 
     def row(self, index: int) -> memoryview:
         """Return one row's bytes, writable."""
@@ -71,11 +73,13 @@ class Matrix:
 class RowTarget:
     """One row while it is written."""
 
-    __slots__ = ("_index", "_matrix", "view")
+    __slots__ = ("_attempt", "_index", "_matrix", "view")
 
     def __init__(self, matrix: Matrix, index: int) -> None:
         self._matrix = matrix
         self._index = index
+        matrix.attempts[index] += 1
+        self._attempt = matrix.attempts[index]
         self.view: memoryview | None = matrix.row(index)
 
     def write(self, chunk: memoryview, offset: int) -> None:
@@ -88,8 +92,12 @@ class RowTarget:
         self._matrix.filled.add(self._index)
 
     def drop(self) -> None:
-        """Make the row zeros: half an update may hold NaN, which no weight of 0 hides."""
-        self._matrix.clear(self._index)
+        """Make the row zeros: half an update may hold NaN, which no weight of 0 hides.
+
+        Unless it is being written anew, which writes all of it.
+        """
+        if self._matrix.attempts[self._index] == self._attempt:
+            self._matrix.clear(self._index)
 
 
 class Sheet:

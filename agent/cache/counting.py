@@ -71,6 +71,7 @@ class Counting:
         *,
         vectors: VectorsOf,
         bases: BasesOf,
+        on_saved: Callable[[Round], None],
     ) -> None:
         """Wire it.
 
@@ -80,6 +81,7 @@ class Counting:
             executor: One thread, for counting never needs to hurry past an upload.
             vectors: Returns the updates of a round that count, by row.
             bases: Returns what a round's deltas are taken from.
+            on_saved: Told of a round whose file has changed.
         """
         self._folder = folder
         self._executor = executor
@@ -87,6 +89,7 @@ class Counting:
         self._following: set[tuple[str, str, int]] = set()
         self._vectors = vectors
         self._bases = bases
+        self._on_saved = on_saved
         self._counts: OrderedDict[tuple[str, str, int], _Count] = OrderedDict()
 
     async def of(self, round_: Round) -> RoundStatistics:
@@ -178,6 +181,7 @@ class Counting:
                 self._executor, write_atomically, self._path(round_), content
             )
             count.is_saved = True
+            self._on_saved(round_)
         except OSError as error:  # they can be counted again
             log.warning("cache.statistics_not_saved", cause=str(error))
 
@@ -204,8 +208,7 @@ class Counting:
         return _Count(running)
 
     def _path(self, round_: Round) -> Path:
-        name = hashlib.blake2b(repr(_name(round_)).encode(), digest_size=16).hexdigest()
-        return self._folder / name
+        return file_of(self._folder, _name(round_))
 
     def _bound(self) -> None:
         total = sum(count.nbytes for count in self._counts.values())
@@ -215,6 +218,11 @@ class Counting:
             if count.is_saved and not count.lock.locked():
                 total -= count.nbytes
                 del self._counts[name]
+
+
+def file_of(folder: Path, name: tuple[str, str, int]) -> Path:
+    """Return where the statistics of a round (namespace, job, number) are kept."""
+    return folder / hashlib.blake2b(repr(name).encode(), digest_size=16).hexdigest()
 
 
 def _snapshot(round_: Round, count: _Count) -> RoundStatistics:

@@ -118,16 +118,6 @@ class Tail:
                 self._draft.write(part)
             self.done_bytes = stop
 
-    def finish(self, end: int, digest: str) -> None:
-        """Take what is left and put the file under its name.
-
-        Raises:
-            OSError: The disk is full.
-        """
-        self.step(end)
-        if self._draft is not None and digest:
-            self._draft.finish(digest)
-
 
 Finish = Callable[["Incoming", str], "asyncio.Future[ObjectInfo]"]
 
@@ -201,7 +191,7 @@ class Incoming:
             raise InvalidArgument(
                 f"{self.head.key}: more than the {self.head.size_bytes} bytes that its head says"
             )
-        if self.tail.done_bytes >= 0 and self.target.view is None:
+        if self.target.view is None:
             self.tail.hash.update(part)
         else:
             self.target.write(part, self.received_bytes)

@@ -151,6 +151,7 @@ class Job:
     owner: str
     rounds: dict[int, Round] = field(default_factory=dict)
     touched: int = 0  # the larger, the later something came
+    size_bytes: int = 0  # of all its objects
 
     @property
     def newest_ended(self) -> int:
@@ -210,6 +211,14 @@ class Index:
         if not job.rounds:
             del self.jobs[name]
 
+    def take_up(self, put: Put) -> None:
+        """Add an object that a record tells of, unless its round is unknown or has no such row."""
+        key = put.key
+        round_ = self.round(key.namespace, key.job, key.round)
+        is_row = key.kind is ObjectKind.UPDATE
+        if round_ is not None and (not is_row or key.client in round_.row_of):
+            self.add(entry_of(put))
+
     def add(self, entry: Entry) -> None:
         """Add an object of a known round, or put it in another's place."""
         key = entry.key
@@ -220,7 +229,9 @@ class Index:
         self.object_count += 1
         if entry.has_file:
             self._count(entry)
-        self._touch(self.jobs[key.namespace, key.job])
+        job = self.jobs[key.namespace, key.job]
+        job.size_bytes += entry.size_bytes
+        self._touch(job)
 
     def remove(self, key: ObjectKey) -> str:
         """Drop an object; return the digest of a file that nothing refers to any more, or ""."""
@@ -229,6 +240,7 @@ class Index:
         if entry is None:
             return ""
         self.object_count -= 1
+        self.jobs[key.namespace, key.job].size_bytes -= entry.size_bytes
         return self._discount(entry) if entry.has_file else ""
 
     def mark_on_disk(self, entry: Entry, is_on_disk: bool) -> str:
@@ -267,9 +279,7 @@ class Index:
             case Opened():
                 self.open(record.manifest, record.opened_unix_s)
             case Put():
-                key = record.key
-                if self.round(key.namespace, key.job, key.round) is not None:
-                    self.add(entry_of(record))
+                self.take_up(record)
             case Marked():
                 entry = self.entry(record.key)
                 if entry is not None:
@@ -303,7 +313,7 @@ class Index:
                     namespace=namespace,
                     job=name,
                     rounds=tuple(rounds[-HELD_ROUNDS_MAX:]),
-                    size_bytes=sum(e.size_bytes for e in self.entries(namespace, name)),
+                    size_bytes=job.size_bytes,
                 )
             )
         return found

@@ -4,6 +4,7 @@ What this node does not hold it gets, or passes on, once: to the node that the i
 """
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
@@ -48,6 +49,7 @@ from tierwise.wire.identity import Identity, Role, peer_identity
 log = structlog.get_logger()
 
 FIRST_MESSAGE_S = 30.0
+DRAIN_S_MAX, DRAIN_BYTES_MAX = 5.0, 256 << 20
 SIZE_MAX = 1 << 40
 
 
@@ -120,8 +122,8 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
 
     async def open(self, manifest: RoundManifest) -> None:
         """Open a round here, for a user, the scheduler or the node that is its home."""
-        known = self._store.manifest(manifest.namespace, manifest.job, manifest.round)
-        await self._store.open_round(manifest)
+        known = self._reach.manifest(manifest.namespace, manifest.job, manifest.round)
+        await self._reach.open(manifest)
         if known is None:
             self._on_opened()
 
@@ -136,6 +138,15 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
     # -- objects --------------------------------------------------------------------------------
 
     async def Put(
+        self, request_iterator: AsyncIterator[cache_pb2.PutRequest], context: Any
+    ) -> cache_pb2.PutResponse:
+        try:
+            return await self._put(request_iterator, context)
+        finally:
+            # A client whose write fails does not hear why: gRPC says "Internal error from Core".
+            await _drain(request_iterator)
+
+    async def _put(
         self, request_iterator: AsyncIterator[cache_pb2.PutRequest], context: Any
     ) -> cache_pb2.PutResponse:
         head = await _head(request_iterator)
@@ -189,7 +200,7 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
         Raises:
             FailedPrecondition: It does not.
         """
-        manifest = self._store.manifest(key.namespace, key.job, key.round)
+        manifest = self._reach.manifest(key.namespace, key.job, key.round)
         if manifest is not None:
             named = (manifest.home, *manifest.replica_nodes)
             if caller.identity.name not in named:
@@ -343,9 +354,9 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
         if number >= 0:
             holders = self._elsewhere(namespace, job, number)
             return holders[0] if holders else None
-        own = self._store.rounds(namespace, job)
+        own = self._reach.manifests(namespace, job)
         newest = self._index.newest(namespace, job)
-        if newest is None or (own and own[-1] >= newest[0]):
+        if newest is None or (own and own[-1].round >= newest[0]):
             return None
         return newest[1]
 
@@ -380,7 +391,7 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
 
     def _elsewhere(self, namespace: str, job: str, number: int) -> list[NodeId]:
         """Return which nodes hold a round that this one does not."""
-        if self._store.manifest(namespace, job, number) is not None:
+        if self._reach.manifest(namespace, job, number) is not None:
             return []
         return self._index.holders(namespace, job, number)
 
@@ -412,6 +423,17 @@ async def _head(messages: AsyncIterator[cache_pb2.PutRequest]) -> cache_pb2.Obje
     if first is None or first.WhichOneof("body") != "head":
         raise InvalidArgument("a Put begins with the head of its object")
     return first.head
+
+
+async def _drain(messages: AsyncIterator[cache_pb2.PutRequest]) -> None:
+    """Read what a client still sends of an object that is settled, within bounds."""
+    size_bytes = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_S_MAX):
+            async for message in messages:
+                size_bytes += len(message.chunk)
+                if size_bytes > DRAIN_BYTES_MAX:
+                    return
 
 
 async def _chunks(messages: AsyncIterator[cache_pb2.PutRequest]) -> AsyncIterator[bytes]:

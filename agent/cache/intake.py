@@ -25,7 +25,6 @@ from tierwise.errors import (
     FailedPrecondition,
     InvalidArgument,
     Overloaded,
-    TierwiseError,
 )
 from tierwise.wire import payload
 
@@ -247,11 +246,14 @@ class Intake:
         try:
             if incoming.draft is not None:
                 await self._disk.finish(incoming.draft, entry.digest)
+            if self._index.entry(entry.key) is not entry:
+                self._disk.discard([entry.digest])
+                raise FailedPrecondition(f"{entry.key}: its job was forgotten meanwhile")
             self._index.mark_on_disk(entry, True)
             entry.is_checked = True
             await self._journal.append(entry.put())
             entry.is_journaled = True
-        except (OSError, TierwiseError) as error:
+        except (OSError, Overloaded) as error:
             text = f"the cache's disk is full: {error}"
             if incoming.head.durability is Durability.MEMORY:
                 log.error("cache.disk_failed", key=str(entry.key), cause=text)

@@ -13,7 +13,7 @@ of them put oldest rounds first where estimates are equal, so a job that is neve
 newest rounds. Rivals are in `rivals.py`. Pure: no clock, no chance.
 """
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -23,8 +23,9 @@ from tierwise.domain.cache import ObjectKey, ObjectKind
 JOBS_MAX = 1024  # whose queries are remembered
 CLIENTS_MAX = 4096  # per job, likewise
 METADATA_ROUNDS = 64  # P4: whose facts always stay
-HISTORY_ROUNDS_MAX = 64  # P3: longest history of one client that is kept for it
+HISTORY_ROUNDS_MAX = 64  # P3: longest history of one client that is known
 FORGETTING = 0.98  # per query of a job: the last 50 count most
+WATCH_FORGETTING = 0.8  # per session of reading one client's history
 SHARE_MIN = 0.02  # what a class that nobody asked for is still given
 PREFETCHES_MAX = 4  # per query
 
@@ -80,27 +81,59 @@ def first_of(
 
 
 @dataclass(slots=True)
+class ClientHistory:
+    """One client of a job."""
+
+    rounds: deque[int] = field(default_factory=lambda: deque(maxlen=HISTORY_ROUNDS_MAX))
+    watched_at: int = 0  # P3: number of the session in which its history was read last
+    depth: float = 0.0  # P3: how many of its newest updates such sessions read, of late
+
+    def position(self, round_number: int) -> int:
+        """Return how many newer updates it has sent."""
+        return sum(1 for each in self.rounds if each > round_number)
+
+    def ahead(self, round_number: int) -> list[int]:
+        """Return the rounds that a history read at `round_number`, backwards, reads next."""
+        return [each for each in reversed(self.rounds) if each < round_number][:PREFETCHES_MAX]
+
+
+@dataclass(slots=True)
 class JobHistory:
-    """What one job's classes share: what came, and what was read."""
+    """What came and what was read of one job; all classes estimate from it."""
 
     newest_round: int = -1
     aggregate_round: int = -1  # newest whose aggregate is in
-    matrix_round: int = -1  # last that was read as a whole
-    update_rounds: OrderedDict[str, int] = field(default_factory=OrderedDict)  # newest by client
-    watched: OrderedDict[str, "_Watch"] = field(default_factory=OrderedDict)
-    newest_reads: OrderedDict[str, float] = field(default_factory=OrderedDict)  # P1, by client
-    aggregate_reads: float = 0.0
+    clients: OrderedDict[str, ClientHistory] = field(default_factory=OrderedDict)
+    newest_count: int = 0  # updates of the newest round that came
+    aggregate_reads: float = 0.0  # P1
     update_reads: float = 0.0
+    fresh_reads: float = 0.0  # of these, of updates of the newest round
+    matrix_round: int = -1  # P2: last that was read as a whole, the newest aside
+    matrix_reads: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_STEPS, 1.0))
+    matrix_total: float = 4.0
+    session: int = 0  # P3
+    session_client: str = ""
 
     def ingested(self, key: ObjectKey) -> None:
         """Follow what comes in."""
-        self.newest_round = max(self.newest_round, key.round)
+        if key.round > self.newest_round:
+            self.newest_round, self.newest_count = key.round, 0
         if key.kind is ObjectKind.AGGREGATE and not key.client:
             self.aggregate_round = max(self.aggregate_round, key.round)
         elif key.kind is ObjectKind.UPDATE:
-            newest = max(key.round, self.update_rounds.pop(key.client, -1))
-            self.update_rounds[key.client] = newest
-            _bound(self.update_rounds, CLIENTS_MAX)
+            self.newest_count += key.round == self.newest_round
+            client = self.clients.pop(key.client, None) or ClientHistory()
+            self.clients[key.client] = client
+            if not client.rounds or key.round > client.rounds[-1]:
+                client.rounds.append(key.round)
+            _bound(self.clients, CLIENTS_MAX)
+
+    def is_newest(self, key: ObjectKey) -> bool:
+        """Return whether nothing newer of its kind, or client, has come."""
+        if key.kind is ObjectKind.AGGREGATE:
+            return key.round >= self.aggregate_round
+        client = self.clients.get(key.client)
+        return client is None or not client.rounds or key.round >= client.rounds[-1]
 
     def class_of(self, key: ObjectKey) -> str:
         """Return which class a read belongs to."""
@@ -108,103 +141,106 @@ class JobHistory:
             return "P4"
         if key.kind is ObjectKind.MATRIX:
             return "P2"
-        is_newest = (
-            key.round >= self.aggregate_round
-            if key.kind is ObjectKind.AGGREGATE
-            else key.round >= self.update_rounds.get(key.client, -1)
-        )
-        return "P1" if is_newest else "P3"
+        # A history begins with the newest: what follows tells that it is one.
+        return "P1" if self.is_newest(key) else "P3"
 
-    def read(self, key: ObjectKey) -> Sequence[ObjectKey]:
+    def read(self, key: ObjectKey) -> list[ObjectKey]:
         """Follow what is read; return what is likely next."""
-        match self.class_of(key), key.kind:
-            case "P1", ObjectKind.AGGREGATE:
-                self.aggregate_reads = self.aggregate_reads * FORGETTING + 1.0
-                self.update_reads *= FORGETTING
-            case "P1", _:
-                self.update_reads = self.update_reads * FORGETTING + 1.0
-                self.aggregate_reads *= FORGETTING
-                count = self.newest_reads.pop(key.client, 0.0)
-                self.newest_reads[key.client] = count + 1.0
-                _bound(self.newest_reads, CLIENTS_MAX)
-            case "P2", _:
-                self.matrix_round = key.round
-                if key.round < self.newest_round:
+        match self.class_of(key):
+            case "P1":
+                is_aggregate = key.kind is ObjectKind.AGGREGATE
+                is_fresh = not is_aggregate and key.round == self.newest_round
+                self.aggregate_reads = self.aggregate_reads * FORGETTING + is_aggregate
+                self.update_reads = self.update_reads * FORGETTING + (not is_aggregate)
+                self.fresh_reads = self.fresh_reads * FORGETTING + is_fresh
+                if is_aggregate:
+                    return []
+                client = self.clients.get(key.client)
+                if client and client.depth:  # its history was read before
+                    return [_at(key, number) for number in client.ahead(key.round)]
+            case "P2":
+                step = self._step(key.round)
+                for each in self.matrix_reads:
+                    self.matrix_reads[each] *= FORGETTING
+                self.matrix_reads[step] += 1.0
+                self.matrix_total = sum(self.matrix_reads.values())
+                if step != "newest":  # a walk over older rounds goes on where it was
+                    self.matrix_round = key.round
+                if step == "next" and key.round < self.newest_round:
                     return [_at(key, key.round + 1)]
-            case "P3", ObjectKind.UPDATE:
-                return self._watch(key)
+            case "P3":
+                if client := self.clients.get(key.client):
+                    return self._history(key, client)
             case _:
                 pass
-        return ()
+        return []
 
-    def _watch(self, key: ObjectKey) -> Sequence[ObjectKey]:
-        watch = self.watched.pop(key.client, None) or _Watch(last=key.round, oldest=key.round)
-        self.watched[key.client] = watch
-        _bound(self.watched, CLIENTS_MAX)
-        step = -1 if key.round <= watch.last else 1
-        watch.last = key.round
-        depth = min(self.newest_round - key.round + 1, HISTORY_ROUNDS_MAX)
-        watch.oldest = min(watch.oldest, key.round)
-        # A history slides: how far back it goes is what was read of late, not the first round ever.
-        watch.depth = max(depth, watch.depth * FORGETTING)
-        ahead = [key.round + step * n for n in range(1, PREFETCHES_MAX + 1)]
-        return [_at(key, n) for n in ahead if 0 <= n <= self.newest_round]
+    def _history(self, key: ObjectKey, client: ClientHistory) -> list[ObjectKey]:
+        if key.client != self.session_client:
+            self.session_client = key.client
+            self.session += 1
+        client.watched_at = self.session
+        # A history slides: how far back it goes is what was read of late.
+        client.depth = max(client.position(key.round) + 1.0, client.depth * FORGETTING)
+        return [_at(key, number) for number in client.ahead(key.round)]
 
+    def _step(self, round_number: int) -> str:
+        if round_number == self.matrix_round + 1:
+            return "next"
+        if round_number == self.newest_round:
+            return "newest"
+        return "same" if round_number == self.matrix_round else "other"
 
-@dataclass(slots=True)
-class _Watch:
-    """One client whose history is read: which round last, and how far back."""
-
-    last: int
-    oldest: int
-    depth: float = 1.0
+    def matrix_share(self, step: str) -> float:
+        """Return how large a part of P2's queries takes this step."""
+        return self.matrix_reads[step] / self.matrix_total
 
 
-Rate = float  # expected reads of an object per query of one class
+_STEPS = ("newest", "next", "same", "other")
 
 
-def rate_newest(job: JobHistory, key: ObjectKey) -> Rate:
+def rate_newest(job: JobHistory, key: ObjectKey) -> float:
     """P1: the newest aggregate, and each client's newest update as often as it was asked for."""
-    queries = job.aggregate_reads + job.update_reads
-    aggregate_share = (job.aggregate_reads + 1.0) / (queries + 2.0)
+    reads = job.aggregate_reads + job.update_reads
+    aggregate_share = (job.aggregate_reads + 1.0) / (reads + 2.0)
     if key.kind is ObjectKind.AGGREGATE:
-        return aggregate_share if key.round >= job.aggregate_round else 0.0
-    if key.kind is ObjectKind.UPDATE and key.round >= job.update_rounds.get(key.client, -1):
-        count = job.newest_reads.get(key.client, 0.0)
-        total = sum(job.newest_reads.values())
-        # Laplace's estimate: who was never asked for is one of those who may be next.
-        chance = (count + 1.0) / (total + len(job.update_rounds) + 1.0)
-        return (1.0 - aggregate_share) * chance
-    return 0.0
+        return aggregate_share if job.is_newest(key) else 0.0
+    client = job.clients.get(key.client) if key.kind is ObjectKind.UPDATE else None
+    if client is None or not job.is_newest(key):
+        return 0.0
+    # Laplace's estimates: who was never asked for is one of those who may be next. Most ask for
+    # clients that have just sent something, so these share what such questions have had.
+    fresh_share = (job.fresh_reads + 1.0) / (job.update_reads + 2.0)
+    chance = (1.0 - fresh_share) / len(job.clients)
+    if key.round == job.newest_round:
+        chance += fresh_share / max(job.newest_count, 1)
+    return (1.0 - aggregate_share) * chance
 
 
-def rate_rounds(job: JobHistory, key: ObjectKey) -> Rate:
-    """P2: the newest round, the one after that which was read last, and that one."""
+def rate_rounds(job: JobHistory, key: ObjectKey) -> float:
+    """P2: the newest round, that which was read last, and the one after it."""
     if key.kind not in (ObjectKind.UPDATE, ObjectKind.MATRIX):
         return 0.0
+    rate = 0.0
     if key.round == job.newest_round:
-        return 0.9
-    if job.matrix_round >= 0 and key.round == job.matrix_round + 1:
-        return 0.8
-    if key.round == job.matrix_round:
-        return 0.5
-    return 0.1 / (1.0 + job.newest_round - key.round)
+        rate += job.matrix_share("newest")
+    if job.matrix_round >= 0:
+        # The round that comes next is read next, whether it is there yet or not.
+        rate += job.matrix_share("next") * (key.round == job.matrix_round + 1)
+        rate += job.matrix_share("same") * (key.round == job.matrix_round)
+    return rate + job.matrix_share("other") / (2.0 + job.newest_round - key.round) ** 2
 
 
-def rate_histories(job: JobHistory, key: ObjectKey) -> Rate:
+def rate_histories(job: JobHistory, key: ObjectKey) -> float:
     """P3: the updates of watched clients as far back as they were read."""
-    watch = job.watched.get(key.client) if key.kind is ObjectKind.UPDATE else None
-    if watch is None:
-        return 0.0
-    age = job.newest_round - key.round
-    if age > watch.depth:
+    client = job.clients.get(key.client) if key.kind is ObjectKind.UPDATE else None
+    if client is None or not client.depth or client.position(key.round) > client.depth:
         return 0.0
     # Who was watched last is watched next: clients come and go as they are found suspicious.
-    recency = list(reversed(job.watched)).index(key.client)
-    return 1.0 / (1.0 + recency) / max(watch.depth, 1.0)
+    return WATCH_FORGETTING ** (job.session - client.watched_at) / 4.0 / max(client.depth, 1.0)
 
 
-def rate_metadata(job: JobHistory, key: ObjectKey) -> Rate:
+def rate_metadata(job: JobHistory, key: ObjectKey) -> float:
     """P4: the facts of the last rounds."""
     is_recent = key.round > job.newest_round - METADATA_ROUNDS
     return 1.0 if key.kind is ObjectKind.METADATA and is_recent else 0.0
@@ -242,16 +278,25 @@ class Tailored:
         kind = job.class_of(key)
         self._asked(key, kind)
         ahead = job.read(key)
-        return ahead if self._weight(key, kind) > SHARE_MIN else ()
+        return ahead if self._weights((key.namespace, key.job)).get(kind, 0.0) > SHARE_MIN else ()
 
     def is_admitted(self, key: ObjectKey) -> bool:
         """Return whether some class may read it again."""
-        return self._worth(key) > 0.0
+        job = self._job(key)
+        return any(RATES[kind](job, key) > 0.0 for kind in self._classes)
 
     def victims(self, held: Mapping[ObjectKey, int], need_bytes: int) -> list[ObjectKey]:
         """Drop what is read least, oldest rounds first."""
-        ranked = sorted(held, key=lambda key: (self._worth(key), key.round, key))
-        return first_of(ranked, held, need_bytes)
+        weights: dict[tuple[str, str], Mapping[str, float]] = {}
+        ranks = []
+        for key in held:
+            name = (key.namespace, key.job)
+            if name not in weights:
+                weights[name] = self._weights(name)
+            job = self._job(key)
+            worth = sum(weight * RATES[kind](job, key) for kind, weight in weights[name].items())
+            ranks.append((worth, key.round, key))
+        return first_of((rank[2] for rank in sorted(ranks)), held, need_bytes)
 
     def chosen(self, namespace: str, job: str) -> str:
         """Return the classes."""
@@ -261,12 +306,8 @@ class Tailored:
         """Drop its history."""
         self._jobs.pop((namespace, job), None)
 
-    def _worth(self, key: ObjectKey) -> float:
-        job = self._job(key)
-        return sum(self._weight(key, kind) * RATES[kind](job, key) for kind in self._classes)
-
-    def _weight(self, key: ObjectKey, kind: str) -> float:
-        return 1.0 if kind in self._classes else 0.0
+    def _weights(self, name: tuple[str, str]) -> Mapping[str, float]:
+        return dict.fromkeys(self._classes, 1.0)
 
     def _asked(self, key: ObjectKey, kind: str) -> None:
         """Fixed classes learn nothing from what is asked."""
@@ -309,8 +350,8 @@ class Adaptive(Tailored):
         counts[kind] += 1.0
         _bound(self._mixes, JOBS_MAX)
 
-    def _weight(self, key: ObjectKey, kind: str) -> float:
-        return self._mix((key.namespace, key.job))[kind]
+    def _weights(self, name: tuple[str, str]) -> Mapping[str, float]:
+        return self._mix(name)
 
     def _mix(self, name: tuple[str, str]) -> dict[str, float]:
         counts = self._mixes.get(name) or dict.fromkeys(RATES, 1.0)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import structlog
 
 from agent.cache.holders import HolderIndex, common
 from agent.cache.peers import CachePeers
@@ -33,6 +34,8 @@ from tierwise.wire import compression
 from tierwise.wire.convert_cache import CHUNK_BYTES, key_to_pb, metadata_to_bytes
 from tierwise.wire.identity import Identity, Role
 from tierwise.wire.memfd import Memfd
+
+log = structlog.get_logger()
 
 YIELD_BYTES = 8 << 20  # copied in one go before the loop gets its turn
 FETCHED_BYTES_MAX = 512 << 20  # of other nodes' objects that are kept here
@@ -96,15 +99,65 @@ class Reach:
 
     def manifests(self, namespace: str, job: str) -> list[RoundManifest]:
         """Return the rounds of a job that this node holds, ascending."""
-        found = (
-            self._store.manifest(namespace, job, number)
-            for number in self._store.rounds(namespace, job)
+        numbers = self._store.rounds(namespace, job)
+        return [each for n in numbers if (each := self.manifest(namespace, job, n)) is not None]
+
+    def manifest(self, namespace: str, job: str, number: int) -> RoundManifest | None:
+        """Return a round that this node took, or has copies of; None if it is other nodes'."""
+        found = self._store.manifest(namespace, job, number)
+        is_ours = found is not None and (
+            found.home in ("", self._here) or self._here in found.replica_nodes
         )
-        return [manifest for manifest in found if manifest is not None]
+        return found if is_ours else None
 
     def is_here(self, key: ObjectKey) -> bool:
-        """Return whether this node has the round open."""
-        return self._store.manifest(key.namespace, key.job, key.round) is not None
+        """Return whether this node should hold an object, or happens to: as a base."""
+        if self.manifest(key.namespace, key.job, key.round) is not None:
+            return True
+        return self._store.info(key) is not None
+
+    async def open(self, manifest: RoundManifest) -> None:
+        """Open a round here, with its base if that is another node's.
+
+        Raises:
+            TierwiseError: As the store says.
+        """
+        base = manifest.base
+        if base is not None and self._store.info(base) is None:
+            try:
+                await self._bring(base, manifest.owner)
+            except NotFound:
+                log.warning("base.not_found", key=str(base))  # the store says what follows
+        await self._store.open_round(manifest)
+
+    async def _bring(self, base: ObjectKey, owner: str) -> None:
+        """Copy a base from who has it; its round stays that node's."""
+        file, info = await self.read(base, CLUSTER)
+        if self._store.info(base) is not None:
+            return  # it has come back from the store, or from a copy
+        if self._store.manifest(base.namespace, base.job, base.round) is None:
+            bare = RoundManifest(
+                namespace=base.namespace,
+                job=base.job,
+                round=base.round,
+                clients=(),
+                parameter_count=file.nbytes // 4,
+                owner=owner,
+                home=info.node_ids[0],
+            )
+            await self._store.open_round(bare)
+        await self._take_copy(info, file)
+
+    async def _take_copy(self, info: ObjectInfo, file: Memfd) -> None:
+        head = IncomingHead(
+            key=info.key,
+            size_bytes=info.size_bytes,
+            digest=info.digest,
+            metadata=info.metadata,
+            is_replica=True,
+        )
+        await self.take(head, CLUSTER, _pieces(file.view()))
+        self._store.mark_replicated(info.key, info.node_ids)
 
     def holders(self, key: ObjectKey, near: NodeId = ANYWHERE) -> list[NodeId]:
         """Return who should have an object, the best first.
@@ -206,19 +259,11 @@ class Reach:
         """
         if key.kind is ObjectKind.MATRIX or self._store.info(key) is not None:
             return
-        manifest = self._store.manifest(key.namespace, key.job, key.round)
+        manifest = self.manifest(key.namespace, key.job, key.round)
         for node_id in copies_of(manifest, self._here) if manifest is not None else ():
             try:
                 file, info = await self._peers.get(node_id, key, CLUSTER)
-                head = IncomingHead(
-                    key=key,
-                    size_bytes=info.size_bytes,
-                    digest=info.digest,
-                    metadata=info.metadata,
-                    is_replica=True,
-                )
-                await self.take(head, CLUSTER, _pieces(file.view()))
-                self._store.mark_replicated(key, [node_id])
+                await self._take_copy(info, file)
                 return
             except TierwiseError:
                 continue
@@ -248,7 +293,8 @@ class Reach:
             FailedPrecondition: The round is open nowhere.
         """
         key = outgoing.key
-        if node_id in ("", self._here) and self.is_here(key):
+        is_open = self.manifest(key.namespace, key.job, key.round) is not None
+        if node_id in ("", self._here) and is_open:
             own = Identity(Role.NODE, self._here)
             head = IncomingHead(
                 key=key,

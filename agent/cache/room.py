@@ -18,7 +18,7 @@ from tierwise.domain.cache import HeldRounds
 from tierwise.domain.event import ViewReceived
 from tierwise.domain.ids import NodeId
 from tierwise.v1 import cache_pb2
-from tierwise.wire.convert_cache import manifest_from_pb
+from tierwise.wire.convert_cache import HELD_ROUNDS_MAX, manifest_from_pb
 from tierwise.wire.identity import Role
 
 EXPIRE_S = 10.0
@@ -113,13 +113,11 @@ class CacheRoom:
         await self.ingress.open(replace(asked, home=asked.home or self._here))
 
     def _told(self, held: HeldRounds) -> HeldRounds:
-        manifests = [
-            manifest
-            for number in held.rounds
-            if (manifest := self._store.manifest(held.namespace, held.job, number)) is not None
-        ]
+        """Add what only this layer knows; a round that is open and empty is held, too."""
+        manifests = self.reach.manifests(held.namespace, held.job)[-HELD_ROUNDS_MAX:]
         return replace(
             held,
+            rounds=tuple(manifest.round for manifest in manifests),
             owner=manifests[-1].owner if manifests else "",
             is_copy=bool(manifests) and all(m.home not in ("", self._here) for m in manifests),
         )

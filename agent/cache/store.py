@@ -17,7 +17,7 @@ import structlog
 from agent.cache import admission
 from agent.cache.archive import Archive
 from agent.cache.arena import Matrix
-from agent.cache.counting import Counting
+from agent.cache.counting import Counting, file_of
 from agent.cache.disk import Disk
 from agent.cache.folder import Folder
 from agent.cache.incoming import Incoming
@@ -106,7 +106,12 @@ class CacheStore:
             may_evict=not self._archive.shares_disk(folder),
         )
         self._write_through = WriteThrough(
-            self._index, self._folder, self._journal, self._archive, node_id
+            self._index,
+            self._folder,
+            self._journal,
+            self._archive,
+            node_id,
+            lambda name: file_of(folder / "statistics", name),
         )
         self._reading = Reading(
             self._index,
@@ -122,6 +127,7 @@ class CacheStore:
             self._tasks,
             vectors=self._reading.vectors,
             bases=self._reading.bases,
+            on_saved=self._write_through.add_statistics,
         )
         self._intake = Intake(
             self._index,
@@ -152,12 +158,7 @@ class CacheStore:
         await asyncio.to_thread(self._folder.open)
         for record in await asyncio.to_thread(self._journal.open):
             self._index.apply(record)
-        lost = [
-            entry
-            for entry in list(self._index.entries())
-            if entry.has_file and self._folder.size_bytes(entry.digest) != entry.size_bytes
-        ]
-        for entry in lost:
+        for entry in await asyncio.to_thread(self._lost):
             # The file system lost it, or somebody did: the store may still have it.
             log.error("cache.file_lost", key=str(entry.key), is_stored=entry.is_stored)
             if entry.is_stored:
@@ -365,17 +366,25 @@ class CacheStore:
             Unavailable: The store does not answer; the job is gone from here.
         """
         self._intake.abort_all(namespace, job)
-        await self._journal.append(Forgot(namespace, job))
         self._residency.forget(namespace, job)
         self._write_through.forget(namespace, job)
         found = self._index.jobs.get((namespace, job))
         rounds = list(found.rounds.values()) if found else []
         count, digests = self._index.forget(namespace, job)
+        # Files go when no restart looks for them any more.
+        await self._journal.append(Forgot(namespace, job))
         self._disk.discard(digests)
         await asyncio.to_thread(self._counting.forget, namespace, job, rounds)
         if with_store:
             await self._write_through.delete(namespace, job)
         return count
+
+    def _lost(self) -> Sequence[Entry]:
+        return [
+            entry
+            for entry in self._index.entries()
+            if entry.has_file and self._folder.size_bytes(entry.digest) != entry.size_bytes
+        ]
 
     def _on_put(self, entry: Entry, head: IncomingHead) -> None:
         key = entry.key

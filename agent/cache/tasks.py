@@ -18,10 +18,10 @@ class Tasks:
         self._running: set[asyncio.Task[Any]] = set()
 
     def start(self, work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
-        """Run `work`; what it raises is logged if nobody takes it."""
+        """Run `work`; what it raises is for who waits for it."""
         task = asyncio.get_running_loop().create_task(work)
         self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        task.add_done_callback(self._ended)
         return task
 
     def start_unattended(self, work: Coroutine[Any, Any, Any]) -> None:
@@ -32,6 +32,11 @@ class Tasks:
         """Wait for all of them."""
         while self._running:
             await asyncio.wait(self._running)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever waited for it may be gone
 
 
 async def _logged(work: Coroutine[Any, Any, Any]) -> None:

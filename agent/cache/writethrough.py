@@ -6,19 +6,23 @@ alone. A store that is down is asked again after 1 s, 2 s, … 60 s; nothing is 
 """
 
 import asyncio
+import contextlib
 import hashlib
 from collections import OrderedDict
+from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
 
 import structlog
 
 from agent.cache.archive import Archive
 from agent.cache.folder import DIGEST_BYTES, Draft, Folder
-from agent.cache.index import Entry, Index, Round, entry_of
+from agent.cache.index import Entry, Index, Round
 from agent.cache.journal import Journal, Marked, Opened, Put, framed, records_in
 from tierwise.clock import monotonic_s
 from tierwise.domain.cache import Durability, ObjectKey, ObjectKind
 from tierwise.errors import NotFound, TierwiseError, Unavailable
+from tierwise.files import write_atomically
 
 log = structlog.get_logger()
 
@@ -30,18 +34,28 @@ UNKNOWN_S = 10.0  # how long the store is not asked again for a job that it did 
 UNKNOWN_MAX = 1024
 ROUNDS_AT_ONCE_MAX = 64  # taken up of a job that only the store knows
 
+Name = tuple[str, str, int]  # namespace, job, round
+
 
 class WriteThrough:
     """Brings objects to the store, and rounds back."""
 
     def __init__(
-        self, index: Index, folder: Folder, journal: Journal, archive: Archive, node_id: str
+        self,
+        index: Index,
+        folder: Folder,
+        journal: Journal,
+        archive: Archive,
+        node_id: str,
+        statistics_of: Callable[[Name], Path],
     ) -> None:
         self._index = index
         self._folder = folder
         self._journal = journal
         self._archive = archive
         self._node_id = node_id or "node"
+        self._statistics_of = statistics_of
+        self._counted: OrderedDict[Name, None] = OrderedDict()
         self._waiting: OrderedDict[ObjectKey, None] = OrderedDict()
         self._is_wanted = asyncio.Event()
         self._stored = asyncio.Condition()
@@ -55,17 +69,26 @@ class WriteThrough:
             self._waiting[entry.key] = None
             self._is_wanted.set()
 
+    def add_statistics(self, round_: Round) -> None:
+        """Let a round's statistics be stored beside it."""
+        self._counted[_name(round_)] = None
+        self._is_wanted.set()
+
     async def run_forever(self) -> None:
         """Store what waits, until cancelled."""
         wait_s = WAIT_S_MIN
         while True:
             await self._is_wanted.wait()
             batch = list(islice(self._waiting, BATCH_MAX))
-            if not batch:
+            counted = next(iter(self._counted), None)
+            if not batch and counted is None:
                 self._is_wanted.clear()
                 continue
             try:
-                await self._store(batch)
+                if batch:
+                    await self._store(batch)
+                elif counted is not None:
+                    await self._store_statistics(counted)
                 wait_s, self.failure = WAIT_S_MIN, ""
             except (TierwiseError, OSError) as error:
                 if str(error) != self.failure:
@@ -149,11 +172,12 @@ class WriteThrough:
         for path in sorted(paths)[-ROUNDS_AT_ONCE_MAX:]:
             records, _ = records_in(await self._archive.get_small(path))
             taken += [r for r in records if isinstance(r, Opened | Put) and self._is_new(r)]
+            await self._take_up_statistics(path)
         for record in taken:
             if isinstance(record, Opened):
                 self._index.open(record.manifest, record.opened_unix_s)
             elif self._index.entry(record.key) is None:
-                self._index.add(entry_of(record))
+                self._index.take_up(record)
         if taken:
             await self._journal.append(*taken)
             return True
@@ -174,6 +198,8 @@ class WriteThrough:
         """Store nothing more of a job."""
         for key in [k for k in self._waiting if (k.namespace, k.job) == (namespace, job)]:
             del self._waiting[key]
+        for name in [name for name in self._counted if name[:2] == (namespace, job)]:
+            del self._counted[name]
 
     async def _store(self, keys: list[ObjectKey]) -> None:
         found = [self._index.entry(key) for key in keys]
@@ -224,9 +250,32 @@ class WriteThrough:
                         is_stored=True,
                     )
                 )
-        path = f"{str(round_.key(ObjectKind.MATRIX)).rpartition('/')[0]}/index/{self._node_id}"
+        path = f"{_prefix(_name(round_))}/index/{self._node_id}"
         content = framed([Opened(round_.manifest, round_.opened_unix_s), *puts])
         await self._archive.put(path, content)
+
+    async def _store_statistics(self, name: Name) -> None:
+        self._counted.pop(name, None)
+        round_ = self._index.round(*name)
+        path = self._statistics_of(name)
+        if round_ is None or not await asyncio.to_thread(path.exists):
+            return
+        try:
+            target = f"{_prefix(name)}/statistics/{self._node_id}"
+            await self._archive.put_file(target, path, is_final=False)
+        except TierwiseError:
+            self._counted[name] = None
+            raise
+
+    async def _take_up_statistics(self, path: str) -> None:
+        """Fetch what was counted of a round whose list is at `path`; without it, count anew."""
+        namespace, job, number, _, node_id = path.split("/")
+        name = (namespace, job, int(number))
+        target = self._statistics_of(name)
+        with contextlib.suppress(NotFound, OSError):
+            if not await asyncio.to_thread(target.exists):
+                found = await self._archive.get_small(f"{_prefix(name)}/statistics/{node_id}")
+                await asyncio.to_thread(write_atomically, target, found)
 
     def _is_new(self, record: Opened | Put) -> bool:
         if isinstance(record, Opened):
@@ -234,3 +283,13 @@ class WriteThrough:
             name = (manifest.namespace, manifest.job, manifest.round)
             return self._index.round(*name) is None
         return self._index.entry(record.key) is None
+
+
+def _name(round_: Round) -> Name:
+    manifest = round_.manifest
+    return manifest.namespace, manifest.job, manifest.round
+
+
+def _prefix(name: Name) -> str:
+    namespace, job, number = name
+    return f"{namespace}/{job}/{number:06d}"

@@ -22,6 +22,7 @@ from tierwise.wire.memfd import ATTACHMENTS_MAX
 CHUNK_BYTES = 512 << 10
 ROUND_MAX = 2**31 - 1
 CLIENTS_MAX = 10_000
+CLIENT_LENGTH_MAX = 128
 PARAMETERS_MAX = 1 << 34
 REPLICAS_MAX = 8
 METADATA_BYTES_MAX = 256 << 10
@@ -60,8 +61,8 @@ def key_from_pb(pb: cache_pb2.ObjectKey, field: str = "key") -> ObjectKey:
     if kind is None:
         known = ", ".join(kind.value for kind in ObjectKind)
         raise InvalidArgument(f"{field}.kind = {pb.kind} is not known here: use one of {known}")
-    if pb.client:
-        checks.name(pb.client, f"{field}.client")
+    if pb.client:  # the cache itself says what may be in it
+        checks.text(pb.client, f"{field}.client", CLIENT_LENGTH_MAX)
     if (kind is ObjectKind.UPDATE and not pb.client) or (kind is ObjectKind.MATRIX and pb.client):
         needed = "needs a client" if kind is ObjectKind.UPDATE else "is of a round, not of a client"
         raise InvalidArgument(f"{field}: {kind.value} {needed}")
@@ -103,7 +104,7 @@ def manifest_from_pb(pb: cache_pb2.RoundManifest) -> RoundManifest:
     checks.at_most(pb.replica_nodes, "replica_nodes", REPLICAS_MAX)
     clients = tuple(
         RoundClient(
-            client=checks.name(each.client, "clients.client"),
+            client=checks.text(each.client, "clients.client", CLIENT_LENGTH_MAX),
             writer=checks.text(each.writer, "clients.writer", URI_LENGTH_MAX),
         )
         for each in pb.clients
