@@ -25,14 +25,20 @@ from benchmarks.flstore.policies import hit_rates
 from benchmarks.flstore.replay import Plan, Replayed, replay
 from benchmarks.flstore.report import report
 from benchmarks.flstore.results import latency
+from benchmarks.flstore.servers import VENV, find_redis
 from benchmarks.flstore.tables import summary
 from benchmarks.flstore.trace import SEED
 from benchmarks.report import where
 
-ROUNDS = {10: 24, 47: 12, 113: 6}
+ROUNDS = {10: 24, 47: 12, 113: 5}
 QUERIES = {10: 120, 47: 80, 113: 60}
 PARTS = ("trace", "own", "measures", "aggregation", "policies")
-OWN_POLICIES = ("lru", "lfu", "fifo")
+OWN = {  # policy, rounds that fit into memory
+    "lru": ("lru", 2.5),
+    "lfu": ("lfu", 2.5),
+    "fifo": ("fifo", 2.5),
+    "adaptive, half the memory": ("adaptive", 1.25),
+}
 
 
 def main() -> None:
@@ -41,12 +47,14 @@ def main() -> None:
     found: dict[str, Any] = {"command": command, "where": where(), "seed": options.seed}
     plans = [plan(size, options) for size in options.sizes]
     if "trace" in options.parts:
-        runs = [_told(each) for each in plans]
+        if why := missing():
+            print(f"without rivals: {why}")
+        runs = [_told(each, with_rivals=not why) for each in plans]
         found["trace"] = summary(runs)
         found["samples"] = samples(runs)
-    if "own" in options.parts and "trace" in options.parts:
-        found["own_policies"] = {
-            str(size): {name: own(plan(size, options, name)) for name in OWN_POLICIES}
+    if "own" in options.parts and "trace" in options.parts and not options.quick:
+        found["own"] = {
+            str(size): {name: own(plan(size, options, *how)) for name, how in OWN.items()}
             for size in options.sizes[:1]
         }
     if "measures" in options.parts:
@@ -75,14 +83,27 @@ def parsed() -> argparse.Namespace:
     return options
 
 
-def plan(size_mb: int, options: argparse.Namespace, policy: str = "adaptive") -> Plan:
+def missing() -> str:
+    """Return why the rivals cannot be started; empty if they can."""
+    if not (VENV / "bin/weed").exists():
+        return f"there is no SeaweedFS in {VENV.name} (make bench-flstore makes it)"
+    try:
+        find_redis()
+    except FileNotFoundError as error:
+        return str(error)
+    return ""
+
+
+def plan(
+    size_mb: int, options: argparse.Namespace, policy: str = "adaptive", cache_rounds: float = 0.0
+) -> Plan:
     """Return what a size is tried with."""
     return Plan(
         size_mb=size_mb,
         rounds=3 if options.quick else ROUNDS.get(size_mb, 6),
         query_count=options.queries or QUERIES.get(size_mb, 60),
-        cache_rounds=options.cache_rounds,
-        naive_every=0 if options.quick else 10,
+        cache_rounds=cache_rounds or options.cache_rounds,
+        naive_every=0 if options.quick else 20,
         seed=options.seed,
         policy=policy,
     )
@@ -114,9 +135,9 @@ def samples(runs: list[Replayed]) -> list[dict[str, Any]]:
     ]
 
 
-def _told(each: Plan) -> Replayed:
+def _told(each: Plan, *, with_rivals: bool) -> Replayed:
     print(f"{each.size_mb} MB: {each.rounds} rounds, {each.query_count} queries …", flush=True)
-    run = replay(each)
+    run = replay(each, with_rivals=with_rivals)
     differing = json.dumps(run.differing[:5]) if run.differing else "none"
     print(f"  {run.compared_count} answers compared, different: {differing}", flush=True)
     return run

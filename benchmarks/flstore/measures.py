@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,27 +13,30 @@ from numpy.typing import NDArray
 
 from benchmarks.flstore.ours import CLASSES, HOME, INPUT_WIDTH, Ours, layout_of, parameters_of
 from benchmarks.flstore.replay import mean, scratch
-from benchmarks.flstore.rivals import test_data
+from benchmarks.flstore.rivals import drawn_inputs
 from benchmarks.flstore.servers import ROOT
 from benchmarks.flstore.trace import PER_ROUND, Vectors, make_trace
 from tierwise.clock import precise_s
+from tierwise.domain.cache import ObjectKey
 from tierwise.errors import TierwiseError
 from tierwise.v1 import cache_pb2
 from tierwise.wire import payload
 from tierwise.wire.channel import secure_channel
+from tierwise.wire.convert_cache import key_to_pb, metadata_to_bytes
 from tierwise.wire.identity import Credentials, node_dns_name
 
 QUESTIONS = ("similarity", "malicious", "clusters", "leave-one-out", "payments")
 ARGUMENTS: dict[str, dict[str, Any]] = {"clusters": {"k": 3}, "payments": {"budget": 10_000}}
 UPLINK_BYTES_PER_S = 72e6 / 8  # median 5G low-band uplink (SIGCOMM'21)
 CHUNK_BYTES = 1 << 20
+METHOD = "/tierwise.v1.CacheService/Put"
 Vector = NDArray[np.float32]
 
 
 def measures(size_mb: int, seed: int, *, rounds: int = 5, asks: int = 200) -> dict[str, Any]:
     """Return figures of one cluster with a few rounds of `size_mb`."""
     count = parameters_of(size_mb)
-    inputs = test_data(INPUT_WIDTH, CLASSES, count=4, seed=seed)
+    inputs = drawn_inputs(INPUT_WIDTH, CLASSES, count=4, seed=seed)
     room = int((rounds + 3) * (PER_ROUND + 1) * 4 * count / 2**20)
     with scratch() as folder, Ours(folder, count, inputs, memory_mib=room) as ours:
         made = Rounds(count, seed)
@@ -107,57 +110,62 @@ def statistics(ours: Ours, asks: int) -> dict[str, list[float]]:
 
 
 def ingest(ours: Ours, made: Rounds, rounds: int) -> dict[str, Any]:
-    """Return seconds to take a round's ten updates: by the cache, and by a server that only takes.
+    """Return seconds of a round's ten updates: into the cache, and into a server that only takes.
 
-    Both get the same messages from the same client over mTLS, in turns. `lag_s` is from the last
-    acknowledgement to a first answer about all ten: what statistics are behind.
+    Both get the same messages from the same senders over mTLS, in turns; the cache's round ends
+    when all are on disk and the statistics of all ten have answered once. `loopback`: one after
+    the other, as fast as it goes. `uplinks`: ten at a time, UPLINK_BYTES_PER_S each (*emulated*).
     """
     folder = ours.cluster.state / "agents" / HOME / "credentials"
-    figures: dict[str, list[float]] = {"tierwise_s": [], "plain_s": [], "lag_s": []}
+    figures: dict[str, Any] = {}
     with plain_server(folder, made.matrix.shape) as port:
-        for number in range(rounds + 1):
-            end = made.make()
-            taken, lag_s = put_round(ours, made)
-            plain = put_plain(ours, made.matrix, port)
-            ours.rounds.put_aggregate(made.number + 1, end)
-            made.base = end
-            ours.settle()
-            if number:
-                figures["tierwise_s"].append(taken)
-                figures["plain_s"].append(plain)
-                figures["lag_s"].append(lag_s)
-    slow_s = made.matrix[0].nbytes / UPLINK_BYTES_PER_S
-    return {**figures, "uplink_round_s": slow_s}
+        for way, rate, count in (("loopback", 0.0, rounds), ("uplinks", UPLINK_BYTES_PER_S, 3)):
+            pairs = []
+            for _ in range(count):
+                end = made.make()
+                number = made.number + 1
+                ours.rounds.open(number, made.clients, made.matrix.shape[1], base=number - 1)
+                pairs.append((_sent(ours, made, rate, 0), _sent(ours, made, rate, port)))
+                ours.rounds.put_aggregate(number, end)
+                made.base = end
+                ours.settle()
+            figures[way] = {
+                "tierwise_s": [pair[0] for pair in pairs],
+                "plain_s": [pair[1] for pair in pairs],
+            }
+    return figures
 
 
-def put_round(ours: Ours, made: Rounds) -> tuple[float, float]:
-    """Put a round; return seconds until all updates are on disk, and from then to an answer."""
+def _sent(ours: Ours, made: Rounds, rate: float, port: int) -> float:
+    """Send a round to the cache, or to the plain server at `port`; return seconds."""
     number = made.number + 1
-    ours.rounds.open(number, made.clients, made.matrix.shape[1], base=number - 1)
-    start_s = precise_s()
-    for client, vector, facts in zip(made.clients, made.matrix, made.metadata, strict=True):
-        ours.rounds.put_update(number, client, vector, facts)
-    taken_s = precise_s()
-    ours.rounds.ask("similarity", round=number)
-    return taken_s - start_s, precise_s() - taken_s
-
-
-def put_plain(ours: Ours, matrix: Vector, port: int) -> float:
-    """Send the rows to the server that only takes them; return seconds."""
 
     async def send() -> float:
+        connection = ours.client.connection()
+        agents = {agent.node_id: agent.address for agent in await connection.agents()}
+        address = f"127.0.0.1:{port}" if port else agents[HOME]
         credentials = Credentials.load(ours.cluster.context)
-        channel = secure_channel(f"127.0.0.1:{port}", credentials, node_dns_name(HOME))
-        call = channel.stream_unary(
-            "/tierwise.v1.CacheService/Put",
+        channel = secure_channel(address, credentials, node_dns_name(HOME))
+        put = channel.stream_unary(
+            METHOD,
             request_serializer=cache_pb2.PutRequest.SerializeToString,
             response_deserializer=cache_pb2.PutResponse.FromString,
         )
         try:
             await channel.channel_ready()
             start_s = precise_s()
-            for row in matrix:
-                await call(_messages(row))
+            puts = [
+                put(_messages(ours.rounds.key(number, "update", client), row, facts, rate))
+                for client, row, facts in zip(made.clients, made.matrix, made.metadata, strict=True)
+                if rate
+            ]
+            await asyncio.gather(*puts)
+            for client, row, facts in zip(made.clients, made.matrix, made.metadata, strict=True):
+                if not rate:
+                    key = ours.rounds.key(number, "update", client)
+                    await put(_messages(key, row, facts, rate))
+            if not port:
+                await ours.rounds.ask.aio("similarity", round=number)
             return precise_s() - start_s
         finally:
             await channel.close()
@@ -165,11 +173,22 @@ def put_plain(ours: Ours, matrix: Vector, port: int) -> float:
     return ours.client.run(send)
 
 
-async def _messages(row: Vector) -> Any:
-    yield cache_pb2.PutRequest(head=cache_pb2.ObjectHead(size_bytes=row.nbytes))
+async def _messages(
+    key: ObjectKey, row: Vector, facts: Mapping[str, Any], rate: float
+) -> AsyncIterator[cache_pb2.PutRequest]:
+    """Yield an update's messages, no faster than `rate` bytes per second; 0: as fast as it goes."""
+    head = cache_pb2.ObjectHead(
+        key=key_to_pb(key), size_bytes=row.nbytes, metadata=metadata_to_bytes(facts)
+    )
+    yield cache_pb2.PutRequest(head=head)
     view = row.view(np.uint8).data
+    start_s = precise_s()
     for start in range(0, len(view), CHUNK_BYTES):
-        yield cache_pb2.PutRequest(chunk=bytes(view[start : start + CHUNK_BYTES]))
+        chunk = bytes(view[start : start + CHUNK_BYTES])
+        if rate:
+            due_s = start_s + (start + len(chunk)) / rate
+            await asyncio.sleep(max(0.0, due_s - precise_s()))
+        yield cache_pb2.PutRequest(chunk=chunk)
 
 
 @contextmanager

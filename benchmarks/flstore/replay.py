@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 
 from benchmarks.flstore.ours import CLASSES, INPUT_WIDTH, Ours, layout_of, parameters_of
 from benchmarks.flstore.results import Sample, is_same
-from benchmarks.flstore.rivals import EMULATED, Aggregators, aggregate, test_data, update
+from benchmarks.flstore.rivals import NAIVE, STORES, Aggregators, aggregate, drawn_inputs, update
 from benchmarks.flstore.trace import Query, Trace, Vectors, make_trace, warm_up
 
 INPUTS = 16  # test inputs of a query
 IGNORED = ("arrival_s", "with_last_step")  # when it came; what reads one more vector
-NAIVE = "s3 naive"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +33,7 @@ class Plan:
     rounds: int
     query_count: int
     cache_rounds: float
-    naive_every: int = 10
+    naive_every: int = 20
     seed: int
     policy: str = "adaptive"
 
@@ -62,12 +61,14 @@ def replay(plan: Plan, *, with_rivals: bool = True) -> Replayed:
     """Run one size from the first round to the last query."""
     count = parameters_of(plan.size_mb)
     trace = make_trace(rounds=plan.rounds, query_count=plan.query_count, seed=plan.seed)
-    inputs = test_data(INPUT_WIDTH, CLASSES, count=INPUTS, seed=plan.seed)
+    inputs = drawn_inputs(INPUT_WIDTH, CLASSES, count=INPUTS, seed=plan.seed)
     vectors = Vectors(count, seed=plan.seed)
     found = Replayed(plan)
     with scratch() as folder, shared_file(count) as (path, matrix):
         ours = Ours(folder / "ours", count, inputs, memory_mib=plan.cache_mib, policy=plan.policy)
-        rivals = Aggregators(folder, count, inputs) if with_rivals else None
+        rivals = None
+        if with_rivals:
+            rivals = Aggregators(folder, count, inputs, cache_mib=plan.cache_mib)
         # Rivals first: their servers are forked, which a process that speaks gRPC should not.
         with rivals or nullcontext(), ours:
             _run(trace, plan, vectors, ours, rivals, path, matrix, found)
@@ -86,7 +87,7 @@ def _run(
     matrix: NDArray[np.float32],
     found: Replayed,
 ) -> None:
-    stores = ["s3", "redis", *([NAIVE] if plan.naive_every else [])]
+    stores = [store for store in STORES if store != NAIVE or plan.naive_every]
     base = vectors.first().copy()
     ours.begin(base)
     matrix[0] = base
@@ -134,7 +135,7 @@ def _ask_all(
 ) -> None:
     """Ask every system the same, beginning with another one each time."""
     systems = [ours.name, *(rivals.systems if rivals else ())]
-    if not plan.naive_every or query.number % plan.naive_every or is_first:
+    if not plan.naive_every or is_first or query.number % plan.naive_every:
         systems = [system for system in systems if not system.startswith(NAIVE)]
     first = query.number % len(systems)
     answers: dict[str, Any] = {}
@@ -197,8 +198,3 @@ def shared_file(parameter_count: int) -> Iterator[tuple[Path, NDArray[np.float32
     with tempfile.NamedTemporaryFile(prefix="bench-flstore-", dir=place) as file:
         path = Path(file.name)
         yield path, np.memmap(path, dtype=np.float32, mode="w+", shape=(11, parameter_count))
-
-
-def is_emulated(system: str) -> bool:
-    """Return whether a system's line is emulated."""
-    return system.endswith(EMULATED)

@@ -15,6 +15,7 @@ asks is taken to sit beside both. Writing is not emulated.
 """
 
 import json
+import os
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,7 +33,6 @@ from benchmarks.flstore.servers import (
     VENV,
     Line,
     Relay,
-    Server,
     start_redis,
     start_s3,
 )
@@ -41,18 +41,22 @@ from benchmarks.flstore.trace import Query, Trace
 S3_LINE = Line(first_byte_ms=30.0, connection_mb_per_s=87.5, total_mb_per_s=1250.0)
 REDIS_LINE = Line(first_byte_ms=0.5, connection_mb_per_s=625.0, total_mb_per_s=1250.0)
 EMULATED = " (emulated)"
+S3, REDIS, BOUNDED, NAIVE = "s3", "redis", "redis over s3", "s3 naive"
+STORES = (S3, REDIS, BOUNDED, NAIVE)  # in this order: what is bounded reads what S3 has
 
 
 class Aggregators:
-    """All rivals of one model size. `systems` are the names to ask by."""
+    """All rivals of one model size, in front of them one aggregator. `systems` are their names."""
 
-    def __init__(self, folder: Path, parameter_count: int, inputs: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, parameter_count: int, inputs: Mapping[str, Any], *, cache_mib: int
+    ) -> None:
+        self.systems: list[str] = []
         self._stack = ExitStack()
         self._folder = folder
         self._parameter_count = parameter_count
         self._inputs = inputs
-        self._processes: dict[str, Process] = {}
-        self.systems: dict[str, str] = {}  # name → process
+        self._cache_mib = cache_mib
 
     def __enter__(self) -> "Aggregators":
         try:
@@ -67,46 +71,36 @@ class Aggregators:
 
     def put(self, store: str, file: Path, names: Sequence[str], record: Mapping[str, Any]) -> None:
         """Store the vectors of a file, and the round's record, on one rival's server."""
-        process = self._processes[self.systems[store]]
-        process.order(op="put", store=store, file=str(file), names=list(names), record=record)
+        self._process.order(op="put", store=store, file=str(file), names=list(names), record=record)
 
     def ask(self, system: str, trace: Trace, query: Query) -> dict[str, Any]:
-        """Return what an aggregator answers; see aggregator.py."""
-        order = reading(trace, query)
-        return self._processes[self.systems[system]].order(op="ask", store=system, query=order)
+        """Return what the aggregator answers; see aggregator.py."""
+        return self._process.order(op="ask", store=system, query=reading(trace, query))
 
     def _start(self) -> None:
-        redis = self._stack.enter_context(start_redis(self._folder / "redis"))
-        weed = self._stack.enter_context(start_s3(self._folder / "s3"))
-        s3 = {"kind": "s3", "key": KEY, "secret": SECRET, "bucket": BUCKET}
-        self._open(
-            "s3",
-            {
-                f"{name}{suffix}": {**s3, "kind": kind, "port": port}
-                for suffix, port in self._lines(weed, S3_LINE)
-                for name, kind in (("s3", "s3"), ("s3 naive", "naive"))
-            },
-        )
-        self._open(
-            "redis",
-            {
-                f"redis{suffix}": {"kind": "redis", "port": port}
-                for suffix, port in self._lines(redis, REDIS_LINE)
-            },
-        )
-        self._processes["s3"].order(op="bucket", store="s3")
-
-    def _lines(self, server: Server, line: Line) -> list[tuple[str, int]]:
-        relay = self._stack.enter_context(Relay(server.port, line))
-        return [("", server.port), (EMULATED, relay.port)]
-
-    def _open(self, name: str, stores: Mapping[str, Mapping[str, Any]]) -> None:
-        process = self._stack.enter_context(running(self._folder / f"{name}-aggregator.log"))
-        self._processes[name] = process
-        self.systems |= dict.fromkeys(stores, name)
-        process.order(
+        enter = self._stack.enter_context
+        weed = enter(start_s3(self._folder / "s3"))
+        redis = enter(start_redis(self._folder / "redis"))
+        bounded = enter(start_redis(self._folder / "bounded", self._cache_mib))
+        stores: dict[str, dict[str, Any]] = {}
+        for suffix in ("", EMULATED):
+            s3_port, redis_port, bounded_port = (
+                enter(Relay(server.port, line)).port if suffix else server.port
+                for server, line in ((weed, S3_LINE), (redis, REDIS_LINE), (bounded, REDIS_LINE))
+            )
+            s3 = {"port": s3_port, "key": KEY, "secret": SECRET, "bucket": BUCKET}
+            stores |= {
+                S3 + suffix: {"kind": "s3", **s3},
+                REDIS + suffix: {"kind": "redis", "port": redis_port},
+                BOUNDED + suffix: {"kind": "redis over s3", "port": bounded_port, "s3": s3},
+                NAIVE + suffix: {"kind": "naive", **s3},
+            }
+        self._process = enter(running(self._folder / "aggregator.log"))
+        self._process.order(
             op="open", stores=stores, parameters=self._parameter_count, inputs=self._inputs
         )
+        self._process.order(op="bucket", store=S3)
+        self.systems = list(stores)
 
 
 class Process:
@@ -145,6 +139,7 @@ def running(log: Path) -> Iterator[Process]:
             stderr=output,
             text=True,
             cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},  # as ours
         )
     try:
         yield Process(process, log)
@@ -193,7 +188,7 @@ def aggregate(round_number: int) -> str:
     return f"{round_number + 1:04d}/aggregate"
 
 
-def test_data(width: int, classes: int, *, count: int, seed: int) -> dict[str, Any]:
+def drawn_inputs(width: int, classes: int, *, count: int, seed: int) -> dict[str, Any]:
     """Return inputs, shape (count, width), and labels, as lists."""
     rng = np.random.default_rng(seed)
     inputs: NDArray[np.float32] = rng.standard_normal((count, width), dtype=np.float32)

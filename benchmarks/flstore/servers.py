@@ -42,8 +42,17 @@ class Line:
 class Server:
     """One process; `port` is where it listens. Use it in a `with` block."""
 
-    def __init__(self, name: str, command: Sequence[str], port: int, log: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        port: int,
+        log: Path,
+        leftovers: Sequence[str] = (),
+    ) -> None:
+        """Start it and wait until it listens; `leftovers` are files that it forgets to remove."""
         self.name = name
+        self._leftovers = leftovers
         self.port = port
         self._log = log
         with log.open("ab") as output:
@@ -74,6 +83,8 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        for path in self._leftovers:
+            Path(path).unlink(missing_ok=True)
 
     def _wait(self) -> None:
         ends_s = monotonic_s() + START_TIMEOUT_S
@@ -104,12 +115,19 @@ def find_redis() -> str:
     )
 
 
-def start_redis(folder: Path) -> Server:
-    """Start Redis with nothing but memory: no snapshots, no log."""
+def start_redis(folder: Path, memory_mib: int = 0) -> Server:
+    """Start Redis with nothing but memory: no snapshots, no log.
+
+    Args:
+        folder: For what it says.
+        memory_mib: It drops what was used least recently beyond that; 0: no bound.
+    """
     port = free_ports(1)[0]
     folder.mkdir(parents=True, exist_ok=True)
     command = [find_redis(), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder)]
     command += ["--save", "", "--appendonly", "no", "--io-threads", "2"]
+    if memory_mib:
+        command += ["--maxmemory", f"{memory_mib}mb", "--maxmemory-policy", "allkeys-lru"]
     return Server("redis", command, port, folder / "redis.log")
 
 
@@ -144,7 +162,12 @@ def start_s3(folder: Path) -> Server:
     }
     command = [str(weed), "-logtostderr=true", "server", "-filer", "-s3"]
     command += [f"-{name}={value}" for name, value in options.items()]
-    return Server("SeaweedFS", command, ports["s3"], folder / "weed.log")
+    sockets = [
+        f"/tmp/seaweedfs-{role}{suffix}.sock"
+        for role, port in ports.items()
+        for suffix in (f"-{port}", f"-grpc-{port + 10_000}")
+    ]
+    return Server("SeaweedFS", command, ports["s3"], folder / "weed.log", sockets)
 
 
 class Relay:

@@ -9,6 +9,7 @@ was tried on loopback; `python -m benchmarks.flstore.fetches` prints what the ch
            smaller than 8 MB (AWS suggests 8–16 MB, 85–90 MB/s each, 15 for 10 Gbit/s)
     Redis  one value per client; all GETs sent at once, replies read straight into the rows by a
            reader of 20 lines, on two connections (hiredis makes objects first, which costs a copy)
+    Redis over S3: Redis with as much memory as tierwise's cache; the tuned S3 has the rest
     naive  one object per layer, one after the other, each on a connection of its own
 """
 
@@ -41,6 +42,9 @@ class Store(Protocol):
 
     def fetch_small(self, names: Sequence[str]) -> list[bytes]:
         """Read records whose size is not known."""
+
+    def settle(self) -> None:
+        """Do what can wait until a query has been answered."""
 
 
 def s3_client(port: int, key: str, secret: str) -> Any:
@@ -94,6 +98,9 @@ class S3Tuned:
 
         return list(self._threads.map(get, names))
 
+    def settle(self) -> None:
+        """Nothing waits."""
+
     def _fetch_part(self, part: tuple[str, int, memoryview, bool]) -> None:
         name, start, view, is_whole = part
         wanted = {} if is_whole else {"Range": f"bytes={start}-{start + len(view) - 1}"}
@@ -146,6 +153,9 @@ class S3Naive:
     def fetch_small(self, names: Sequence[str]) -> list[bytes]:
         return [self._get(name) for name in names]
 
+    def settle(self) -> None:
+        """Nothing waits."""
+
     def _get(self, name: str) -> bytes:
         self.request_count += 1
         where = {"Bucket": self._bucket, "Key": name}
@@ -176,26 +186,72 @@ class RedisTuned:
         import redis
 
         self.request_count = 0  # Redis bills none
-        self._client = redis.Redis(port=port, socket_timeout=TIMEOUT_S)
+        self.client = redis.Redis(port=port, socket_timeout=TIMEOUT_S)
         self._readers = [Reader(port) for _ in range(REDIS_CONNECTIONS)]
         self._threads = ThreadPoolExecutor(REDIS_CONNECTIONS)
 
     def put(self, name: str, value: memoryview) -> None:
-        self._client.set(name, value)  # type: ignore[arg-type] # it takes any buffer
+        self.client.set(name, value)  # type: ignore[arg-type] # it takes any buffer
 
     def fetch(self, names: Sequence[str], rows: Sequence[memoryview]) -> None:
+        if missing := self.fetch_some(names, rows):
+            raise KeyError(f"Redis has no {missing[0]}")
+
+    def fetch_some(self, names: Sequence[str], rows: Sequence[memoryview]) -> list[str]:
+        """Read what is there; return the names of what is not."""
         if len(names) == 1:
-            self._readers[0].fetch(names, rows)
-            return
+            return self._readers[0].fetch(names, rows)
         shares = [
             (reader, names[first :: len(self._readers)], rows[first :: len(self._readers)])
             for first, reader in enumerate(self._readers)
         ]
-        list(self._threads.map(lambda share: share[0].fetch(share[1], share[2]), shares))
+        found = self._threads.map(lambda share: share[0].fetch(share[1], share[2]), shares)
+        return [name for missing in found for name in missing]
 
     def fetch_small(self, names: Sequence[str]) -> list[bytes]:
-        found = self._client.mget(list(names))
-        return [bytes(value) for value in found]  # type: ignore[union-attr, arg-type]
+        return [bytes(value) for value in self.client.mget(list(names))]  # type: ignore
+
+    def settle(self) -> None:
+        """Nothing waits."""
+
+
+class RedisOverS3:
+    """Redis with a bound (it drops what was used least recently) in front of the tuned S3.
+
+    What is written goes to both; who writes to S3 is the tuned store, whose objects are read here.
+    What was missing is put into Redis after the answer.
+    """
+
+    def __init__(self, port: int, s3: dict[str, Any]) -> None:
+        self._redis = RedisTuned(port)
+        self._s3 = S3Tuned(**s3)
+        self._missed: list[tuple[str, memoryview]] = []
+
+    @property
+    def request_count(self) -> int:
+        """Return how often S3 was asked."""
+        return self._s3.request_count
+
+    def put(self, name: str, value: memoryview) -> None:
+        self._redis.put(name, value)
+
+    def fetch(self, names: Sequence[str], rows: Sequence[memoryview]) -> None:
+        missing = set(self._redis.fetch_some(names, rows))
+        self._missed = [pair for pair in zip(names, rows, strict=True) if pair[0] in missing]
+        if self._missed:
+            self._s3.fetch([name for name, _ in self._missed], [row for _, row in self._missed])
+
+    def fetch_small(self, names: Sequence[str]) -> list[bytes]:
+        found = dict(zip(names, self._redis.client.mget(list(names)), strict=True))  # type: ignore
+        missing = [name for name, value in found.items() if value is None]
+        found |= dict(zip(missing, self._s3.fetch_small(missing), strict=True))
+        return [bytes(found[name]) for name in names]
+
+    def settle(self) -> None:
+        """Put what was missing into Redis."""
+        for name, row in self._missed:
+            self._redis.put(name, row)
+        self._missed = []
 
 
 class Reader:
@@ -206,17 +262,22 @@ class Reader:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._file = self._socket.makefile("rb", buffering=65_536)
 
-    def fetch(self, names: Sequence[str], rows: Sequence[memoryview]) -> None:
-        """Send all GETs at once, then read the replies in order."""
+    def fetch(self, names: Sequence[str], rows: Sequence[memoryview]) -> list[str]:
+        """Send all GETs at once, read the replies in order; return the names of what is missing."""
         self._socket.sendall(b"".join(_command(name.encode()) for name in names))
+        missing = []
         for name, row in zip(names, rows, strict=True):
             head = self._file.readline()
+            if head == b"$-1\r\n":
+                missing.append(name)
+                continue
             if head != b"$%d\r\n" % len(row):
-                raise KeyError(f"{name}: Redis answers {head!r}")
+                raise OSError(f"{name}: Redis answers {head!r}")
             place = 0
             while place < len(row):
                 place += self._file.readinto(row[place:])
             self._file.read(2)
+        return missing
 
 
 def _command(key: bytes) -> bytes:

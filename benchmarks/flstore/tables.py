@@ -9,21 +9,24 @@ import numpy as np
 from benchmarks.flstore.prices import BILLS, Cost, Holding, Use, break_even, cost
 from benchmarks.flstore.replay import Plan, Replayed
 from benchmarks.flstore.results import Change, Sample, change, latency, paired
+from benchmarks.flstore.rivals import BOUNDED, EMULATED, REDIS, S3
 from benchmarks.flstore.trace import MIX, PER_ROUND
 
 OURS = "tierwise"
-LATENCY_TARGETS = {"s3": -0.90, "redis": -0.80}
-COST_TARGETS = {"s3": -0.92, "redis": -0.95}
+LATENCY_TARGETS = {S3: -0.90, REDIS: -0.80, BOUNDED: -0.80}
+COST_TARGETS = {S3: -0.92, REDIS: -0.95, BOUNDED: -0.95}
 
 
 def holding(system: str, plan: Plan) -> Holding:
     """Return what a system keeps of a plan's rounds."""
     whole_gb = plan.rounds * (PER_ROUND + 1) * plan.size_mb / 1e3
-    if system.startswith("redis"):
-        return Holding(kind="redis", held_gb=whole_gb, replica_gb=whole_gb)
-    if system.startswith("s3"):
-        return Holding(kind="s3", stored_gb=whole_gb)
     held_gb = plan.cache_mib * 2**20 / 1e9
+    if system.startswith(BOUNDED):
+        return Holding(kind="redis", held_gb=held_gb, replica_gb=held_gb, stored_gb=whole_gb)
+    if system.startswith(REDIS):
+        return Holding(kind="redis", held_gb=whole_gb, replica_gb=whole_gb)
+    if system.startswith(S3):
+        return Holding(kind="s3", stored_gb=whole_gb)
     return Holding(kind="tierwise", held_gb=held_gb, replica_gb=held_gb, stored_gb=whole_gb)
 
 
@@ -146,8 +149,8 @@ def verdicts(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return what was to be reached, what was, and whether that is met."""
     rows = []
     for system, by_size in found["changes"].items():
-        kind = system.split(" ")[0]
-        if "naive" in system or kind not in LATENCY_TARGETS:
+        kind = system.removesuffix(EMULATED)
+        if kind not in LATENCY_TARGETS:
             continue
         overall = by_size.get("all") or next(iter(by_size.values()))
         if not overall:
