@@ -15,6 +15,7 @@ and policies.py (what else is measured).
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ OWN = {  # policy, rounds that fit into memory
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # stops what was started
     options = parsed()
     command = " ".join(["python -m benchmarks.bench_flstore", *sys.argv[1:]])
     found: dict[str, Any] = {"command": command, "where": where(), "seed": options.seed}

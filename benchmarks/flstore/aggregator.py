@@ -5,7 +5,7 @@
 Orders come on standard input, one JSON object a line, and are answered by one line each:
 
     {"op": "open", "stores": {name: {"kind": …, "port": …, …}}, "parameters": P, …}
-    {"op": "put", "store": …, "file": path of float32 (n, P), "names": […], "record": {…}}
+    {"op": "put", "store": …, "file": path of float32 (n, P), "rows": {name: row}, "record": {…}}
     {"op": "ask", "store": …, "query": {…}}  →  {"answer", "elapsed_s", "fetch_s", "bytes", "gets"}
 
 It keeps nothing between queries but its memory, whose pages have been touched before the first one,
@@ -34,6 +34,7 @@ from tierwise.functions.fl.statistics import RoundStatistics
 
 BLOCK = 1 << 14  # elements: 14 rows of it are under 1 MB
 ROWS = 14  # vectors held at a time
+PUTS = 4  # at a time
 HISTORY_CHUNK = 4  # rounds of a history at a time: an update and two aggregates each
 Vector = NDArray[np.float32]
 KINDS = {"s3": S3Tuned, "naive": S3Naive, "redis": RedisTuned, "redis over s3": RedisOverS3}
@@ -76,14 +77,21 @@ class Aggregator:
         self._memory += 0.0
         self._threads = ThreadPoolExecutor(1)
 
-    def put(self, store: str, file: str, names: Sequence[str], record: Mapping[str, Any]) -> None:
-        """Store the vectors of a file, and the round's record."""
+    def put(
+        self, store: str, file: str, rows: Mapping[str, int], record: Mapping[str, Any]
+    ) -> None:
+        """Store rows of a file by name, and the round's record."""
         vectors = np.memmap(file, dtype=np.float32, mode="r").reshape(-1, self._memory.shape[1])
-        for name, vector in zip(names, vectors, strict=False):
-            self.stores[store].put(name, memoryview(vector).cast("B"))
+        some = self.stores[store]
+        with ThreadPoolExecutor(PUTS) as threads:
+            list(
+                threads.map(
+                    lambda x: some.put(x[0], memoryview(vectors[x[1]]).cast("B")), rows.items()
+                )
+            )
         if record:
             text = json.dumps(record).encode()
-            put_record(self.stores[store], f"{record['round']:04d}/metadata", text)
+            put_record(some, f"{record['round']:04d}/metadata", text)
 
     def ask(self, store: str, query: Mapping[str, Any]) -> dict[str, Any]:
         """Fetch and answer."""

@@ -17,7 +17,7 @@ asks is taken to sit beside both. Writing is not emulated.
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,9 +69,11 @@ class Aggregators:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def put(self, store: str, file: Path, names: Sequence[str], record: Mapping[str, Any]) -> None:
-        """Store the vectors of a file, and the round's record, on one rival's server."""
-        self._process.order(op="put", store=store, file=str(file), names=list(names), record=record)
+    def put(
+        self, store: str, file: Path, rows: Mapping[str, int], record: Mapping[str, Any]
+    ) -> None:
+        """Store rows of a file by name, and the round's record, on one rival's server."""
+        self._process.order(op="put", store=store, file=str(file), rows=rows, record=record)
 
     def ask(self, system: str, trace: Trace, query: Query) -> dict[str, Any]:
         """Return what the aggregator answers; see aggregator.py."""
@@ -150,20 +152,6 @@ def running(log: Path) -> Iterator[Process]:
 def reading(trace: Trace, query: Query) -> dict[str, Any]:
     """Return the order for a query: what to read, and what to ask of it."""
     workload = query.workload
-    rounds = trace.rounds_of(query)
-    vectors: list[str] = []
-    match workload.reads:
-        case "model" if workload.is_of_client:
-            vectors = [update(query.round, query.client)]
-        case "model":
-            vectors = [aggregate(query.round)]
-        case "models":
-            vectors = [update(number, query.client) for number in rounds]
-        case "matrix" | "statistics":
-            vectors = [update(query.round, client) for client in trace.members[query.round]]
-            vectors += [aggregate(query.round - 1)] if workload.with_base else []
-        case _:
-            pass
     arguments = dict(workload.arguments)
     if query.client and workload.question in ("similar-weights", "client-history"):
         arguments["client"] = query.client
@@ -171,11 +159,32 @@ def reading(trace: Trace, query: Query) -> dict[str, Any]:
         "question": workload.question,
         "round": query.round,
         "reads": workload.reads,
-        "rounds": rounds,
-        "vectors": vectors,
+        "rounds": trace.rounds_of(query),
+        "vectors": vectors_of(trace, query),
         "arguments": arguments,
         "inputs": workload.inputs,
     }
+
+
+def vectors_of(trace: Trace, query: Query) -> list[str]:
+    """Return the keys of the vectors that a query reads."""
+    workload, rounds = query.workload, trace.rounds_of(query)
+    match workload.reads:
+        case "model" if workload.is_of_client:
+            return [update(query.round, query.client)]
+        case "model":
+            return [aggregate(query.round)]
+        case "models":
+            return [update(number, query.client) for number in rounds]
+        case "history":
+            ends = sorted({end for number in rounds for end in (number - 1, number)})
+            updates = [update(number, query.client) for number in rounds]
+            return updates + [aggregate(end) for end in ends]
+        case "matrix" | "statistics":
+            found = [update(query.round, client) for client in trace.members[query.round]]
+            return found + ([aggregate(query.round - 1)] if workload.with_base else [])
+        case _:
+            return []
 
 
 def update(round_number: int, client: str) -> str:

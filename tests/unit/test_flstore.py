@@ -19,7 +19,7 @@ from benchmarks.flstore.policies import Cache
 from benchmarks.flstore.prices import Holding, Use, break_even, cost
 from benchmarks.flstore.replay import mean
 from benchmarks.flstore.results import change, is_same
-from benchmarks.flstore.rivals import aggregate, reading, drawn_inputs, update
+from benchmarks.flstore.rivals import aggregate, drawn_inputs, reading, update
 from benchmarks.flstore.stores import S3_CONNECTIONS, cut, layers
 from benchmarks.flstore.trace import MIX, WORKLOADS, Query, Vectors, make_trace, warm_up
 from tierwise.domain.cache import ObjectKey, ObjectKind
