@@ -81,9 +81,9 @@ class Archive:
         Raises:
             Unavailable: The store does not answer, or refuses; the message says what it said.
         """
-        if is_final and self.folder is not None:
-            if await asyncio.to_thread(_link, source, self.folder / path):
-                return
+        target = self.folder / path if is_final and self.folder is not None else None
+        if target is not None and await asyncio.to_thread(_link, source, target):
+            return
         await self._call(obstore.put_async(self._store, path, source), path, source.stat().st_size)
 
     async def put(self, path: str, content: bytes) -> None:
@@ -179,11 +179,12 @@ class Archive:
 def _link(source: Path, target: Path) -> bool:
     """Give a file a second name instead of a copy; return whether the file system can."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        try:
-            os.link(source, target)
-        except FileExistsError:
-            raise
-        except OSError:
-            return False
+    name = target.with_name(f".{target.name}.new")
+    try:
+        name.unlink(missing_ok=True)
+        os.link(source, name)
+        name.replace(target)  # what another life of the job left there goes
+        name.unlink(missing_ok=True)  # it stays if both are the same file already
+    except OSError:
+        return False
     return True

@@ -28,6 +28,7 @@ FORGETTING = 0.98  # per query of a job: the last 50 count most
 WATCH_FORGETTING = 0.8  # per session of reading one client's history
 SHARE_MIN = 0.02  # what a class that nobody asked for is still given
 PREFETCHES_MAX = 4  # per query
+STEPS = ("newest", "next", "same", "other")  # P2: which round is read after which
 
 
 class CachePolicy(Protocol):
@@ -109,7 +110,7 @@ class JobHistory:
     update_reads: float = 0.0
     fresh_reads: float = 0.0  # of these, of updates of the newest round
     matrix_round: int = -1  # P2: last that was read as a whole, the newest aside
-    matrix_reads: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_STEPS, 1.0))
+    matrix_reads: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STEPS, 1.0))
     matrix_total: float = 4.0
     session: int = 0  # P3
     session_client: str = ""
@@ -194,9 +195,6 @@ class JobHistory:
     def matrix_share(self, step: str) -> float:
         """Return how large a part of P2's queries takes this step."""
         return self.matrix_reads[step] / self.matrix_total
-
-
-_STEPS = ("newest", "next", "same", "other")
 
 
 def rate_newest(job: JobHistory, key: ObjectKey) -> float:

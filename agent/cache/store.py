@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import fcntl
 import os
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +26,7 @@ from agent.cache.journal import Forgot, Journal, Marked, Opened
 from agent.cache.loading import Loader
 from agent.cache.reading import Reading
 from agent.cache.residency import Residency
+from agent.cache.restoring import free_bytes, memory_bytes_of_machine, restore, step_back
 from agent.cache.rivals import policy
 from agent.cache.tasks import Tasks
 from agent.cache.writethrough import WriteThrough
@@ -54,7 +54,6 @@ from tierwise.wire.memfd import Memfd
 log = structlog.get_logger()
 
 THREADS = 4
-NICENESS = 5  # of the thread that counts: answers and updates come first
 TIDY_S = 1.0
 JOURNAL_FACTOR, JOURNAL_RECORDS_MIN = 4, 2000  # rewritten when so much longer than needed
 HISTORY_MAX = 256
@@ -83,10 +82,10 @@ class CacheStore:
         self._lock_fd = -1
         self._executor = ThreadPoolExecutor(THREADS, thread_name_prefix="cache")
         self._counter = ThreadPoolExecutor(
-            1, thread_name_prefix="cache-count", initializer=_step_back
+            1, thread_name_prefix="cache-count", initializer=step_back
         )
-        memory_bytes = (config.memory_mib << 20) or _memory_bytes() // 4
-        disk_bytes = (config.disk_mib << 20) or _free_bytes(folder) // 2
+        memory_bytes = (config.memory_mib << 20) or memory_bytes_of_machine() // 4
+        disk_bytes = (config.disk_mib << 20) or free_bytes(folder) // 2
         quota_bytes = (config.quota_mib << 20) or max(memory_bytes, disk_bytes)
         self._index = Index()
         self._journal = Journal(folder / "journal", self._executor)
@@ -155,26 +154,21 @@ class CacheStore:
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise FailedPrecondition(f"another process uses {self._root}") from None
-        await asyncio.to_thread(self._folder.open)
-        for record in await asyncio.to_thread(self._journal.open):
-            self._index.apply(record)
-        for entry in await asyncio.to_thread(self._lost):
-            # The file system lost it, or somebody did: the store may still have it.
-            log.error("cache.file_lost", key=str(entry.key), is_stored=entry.is_stored)
-            if entry.is_stored:
-                self._index.mark_on_disk(entry, False)
-            else:
-                self._index.remove(entry.key)
-        await asyncio.to_thread(self._folder.sweep, self._index.digests())
+        await asyncio.to_thread(restore, self._index, self._folder, self._journal)
         for entry in sorted(self._index.entries(), key=lambda each: each.key):
             if not entry.quarantined:
                 self._residency.policy.ingested(entry.key, entry.size_bytes)
             self._write_through.add(entry)
-        for (namespace, job), found in self._index.jobs.items():
-            number = max(found.rounds)
-            if found.rounds[number].row_of and found.rounds[number].updates():
-                self._residency.wishes.append(found.rounds[number].key(ObjectKind.MATRIX))
-            log.info("cache.recovered", job=f"{namespace}/{job}", rounds=len(found.rounds))
+        for found in self._index.jobs.values():
+            newest = found.rounds[max(found.rounds)]
+            if newest.updates():
+                self._residency.wishes.append(newest.key(ObjectKind.MATRIX))
+        log.info(
+            "cache.recovered",
+            jobs=len(self._index.jobs),
+            objects=self._index.object_count,
+            size_bytes=self._index.disk_bytes,
+        )
 
     async def run_forever(self) -> None:
         """Write through to the object store, fetch ahead, tidy; until cancelled."""
@@ -379,13 +373,6 @@ class CacheStore:
             await self._write_through.delete(namespace, job)
         return count
 
-    def _lost(self) -> Sequence[Entry]:
-        return [
-            entry
-            for entry in self._index.entries()
-            if entry.has_file and self._folder.size_bytes(entry.digest) != entry.size_bytes
-        ]
-
     def _on_put(self, entry: Entry, head: IncomingHead) -> None:
         key = entry.key
         round_ = self._index.round(key.namespace, key.job, key.round)
@@ -417,18 +404,3 @@ class CacheStore:
                 await self._journal.replace(self._index.records)
             except OSError as error:
                 log.warning("cache.journal_not_compacted", cause=str(error))
-
-
-def _step_back() -> None:
-    """Let this thread have what the others leave."""
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-
-
-def _free_bytes(folder: Path) -> int:
-    found = os.statvfs(folder)
-    return found.f_bavail * found.f_frsize
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
