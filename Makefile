@@ -32,6 +32,7 @@ bench: $(VENV)/dev.stamp ## speed and size, as ratios against rivals in the same
 	@$(BIN)/python -m benchmarks.bench_decision
 	@$(BIN)/python -m benchmarks.bench_guard
 	@$(BIN)/python -m benchmarks.bench_simulator
+	@$(BIN)/python -m benchmarks.bench_questions
 
 bench-sizing: $(VENV)/dev.stamp ## memory for each input beside its rivals, some minutes; writes docs/results
 	@$(BIN)/python -W ignore -m benchmarks.bench_memory_sizing --seeds 10 --out docs/results

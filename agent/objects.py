@@ -11,11 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import structlog
 
-from agent.cache.reach import Outgoing, Reach
+from agent.cache.putting import Outgoing, Putting
+from agent.cache.reach import Reach
 from agent.runtime.instance import ItemKind, ItemResult, RunReport
 from tierwise.clock import monotonic_s
-from tierwise.domain.cache import ObjectInfo, ObjectKey, ObjectKind
+from tierwise.domain.cache import ObjectInfo, ObjectKey, ObjectKind, most_bytes
 from tierwise.domain.ids import NodeId
 from tierwise.domain.request import Request
 from tierwise.errors import (
@@ -35,8 +37,9 @@ from tierwise.wire.convert_cache import (
 )
 from tierwise.wire.memfd import Memfd
 
+log = structlog.get_logger()
+
 SINK_TIMEOUT_S = 120.0
-DATA_NODES_MAX = 8
 
 OnDone = Callable[[RunReport], None]
 Start = Callable[[Sequence[Memfd], float, OnDone], None]
@@ -102,8 +105,9 @@ class Carried:
 class CallObjects:
     """Brings calls their objects, and puts away what they return."""
 
-    def __init__(self, reach: Reach, group: asyncio.TaskGroup) -> None:
+    def __init__(self, reach: Reach, putting: Putting, group: asyncio.TaskGroup) -> None:
         self._reach = reach
+        self._putting = putting
         self._group = group
 
     def holders(self, cached: Cached, argument: bytes) -> tuple[tuple[NodeId, ...], int]:
@@ -113,7 +117,7 @@ class CallObjects:
             (self._reach.holders(key_from_pb(ref.key), NodeId(ref.node_id)), size_bytes)
             for ref, size_bytes in zip(cached.inputs, sizes, strict=False)
         ]
-        return self._reach.best(rows), sum(sizes)
+        return most_bytes(rows), sum(sizes)
 
     def carry(
         self,
@@ -133,9 +137,25 @@ class CallObjects:
             on_done: Gets the report, once, never before this returns.
         """
         carried = Carried(on_done, len(arguments))
-        run = self._run(carried, cached, arguments, timeout_s, start)
+        run = self._guarded(carried, cached, arguments, timeout_s, start)
         carried.task = self._group.create_task(run)
         return carried
+
+    async def _guarded(
+        self,
+        carried: Carried,
+        cached: Cached,
+        arguments: Sequence[bytes],
+        timeout_s: float,
+        start: Start,
+    ) -> None:
+        """Run; a bug here ends the call, not the agent."""
+        try:
+            await self._run(carried, cached, arguments, timeout_s, start)
+        except Exception:
+            log.exception("call.objects_crashed")
+            error = TierwiseError("its objects could not be handled; see the agent's log")
+            carried.end(_report([_failed(error)] * len(arguments)))
 
     async def _run(
         self,
@@ -215,19 +235,18 @@ class CallObjects:
 
     async def _put(self, sink: cache_pb2.ObjectSink, item: ItemResult) -> ItemResult:
         key = key_from_pb(sink.key)
-        vector, metadata, file = _parts(key, item)
+        vector, metadata = _parts(key, item)
         relative_to = key_from_pb(sink.relative_to) if sink.HasField("relative_to") else None
         outgoing = Outgoing(
             key=key,
             vector=vector,
-            file=file,
             metadata=metadata,
             durability=durability_from_pb(sink.durability),
             writer=sink.caller,
             encoding=sink.encoding,
             relative_to=relative_to,
         )
-        info = await self._reach.put(outgoing, NodeId(sink.node_id))
+        info = await self._putting.put(outgoing, NodeId(sink.node_id))
         return ItemResult(ItemKind.OK, payload.encode(receipt(info, metadata)))
 
 
@@ -238,7 +257,7 @@ def placed(
     if objects is None or not cached.inputs or request.data_nodes:
         return request
     nodes, size_bytes = objects.holders(cached, argument)
-    return replace(request, data_nodes=nodes[:DATA_NODES_MAX], data_bytes=size_bytes)
+    return replace(request, data_nodes=nodes, data_bytes=size_bytes)
 
 
 def receipt(info: ObjectInfo, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -253,8 +272,8 @@ def receipt(info: ObjectInfo, metadata: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _parts(key: ObjectKey, item: ItemResult) -> tuple[Any, dict[str, Any], Memfd | None]:
-    """Return the bytes of a result, its metadata, and the file that holds just those bytes.
+def _parts(key: ObjectKey, item: ItemResult) -> tuple[Any, dict[str, Any]]:
+    """Return the bytes of a result, uncopied, and its metadata.
 
     Raises:
         ResultRejected: It is not (vector, dict), or for metadata not a dict.
@@ -266,7 +285,7 @@ def _parts(key: ObjectKey, item: ItemResult) -> tuple[Any, dict[str, Any], Memfd
     if key.kind is ObjectKind.METADATA:
         if not isinstance(value, dict):
             raise ResultRejected("the result goes into the cache as metadata: return a dict")
-        return metadata_to_bytes(value), {}, None
+        return metadata_to_bytes(value), {}
     is_pair = isinstance(value, tuple | list) and len(value) == 2
     vector, metadata = value if is_pair else (value, {})
     is_vector = isinstance(vector, np.ndarray) and vector.dtype == np.float32 and vector.ndim == 1
@@ -275,8 +294,7 @@ def _parts(key: ObjectKey, item: ItemResult) -> tuple[Any, dict[str, Any], Memfd
             f"the result goes into the cache as {key}: return (vector, dict), a one-dimensional "
             "float32 array and small facts such as example_count"
         )
-    is_alone = len(item.attachments) == 1 and item.attachments[0].nbytes == vector.nbytes
-    return vector, metadata, item.attachments[0] if is_alone else None
+    return vector, metadata
 
 
 async def _all(reads: list[Any]) -> list[Any]:

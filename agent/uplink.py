@@ -420,6 +420,9 @@ class Uplink:
             await self._cache.open_round(manifest)
         except TierwiseError as error:
             answer.error_code, answer.message = error.code, error.message
+        except Exception as error:  # a bug there must not end the agent
+            log.exception("round.not_opened", job=f"{manifest.namespace}/{manifest.job}")
+            answer.error_code, answer.message = "internal", repr(error)
         self._outbox.answers.append(node_pb2.SessionRequest(round_opened=answer))
         self._outbox.wake.set()
 

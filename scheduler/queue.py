@@ -179,6 +179,9 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
         blob = payload.SerializeToString()
         request_bytes = sum(map(len, asked.arguments))
         item_count = len(asked.arguments)
+        if asked.inputs and not asked.data_nodes:
+            nodes, asked.data_bytes = self._window.data_of(asked)
+            asked.data_nodes.extend(nodes)
         for field in ("arguments", "hops", "lease", "origin", "inputs", "output"):
             asked.ClearField(field)
         asked.function = spec.function_id

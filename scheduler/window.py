@@ -22,6 +22,7 @@ from scheduler.machine import LOST_AFTER, WINDOW_MAX
 from scheduler.store import work as table
 from scheduler.store.store import Store
 from tierwise.clock import monotonic_s, wall_s
+from tierwise.domain.cache import most_bytes
 from tierwise.domain.command import Delay, Dispatch
 from tierwise.domain.event import CancelAsked, Submitted, WorkFinished
 from tierwise.domain.ids import NodeId, RequestId
@@ -30,6 +31,7 @@ from tierwise.domain.request import Request
 from tierwise.errors import NotFound, TierwiseError
 from tierwise.v1 import types_pb2
 from tierwise.wire import convert
+from tierwise.wire.payload import detached_bytes
 
 log = structlog.get_logger()
 
@@ -98,6 +100,15 @@ class WorkWindow:
         """Return a position behind all others."""
         self._last_position += 1
         return self._last_position
+
+    def data_of(self, invocation: types_pb2.Invocation) -> tuple[tuple[NodeId, ...], int]:
+        """Return the nodes that hold most of what a call reads, and how many bytes it reads."""
+        sizes = detached_bytes(invocation.arguments[0])
+        rows = [
+            (self._sessions.holdings.holders(ref.key.namespace, ref.key.job, ref.key.round), size)
+            for ref, size in zip(invocation.inputs, sizes, strict=False)
+        ]
+        return most_bytes(rows), sum(sizes)
 
     def accepted(self, submitted: Submitted, position: int) -> None:
         """Take on new work that is in the store."""

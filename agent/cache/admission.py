@@ -100,7 +100,8 @@ def check_put(head: IncomingHead, blob: bytes, round_: Round | None, writer_uri:
         if head.size_bytes != wanted:
             raise InvalidArgument(f"{key}: {head.size_bytes} bytes; the round's are {wanted}")
         return ""
-    if (key.kind, key.client) not in round_.entries and round_.has_ended:
+    is_late = round_.has_ended and not head.is_replica  # a copy was in time where it was taken
+    if (key.kind, key.client) not in round_.entries and is_late:
         raise FailedPrecondition(f"{key}: round {key.round} has ended")
     if not 0 < head.size_bytes <= MISFIT_FACTOR * wanted:
         raise InvalidArgument(f"{key}: {head.size_bytes} bytes; the round's are {wanted}")

@@ -4,7 +4,7 @@ What is read here is about a heartbeat old. Whoever follows it must be ready to 
 is not there.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from tierwise.domain.cache import HeldRounds
 from tierwise.domain.event import ViewReceived
@@ -46,14 +46,20 @@ class HolderIndex:
         ]
         return [node_id for _, _, node_id in sorted(found)]
 
-    def newest(self, namespace: str, job: str) -> tuple[int, NodeId] | None:
-        """Return the newest round of a job elsewhere, and who holds it."""
-        found = max(
-            (held.rounds[-1] for _, held in self._of_job(namespace, job) if held.rounds),
-            default=None,
-        )
-        holders = self.holders(namespace, job, found) if found is not None else []
-        return (found, holders[0]) if found is not None and holders else None
+    def newest(self, namespace: str, job: str) -> tuple[int, int, list[NodeId]] | None:
+        """Return the newest round of a job elsewhere.
+
+        Returns:
+            The newest that has ended or has every update, −1 for none; the newest of all; and who
+            holds the first, or else the second, the best first.
+        """
+        rows = [held for _, held in self._of_job(namespace, job) if held.rounds]
+        if not rows:
+            return None
+        done = max(held.newest_done for held in rows)
+        newest = max(held.rounds[-1] for held in rows)
+        holders = self.holders(namespace, job, done if done >= 0 else newest)
+        return (done, newest, holders) if holders else None
 
     def owner(self, namespace: str, job: str) -> str:
         """Return whose job it is; empty if nobody is known to hold any of it."""
@@ -73,17 +79,3 @@ class HolderIndex:
             for held in rows:
                 if held.namespace == namespace and held.job == job:
                     yield node_id, held
-
-
-def common(holders: Iterable[tuple[list[NodeId], int]]) -> tuple[NodeId, ...]:
-    """Return the nodes that hold the most bytes of several objects.
-
-    Args:
-        holders: Per object, who holds it, and its bytes.
-    """
-    bytes_by_node: dict[NodeId, int] = {}
-    for nodes, size_bytes in holders:
-        for node_id in nodes:
-            bytes_by_node[node_id] = bytes_by_node.get(node_id, 0) + size_bytes
-    most = max(bytes_by_node.values(), default=0)
-    return tuple(sorted(node_id for node_id, held in bytes_by_node.items() if held == most))

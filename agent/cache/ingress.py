@@ -12,15 +12,14 @@ from typing import Any
 import numpy as np
 import structlog
 
-from agent.cache.answers import Answers
 from agent.cache.holders import HolderIndex
-from agent.cache.lists import merged
+from agent.cache.overview import Caller, Overview
+from agent.cache.own import OwnRounds
 from agent.cache.peers import CachePeers
 from agent.cache.reach import HOLDERS_TRIED_MAX, Reach
 from agent.cache.replication import Replicator
 from agent.cache.rights import CLUSTER, Rights
 from agent.cache.store import CacheStore
-from tierwise.clock import precise_s
 from tierwise.domain.cache import Durability, IncomingHead, ObjectInfo, ObjectKey, RoundManifest
 from tierwise.domain.ids import NodeId
 from tierwise.errors import (
@@ -31,7 +30,7 @@ from tierwise.errors import (
     Unavailable,
 )
 from tierwise.v1 import cache_pb2, cache_pb2_grpc
-from tierwise.wire import checks, payload
+from tierwise.wire import checks
 from tierwise.wire.compression import Decoder
 from tierwise.wire.convert_cache import (
     CHUNK_BYTES,
@@ -44,7 +43,7 @@ from tierwise.wire.convert_cache import (
     metadata_from_bytes,
     metadata_to_bytes,
 )
-from tierwise.wire.identity import Identity, Role, peer_identity
+from tierwise.wire.identity import Role
 
 log = structlog.get_logger()
 
@@ -53,26 +52,19 @@ DRAIN_S_MAX, DRAIN_BYTES_MAX = 5.0, 256 << 20
 SIZE_MAX = 1 << 40
 
 
-class _Caller:
-    """Who is at the other end, and for whom."""
-
-    def __init__(self, context: Any, on_behalf: str = "") -> None:
-        self.identity: Identity = peer_identity(context)
-        self.is_node = self.identity.role is Role.NODE
-        self.uri = on_behalf if self.is_node else self.identity.uri
-
-
 class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
     """Serves CacheService."""
 
     def __init__(
         self,
         store: CacheStore,
+        own: OwnRounds,
         index: HolderIndex,
         peers: CachePeers,
         reach: Reach,
         rights: Rights,
         replicator: Replicator,
+        overview: Overview,
         node_id: NodeId,
         on_opened: Callable[[], None],
     ) -> None:
@@ -80,30 +72,33 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
 
         Args:
             store: This node's.
+            own: The rounds that are this node's.
             index: Who holds what this node does not.
             peers: The way there.
-            reach: Reads what lies elsewhere.
+            reach: Reads what lies elsewhere, and opens rounds.
             rights: Who may touch what.
             replicator: Copies what was taken.
+            overview: Answers about jobs as a whole.
             node_id: This node.
-            on_opened: Is told that this node holds a new round, which others look for.
+            on_opened: Is told that this node holds other rounds than before.
         """
         self._store = store
+        self._own = own
         self._index = index
         self._peers = peers
         self._reach = reach
         self._rights = rights
         self._replicator = replicator
+        self._overview = overview
         self._here = node_id
         self._on_opened = on_opened
-        self._answers = Answers(store)
 
     # -- rounds ---------------------------------------------------------------------------------
 
     async def OpenRound(
         self, request: cache_pb2.OpenRoundRequest, context: Any
     ) -> cache_pb2.OpenRoundResponse:
-        caller = _Caller(context)
+        caller = Caller(context)
         manifest = manifest_from_pb(request.manifest)
         if not caller.is_node:
             is_admin = caller.identity.role is Role.ADMIN
@@ -122,7 +117,7 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
 
     async def open(self, manifest: RoundManifest) -> None:
         """Open a round here, for a user, the scheduler or the node that is its home."""
-        known = self._reach.manifest(manifest.namespace, manifest.job, manifest.round)
+        known = self._own.manifest(manifest.namespace, manifest.job, manifest.round)
         await self._reach.open(manifest)
         if known is None:
             self._on_opened()
@@ -150,7 +145,7 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
         self, request_iterator: AsyncIterator[cache_pb2.PutRequest], context: Any
     ) -> cache_pb2.PutResponse:
         head = await _head(request_iterator)
-        caller = _Caller(context, head.writer)
+        caller = Caller(context, head.writer)
         key = key_from_pb(head.key)
         if not caller.is_node:
             head.is_replica = False
@@ -164,7 +159,7 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
         self,
         head: cache_pb2.ObjectHead,
         key: ObjectKey,
-        caller: _Caller,
+        caller: Caller,
         chunks: AsyncIterator[bytes],
     ) -> cache_pb2.PutResponse:
         incoming = IncomingHead(
@@ -187,20 +182,20 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
             file, _ = await self._reach.read(other, caller.uri)
             base = np.frombuffer(file.view(), np.float32)
         decoder = Decoder(head.encoding, base)
-        info = await self._reach.take(incoming, writer, _decoded(decoder, chunks))
+        info = await self._own.take(incoming, writer, _decoded(decoder, chunks))
         if head.is_replica:
             self._store.mark_replicated(key, [caller.identity.name])
         else:
             info = await self._replicated(info, incoming.durability)
         return cache_pb2.PutResponse(object=info_to_pb(info))
 
-    def _replica_writer(self, key: ObjectKey, caller: _Caller) -> str:
+    def _replica_writer(self, key: ObjectKey, caller: Caller) -> str:
         """Return the cluster's name for a copy, if it comes from a node that may send copies.
 
         Raises:
             FailedPrecondition: It does not.
         """
-        manifest = self._reach.manifest(key.namespace, key.job, key.round)
+        manifest = self._own.manifest(key.namespace, key.job, key.round)
         if manifest is not None:
             named = (manifest.home, *manifest.replica_nodes)
             if caller.identity.name not in named:
@@ -234,24 +229,25 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
     async def Get(
         self, request: cache_pb2.GetRequest, context: Any
     ) -> AsyncIterator[cache_pb2.GetResponse]:
-        caller = _Caller(context, request.caller)
+        caller = Caller(context, request.caller)
         key = key_from_pb(request.key)
         self._rights.check_read(caller.uri, key)
         may_ask = not caller.is_node
-        if not self._reach.is_here(key) and may_ask:
+        if not self._own.is_here(key) and may_ask:
             async for response in self._pass_through(key, caller, request.is_head_only):
                 yield response
             return
-        if caller.uri != CLUSTER:  # a node that refills asks nobody in turn
-            await self._reach.refill(key)
-        view, info = await self._store.view(key)
+        if caller.uri == CLUSTER:  # a node that refills asks nobody in turn
+            view, info = await self._store.view(key)
+        else:
+            view, info = await self._own.sound(key, self._store.view)
         yield cache_pb2.GetResponse(head=_head_of(info))
         if not request.is_head_only:
             for start in range(0, view.nbytes, CHUNK_BYTES):
                 yield cache_pb2.GetResponse(chunk=bytes(view[start : start + CHUNK_BYTES]))
 
     async def _pass_through(
-        self, key: ObjectKey, caller: _Caller, is_head_only: bool
+        self, key: ObjectKey, caller: Caller, is_head_only: bool
     ) -> AsyncIterator[cache_pb2.GetResponse]:
         """Yield what the first holder answers that has the object; else what the store has."""
         request = cache_pb2.GetRequest(is_forwarded=True, caller=caller.uri)
@@ -283,115 +279,23 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
     async def ListObjects(
         self, request: cache_pb2.ListObjectsRequest, context: Any
     ) -> cache_pb2.ListObjectsResponse:
-        caller = _Caller(context, request.caller)
-        found = [
-            info
-            for info in self._store.list(request.namespace, request.job)
-            if self._rights.is_owner(caller.uri, info.key.namespace, info.key.job)
-        ]
-        own = cache_pb2.ListObjectsResponse(objects=map(info_to_pb, found), cache=self._reading())
-        if request.is_everywhere and not caller.is_node:
-            asked = cache_pb2.ListObjectsRequest(
-                namespace=request.namespace, job=request.job, caller=caller.uri
-            )
-            others = await asyncio.gather(*(self._list_at(n, asked) for n in self._index.others()))
-            return merged(own, others)
-        return own
-
-    async def _list_at(
-        self, node_id: NodeId, request: cache_pb2.ListObjectsRequest
-    ) -> cache_pb2.ListObjectsResponse:
-        try:
-            answer: cache_pb2.ListObjectsResponse = await self._peers.ask(
-                node_id, "ListObjects", request
-            )
-        except TierwiseError as error:
-            log.warning("cache.not_listed", node_id=node_id, cause=str(error))
-            return cache_pb2.ListObjectsResponse()
-        return answer
-
-    def _reading(self) -> cache_pb2.CacheReading:
-        reading = self._store.reading()
-        return cache_pb2.CacheReading(
-            memory_bytes=reading.memory_bytes,
-            memory_bytes_max=reading.memory_bytes_max,
-            disk_bytes=reading.disk_bytes,
-            hit_count=reading.hit_count,
-            miss_count=reading.miss_count,
-            policies=dict(reading.policies),
-            moved_bytes=self._peers.moved_bytes,
-        )
+        return await self._overview.objects(request, Caller(context, request.caller))
 
     async def AskStatistics(
         self, request: cache_pb2.AskStatisticsRequest, context: Any
     ) -> cache_pb2.AskStatisticsResponse:
-        caller = _Caller(context, request.caller)
-        namespace = checks.name(request.namespace, "namespace")
-        job = checks.name(request.job, "job")
-        self._rights.check_owner(caller.uri, namespace, job)
-        if not caller.is_node:
-            holder = self._asked_elsewhere(namespace, job, request.round)
-            if holder is not None:
-                request.caller, request.is_forwarded = caller.uri, True
-                answered: cache_pb2.AskStatisticsResponse = await self._peers.ask(
-                    holder, "AskStatistics", request
-                )
-                return answered
-        started_s = precise_s()
-        arguments = _arguments(request.arguments)
-        answer, number = await self._answers.of(
-            namespace, job, request.round, request.question, arguments
-        )
-        return cache_pb2.AskStatisticsResponse(
-            answer=payload.encode(answer, "the answer"),
-            round=number,
-            node_id=self._here,
-            elapsed_s=precise_s() - started_s,
-        )
-
-    def _asked_elsewhere(self, namespace: str, job: str, number: int) -> NodeId | None:
-        """Return which other node knows the answer, or None if this one does."""
-        if number >= 0:
-            holders = self._elsewhere(namespace, job, number)
-            return holders[0] if holders else None
-        own = self._reach.manifests(namespace, job)
-        newest = self._index.newest(namespace, job)
-        if newest is None or (own and own[-1].round >= newest[0]):
-            return None
-        return newest[1]
+        return await self._overview.ask(request, Caller(context, request.caller))
 
     async def ForgetJob(
         self, request: cache_pb2.ForgetJobRequest, context: Any
     ) -> cache_pb2.ForgetJobResponse:
-        caller = _Caller(context, request.caller)
-        namespace = checks.name(request.namespace, "namespace")
-        job = checks.name(request.job, "job")
-        self._rights.check_owner(caller.uri, namespace, job)
-        count = await self._store.forget(namespace, job, with_store=request.with_store)
-        self._reach.forget(namespace, job)
-        if not caller.is_node:
-            request.caller = caller.uri
-            others = [self._forget_at(n, request) for n in self._others_of(request)]
-            count += sum(await asyncio.gather(*others))
+        response = await self._overview.forget(request, Caller(context, request.caller))
         self._on_opened()
-        return cache_pb2.ForgetJobResponse(object_count=count)
-
-    async def _forget_at(self, node_id: NodeId, request: cache_pb2.ForgetJobRequest) -> int:
-        try:
-            answer = await self._peers.ask(node_id, "ForgetJob", request)
-        except TierwiseError as error:
-            log.warning("cache.not_forgotten", node_id=node_id, cause=str(error))
-            return 0
-        return int(answer.object_count)
-
-    def _others_of(self, request: cache_pb2.ForgetJobRequest) -> list[NodeId]:
-        """Return the nodes that hold something of a job, or may keep what calls have read."""
-        holders = self._index.holders(request.namespace, request.job)
-        return list(dict.fromkeys((*holders, *self._index.others())))
+        return response
 
     def _elsewhere(self, namespace: str, job: str, number: int) -> list[NodeId]:
         """Return which nodes hold a round that this one does not."""
-        if self._reach.manifest(namespace, job, number) is not None:
+        if self._own.manifest(namespace, job, number) is not None:
             return []
         return self._index.holders(namespace, job, number)
 
@@ -460,13 +364,3 @@ def _head_of(info: ObjectInfo) -> cache_pb2.ObjectHead:
         durability=cache_pb2.Durability.ValueType(info.durability),
         row_count=len(metadata.get("clients", ())) if "is_in" in metadata else 0,  # type: ignore[arg-type]
     )
-
-
-def _arguments(blob: bytes) -> dict[str, Any]:
-    try:
-        found = payload.decode(blob) if blob else {}
-    except payload.PayloadError as error:
-        raise InvalidArgument(f"arguments: {error}") from None
-    if not isinstance(found, dict):
-        raise InvalidArgument("arguments: send a dict")
-    return found

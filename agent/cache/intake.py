@@ -105,7 +105,7 @@ class Intake:
                 if head.digest:
                     raise AlreadyExists(f"{key} is held with other content: names are final")
                 return self._unkept(head, held=self._info(held))
-            if round_.has_ended:
+            if round_.has_ended and not head.is_replica:
                 raise FailedPrecondition(f"{key}: round {key.round} has ended")
         admission.check_count(self._index)
         if (before := self._receiving.get(key)) is not None:
@@ -197,7 +197,8 @@ class Intake:
         """
         head, key = incoming.head, incoming.head.key
         round_ = self._index.round(key.namespace, key.job, key.round)
-        if round_ is None or (key.kind is ObjectKind.UPDATE and round_.has_ended):
+        is_late = key.kind is ObjectKind.UPDATE and not head.is_replica
+        if round_ is None or (is_late and round_.has_ended):
             raise FailedPrecondition(f"{key}: round {key.round} has ended meanwhile")
         blob = _blob(head)
         reason = incoming.misfit or _verdict(incoming, round_)

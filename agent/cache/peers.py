@@ -21,7 +21,7 @@ from tierwise.domain.topology import Channel, Link
 from tierwise.errors import Unavailable
 from tierwise.v1 import cache_pb2, cache_pb2_grpc
 from tierwise.wire import memfd
-from tierwise.wire.channel import secure_channel
+from tierwise.wire.channel import is_connected, secure_channel
 from tierwise.wire.convert_cache import (
     durability_from_pb,
     info_from_pb,
@@ -189,13 +189,10 @@ class CachePeers:
             Unavailable: It is unknown, or does not answer.
         """
         peer = self._peer(node_id)
-        try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                await peer.channel.channel_ready()
-        except TimeoutError:
+        if not await is_connected(peer.channel, CONNECT_TIMEOUT_S):
             raise Unavailable(
                 f"the cache of {node_id} does not answer at {peer.address}", retry_after_s=1.0
-            ) from None
+            )
         return peer
 
     def _peer(self, node_id: NodeId) -> _Peer:

@@ -13,8 +13,8 @@ from typing import Any
 
 import structlog
 
+from agent.cache.own import copies_of
 from agent.cache.peers import CachePeers
-from agent.cache.reach import copies_of
 from agent.cache.store import CacheStore
 from tierwise.domain.cache import Durability, IncomingHead, ObjectInfo, ObjectKey, ObjectKind
 from tierwise.domain.ids import NodeId
@@ -123,8 +123,8 @@ class Replicator:
         """Look over what is held, now and then, for what has no copy yet."""
         while True:
             for info in self._store.list():
-                if info.durability < Durability.REPLICATED and not info.quarantined:
-                    self._add(info.key)
+                if not info.quarantined:
+                    self._add(info)
             await asyncio.sleep(REPAIR_S)
 
     def close(self) -> None:
@@ -135,13 +135,16 @@ class Replicator:
 
     def _committed(self, info: ObjectInfo, head: IncomingHead) -> None:
         if not head.is_replica:
-            self._add(info.key)
+            self._add(info)
 
-    def _add(self, key: ObjectKey) -> None:
+    def _add(self, info: ObjectInfo) -> None:
+        key = info.key
         manifest = self._store.manifest(key.namespace, key.job, key.round)
         if manifest is None or key.kind is ObjectKind.MATRIX:
             return
         for node_id in copies_of(manifest, self._here):
+            if node_id in info.node_ids:
+                continue
             target = self._targets.setdefault(node_id, _Target())
             if len(target.pending) < PENDING_MAX:
                 target.pending.setdefault(key)

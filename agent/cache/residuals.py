@@ -7,15 +7,13 @@ import numpy as np
 from tierwise.domain.cache import ObjectKey, ObjectKind
 from tierwise.wire.compression import Vector
 
-BYTES_MAX = 512 << 20
-
 _Name = tuple[str, str, str, ObjectKind]
 
 
 class Residuals:
     """Bounded; who has not sent for longest goes first, and begins at zero again."""
 
-    def __init__(self, bytes_max: int = BYTES_MAX) -> None:
+    def __init__(self, bytes_max: int) -> None:
         self._kept: OrderedDict[_Name, Vector] = OrderedDict()
         self._bytes_max = bytes_max
 

@@ -7,7 +7,10 @@ from pathlib import Path
 
 from agent.cache.holders import HolderIndex
 from agent.cache.ingress import CacheIngress
+from agent.cache.overview import Overview
+from agent.cache.own import OwnRounds
 from agent.cache.peers import CachePeers
+from agent.cache.putting import Putting
 from agent.cache.reach import Reach
 from agent.cache.replication import Replicator
 from agent.cache.rights import Rights
@@ -22,6 +25,7 @@ from tierwise.wire.convert_cache import HELD_ROUNDS_MAX, manifest_from_pb
 from tierwise.wire.identity import Role
 
 EXPIRE_S = 10.0
+RESIDUAL_SHARE = 4  # of the cache's memory, for what lossy encodings lose
 METHODS = ("OpenRound", "Put", "Get", "ListObjects", "AskStatistics", "ForgetJob")
 ROLES = {
     f"/tierwise.v1.CacheService/{method}": {Role.USER, Role.ADMIN, Role.NODE} for method in METHODS
@@ -53,19 +57,25 @@ class CacheRoom:
         self._store = CacheStore(folder, config, node_id=node_id)
         self._index = HolderIndex(node_id)
         self._peers = peers
-        rights = Rights(
-            lambda namespace, job: self.reach.manifests(namespace, job), self._index.owner
-        )
-        self.reach = Reach(self._store, self._index, peers, rights, node_id)
+        self._own = OwnRounds(self._store, peers, node_id)
+        rights = Rights(self._own.manifests, self._index.owner)
+        self._reach = Reach(self._store, self._own, self._index, peers, rights, node_id)
+        residual_bytes_max = self._store.reading().memory_bytes_max // RESIDUAL_SHARE
+        putting = Putting(self._own, self._reach, peers, rights, node_id, residual_bytes_max)
         self._replicator = Replicator(self._store, peers, node_id, self._index.is_lost, group)
-        self.objects = CallObjects(self.reach, group)
+        self.objects = CallObjects(self._reach, putting, group)
+        overview = Overview(
+            self._store, self._own, self._index, peers, rights, self._reach, putting, node_id
+        )
         self.ingress = CacheIngress(
             self._store,
+            self._own,
             self._index,
             peers,
-            self.reach,
+            self._reach,
             rights,
             self._replicator,
+            overview,
             node_id,
             lambda: self.on_changed(),
         )
@@ -85,7 +95,7 @@ class CacheRoom:
             group.create_task(self._replicator.run_forever())
             while True:
                 await asyncio.sleep(EXPIRE_S)
-                self.reach.expire()
+                self._reach.expire()
 
     async def close(self) -> None:
         """Stop copying, finish what is being written, close the connections."""
@@ -114,10 +124,11 @@ class CacheRoom:
 
     def _told(self, held: HeldRounds) -> HeldRounds:
         """Add what only this layer knows; a round that is open and empty is held, too."""
-        manifests = self.reach.manifests(held.namespace, held.job)[-HELD_ROUNDS_MAX:]
+        manifests = self._own.manifests(held.namespace, held.job)[-HELD_ROUNDS_MAX:]
         return replace(
             held,
             rounds=tuple(manifest.round for manifest in manifests),
             owner=manifests[-1].owner if manifests else "",
+            newest_done=self._own.newest(held.namespace, held.job)[0],
             is_copy=bool(manifests) and all(m.home not in ("", self._here) for m in manifests),
         )

@@ -319,6 +319,13 @@ class CacheStore:
         entries = sorted(self._index.entries(namespace, job), key=lambda entry: entry.key)
         return [self._reading.info(entry) for entry in entries]
 
+    def discard(self, key: ObjectKey) -> None:
+        """Forget an object whose bytes are gone, so that a copy of it can be taken."""
+        entry = self._index.entry(key)
+        if entry is not None:
+            self._residency.drop(entry)
+            self._disk.discard([self._index.remove(key)])
+
     def mark_replicated(self, key: ObjectKey, node_ids: Sequence[str]) -> None:
         """Note that other nodes hold a copy; unknown keys are ignored."""
         entry = self._index.entry(key)

@@ -1,6 +1,7 @@
 """Rounds over a real cluster: put here, read there, asked anywhere; bad input and bad people."""
 
 import asyncio
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import tierwise
+from tierwise.cli.main import app
 from tierwise.config import ClientConfig, dump
 from tierwise.domain.cache import Durability
 from tierwise.sdk.operator import Operator
@@ -259,7 +262,12 @@ def test_everything_of_a_job_is_forgotten_everywhere(ada: tierwise.Client) -> No
         rounds.get(0, "update", "a")
 
 
-def test_objects_are_listed_for_operators(filled: tierwise.Rounds, ask: Operator) -> None:
+def test_objects_are_listed_for_operators(
+    filled: tierwise.Rounds,
+    ask: Operator,
+    cluster: tierwise.LocalCluster,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rows = ask.objects("default", "filled")
     kinds = [(row["round"], row["kind"], row["client"]) for row in rows]
     assert (1, "update", "b") in kinds and (0, "aggregate", "") in kinds
@@ -267,3 +275,12 @@ def test_objects_are_listed_for_operators(filled: tierwise.Rounds, ask: Operator
     assert row["node_ids"] == ["edge-1"]
     assert row["size_bytes"] == 4 * COUNT
     assert row["metadata"]["example_count"] == 20
+    monkeypatch.setenv("TIERWISE_CONTEXT", str(cluster.context))
+    shown = CliRunner().invoke(app, ["get", "objects", "--job", "filled", "--node", "edge-1"])
+    assert shown.exit_code == 0, shown.output
+    header, *lines = shown.output.splitlines()
+    assert header.split()[:3] == ["OBJECT", "SIZE", "DURABILITY"]
+    (line,) = [line for line in lines if "filled/000001/update/b" in line]
+    assert "1.2 MB" in line and "edge-1" in line and "20" in line
+    found = CliRunner().invoke(app, ["get", "objects", "--job", "filled", "-o", "json"])
+    assert json.loads(found.stdout) == ask.objects("", "filled")

@@ -193,6 +193,8 @@ def test_foolsgold_finds_accomplices_among_honest_clients_that_differ() -> None:
 def test_foolsgold_takes_identical_updates_for_one_attacker_and_believes_a_single_one() -> None:
     same = np.tile(crowd(1), (4, 1))
     assert likeness.foolsgold(statistics_of(same))["kept"] == []
+    nearly = same * (1.0 + 1e-12 * np.random.default_rng(0).normal(size=same.shape))
+    assert likeness.foolsgold(statistics_of(nearly))["kept"] == []
     assert likeness.foolsgold(statistics_of(same[:1]))["kept"] == ["client-0"]
 
 
@@ -255,9 +257,9 @@ def test_kmeans_on_the_embedding_finds_what_kmeans_finds_on_the_vectors() -> Non
 
 def test_kmeans_ends_in_an_optimum_of_the_vectors() -> None:
     deltas = crowd(30, 40, spread=3.0)
-    labels, inertia = clustering.kmeans(
-        embedding(deltas @ deltas.T), 4, np.random.default_rng(0), restarts=20
-    )
+    points = embedding(deltas @ deltas.T)
+    first = clustering.seeds(points, 4, np.random.default_rng(0), restarts=20)
+    labels, inertia = clustering.kmeans(points, first)
     centres = np.stack([deltas[labels == label].mean(axis=0) for label in range(4)])
     apart = ((deltas[:, None] - centres[None]) ** 2).sum(axis=2)
     assert inertia == pytest.approx(apart[np.arange(30), labels].sum())

@@ -10,7 +10,7 @@ from sklearn.metrics import log_loss
 from sklearn.neural_network import MLPClassifier
 
 from tierwise.functions.fl import debugging
-from tierwise.functions.fl.answers import models
+from tierwise.functions.fl.answers import inference, models
 from tierwise.functions.fl.answers.facts import facts
 from tierwise.functions.fl.networks import Network, parts
 
@@ -53,10 +53,10 @@ def test_softmax_regression_predicts_as_scikit_learn_does() -> None:
     known = LogisticRegression().fit(INPUTS, LABELS)
     vector = flat(known.coef_, known.intercept_)
     facts = facts_of(length=len(vector), round_metadata={"layout": [[3, 6], [3]]})
-    found = models.predict(vector, facts=facts, inputs=INPUTS, with_chances=True)
+    found = inference.predict(vector, facts=facts, inputs=INPUTS, with_chances=True)
     assert found["labels"] == known.predict(INPUTS).tolist()
     assert np.allclose(found["chances"], known.predict_proba(INPUTS), atol=1e-5)
-    scored = models.evaluate(vector, facts=facts, inputs=INPUTS.tolist(), labels=LABELS.tolist())
+    scored = inference.evaluate(vector, facts=facts, inputs=INPUTS.tolist(), labels=LABELS.tolist())
     assert scored["accuracy"] == pytest.approx(known.score(INPUTS, LABELS))
     assert scored["loss"] == pytest.approx(log_loss(LABELS, known.predict_proba(INPUTS)), rel=1e-5)
 
@@ -65,7 +65,7 @@ def test_one_output_is_two_classes() -> None:
     labels = LABELS > 0
     known = LogisticRegression().fit(INPUTS, labels)
     vector = flat(known.coef_, known.intercept_)
-    found = models.predict(
+    found = inference.predict(
         vector, facts=facts_of(length=7), layout=[[1, 6], [1]], inputs=INPUTS, with_chances=True
     )
     assert found["labels"] == known.predict(INPUTS).astype(int).tolist()
@@ -80,7 +80,7 @@ def test_a_perceptron_predicts_as_scikit_learn_does(activation: str) -> None:
     layers = list(zip(known.coefs_, known.intercepts_, strict=True))
     vector = flat(*(array for layer in layers for array in layer))
     layout = [list(array.shape) for layer in layers for array in layer]
-    found = models.predict(
+    found = inference.predict(
         vector,
         facts=facts_of(length=len(vector)),
         layout=layout,
@@ -92,7 +92,7 @@ def test_a_perceptron_predicts_as_scikit_learn_does(activation: str) -> None:
 
 
 def test_a_single_input_may_be_a_plain_list() -> None:
-    found = models.predict(
+    found = inference.predict(
         trained(), facts=facts_of(), layout=LAYOUT, inputs=[0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
     )
     assert len(found["labels"]) == 1
@@ -113,7 +113,7 @@ def test_a_single_input_may_be_a_plain_list() -> None:
 )
 def test_a_layout_that_is_none_is_refused(layout: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        models.predict(trained(), facts=facts_of(), layout=layout, inputs=INPUTS)
+        inference.predict(trained(), facts=facts_of(), layout=layout, inputs=INPUTS)
 
 
 def test_square_layers_need_their_order_said() -> None:
@@ -142,18 +142,18 @@ def test_square_layers_need_their_order_said() -> None:
 )
 def test_inputs_that_do_not_fit_are_refused(inputs: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        models.predict(trained(), facts=facts_of(), layout=LAYOUT, inputs=inputs)
+        inference.predict(trained(), facts=facts_of(), layout=LAYOUT, inputs=inputs)
 
 
 @pytest.mark.parametrize("labels", [LABELS[:5], LABELS + 1, LABELS - 1, LABELS * 1.0, "abc"])
 def test_labels_that_do_not_fit_are_refused(labels: Any) -> None:
     with pytest.raises(ValueError, match="`labels`"):
-        models.evaluate(trained(), facts=facts_of(), layout=LAYOUT, inputs=INPUTS, labels=labels)
+        inference.evaluate(trained(), facts=facts_of(), layout=LAYOUT, inputs=INPUTS, labels=labels)
 
 
 def test_a_model_that_does_not_exist_is_named() -> None:
     with pytest.raises(ValueError, match="the round has no model"):
-        models.predict(None, facts=facts_of(), layout=LAYOUT, inputs=INPUTS)
+        inference.predict(None, facts=facts_of(), layout=LAYOUT, inputs=INPUTS)
     with pytest.raises(ValueError, match="no aggregate"):
         models.ditto(trained(), None, facts=facts_of(), client="a")
 
@@ -165,9 +165,11 @@ def test_rows_that_are_not_in_are_never_read() -> None:
     matrix = np.stack([trained(seed) for seed in range(4)])
     matrix[1] = np.nan
     late = facts_of(3, clients=("a", "c", "d"), expected=("a", "b", "c", "d"))
-    scores = models.score_clients(matrix, facts=late, layout=LAYOUT, inputs=INPUTS, labels=LABELS)
+    scores = inference.score_clients(
+        matrix, facts=late, layout=LAYOUT, inputs=INPUTS, labels=LABELS
+    )
     assert list(scores["accuracy"]) == ["a", "c", "d"]
-    alone = models.evaluate(matrix[2], facts=late, layout=LAYOUT, inputs=INPUTS, labels=LABELS)
+    alone = inference.evaluate(matrix[2], facts=late, layout=LAYOUT, inputs=INPUTS, labels=LABELS)
     assert scores["accuracy"]["c"] == alone["accuracy"]
     assert scores["loss"]["c"] == alone["loss"]
     weights = {"a": 1.0, "d": 3.0}
@@ -194,9 +196,9 @@ def test_shapley_values_of_a_score_hand_out_what_the_round_gained() -> None:
     matrix[3] = -matrix[3]
     base = np.zeros(LENGTH, dtype=np.float32)
     asked = {"facts": facts_of(4), "layout": LAYOUT, "inputs": INPUTS, "labels": LABELS}
-    found = models.gtg_shapley(matrix, base, **asked, within=0.0, sweeps_max=100)
-    mean = models.evaluate(matrix.mean(axis=0), **asked)["accuracy"]
-    before = models.evaluate(base, **asked)["accuracy"]
+    found = models.gtg_shapley(matrix, base, **asked, within=0.0, permutations_max=400)
+    mean = inference.evaluate(matrix.mean(axis=0), **asked)["accuracy"]
+    before = inference.evaluate(base, **asked)["accuracy"]
     assert found["together"] == pytest.approx(mean - before, abs=1e-6)
     assert sum(found["values"].values()) == pytest.approx(found["together"], abs=1e-6)
     assert min(found["values"], key=found["values"].get) == "client-3"
@@ -214,7 +216,7 @@ def test_shapley_values_of_a_loss_are_those_of_enumeration() -> None:
 
     def value(*members: int) -> float:
         vector = matrix[list(members)].mean(axis=0) if members else base
-        return -models.evaluate(vector, **asked)["loss"]
+        return -inference.evaluate(vector, **asked)["loss"]
 
     exact = (
         2 * (value(0) - value())
@@ -222,7 +224,9 @@ def test_shapley_values_of_a_loss_are_those_of_enumeration() -> None:
         + (value(0, 2) - value(2))
         + 2 * (value(0, 1, 2) - value(1, 2))
     ) / 6
-    found = models.gtg_shapley(matrix, base, **asked, metric="loss", within=0.0, sweeps_max=1000)
+    found = models.gtg_shapley(
+        matrix, base, **asked, metric="loss", within=0.0, permutations_max=2000
+    )
     assert found["values"]["client-0"] == pytest.approx(exact, abs=0.05 * abs(found["together"]))
 
 
@@ -268,6 +272,15 @@ def test_feddebug_finds_the_client_whose_neurons_fire_unlike_the_others() -> Non
     assert own["input_count"] == 7
     with pytest.raises(ValueError, match="`faulty` is from 1 to 1"):
         models.feddebug(np.stack([start] * 3), facts=facts_of(3), layout=LAYOUT, faulty=2)
+
+
+def test_more_than_can_be_compared_is_refused_before_it_is_computed() -> None:
+    wide = [[9000, 6], [9000], [3, 9000], [3]]
+    length = 9000 * 10 + 3
+    matrix = np.zeros((3, length), dtype=np.float32)
+    asked = {"facts": facts_of(3, length), "layout": wide, "input_count": 10_000}
+    with pytest.raises(ValueError, match="ask with fewer inputs"):
+        models.feddebug(matrix, **asked)
 
 
 def test_random_inputs_keep_to_their_bounds() -> None:

@@ -50,7 +50,7 @@ def subject_of(name: str) -> RoundStatistics | Sequence[RoundStatistics]:
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_every_argument_is_described_and_every_description_is_of_one(name: str) -> None:
     question = QUESTIONS[name]
-    assert set(question.parameters()) == set(question.arguments)
+    assert set(question.parameters) == set(question.arguments)
     first = list(inspect.signature(question.function).parameters)
     if question.needs == "statistics":
         assert first[0] in ("statistics", "history")

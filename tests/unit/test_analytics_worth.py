@@ -67,9 +67,9 @@ def test_shapley_values_are_mean_marginals_over_all_orders() -> None:
 def test_estimated_shapley_values_come_near_the_exact_ones() -> None:
     deltas = crowd(8, 60, spread=1.5)
     gram, weights = deltas @ deltas.T, shares(np.arange(1, 9))
-    exact = contribution.exact_shapley(
-        contribution.alignments(gram, weights, contribution.all_coalitions(8))
-    )
+    coalitions = contribution.all_coalitions(8)
+    values = contribution.alignments(gram, weights, coalitions)
+    exact = contribution.shapley_coefficients(coalitions) @ values
     found, permutations = contribution.gtg_shapley(
         contribution.alignment_prefixes(gram, weights), 8, 1.0, np.random.default_rng(0)
     )
@@ -82,7 +82,7 @@ def test_estimated_shapley_values_come_near_the_exact_ones() -> None:
         1.0,
         np.random.default_rng(0),
         within=0.0,
-        sweeps_max=200,
+        permutations_max=1600,
     )
     assert thorough.sum() == pytest.approx(1.0)
     # Guided permutations put everybody in front equally often: that is the exact sampling of
@@ -94,6 +94,14 @@ def test_prefixes_are_the_utilities_of_growing_coalitions() -> None:
     order = np.array([3, 1, 4, 0, 2])
     values = list(contribution.alignment_prefixes(DELTAS @ DELTAS.T, shares(COUNTS))(order))
     direct = [alignment(DELTAS, COUNTS, tuple(order[: n + 1])) for n in range(5)]
+    assert np.allclose(values, direct)
+
+
+def test_prefixes_of_many_clients_are_joined_where_they_were_cut() -> None:
+    deltas, counts = crowd(150, 20, spread=3.0), np.arange(1.0, 151.0)
+    order = np.random.default_rng(1).permutation(150)
+    values = list(contribution.alignment_prefixes(deltas @ deltas.T, shares(counts))(order))
+    direct = [alignment(deltas, counts, tuple(order[: n + 1])) for n in range(150)]
     assert np.allclose(values, direct)
 
 
@@ -119,7 +127,7 @@ def test_a_permutation_ends_once_the_rest_adds_nothing() -> None:
             yield min(1.0, 0.5 * (place + 1))
 
     found, permutations = contribution.gtg_shapley(
-        prefixes, 6, 1.0, np.random.default_rng(0), sweeps_max=1
+        prefixes, 6, 1.0, np.random.default_rng(0), permutations_max=6
     )
     assert permutations == 6
     assert max(taken) == 1, "the third place is never asked for"
@@ -130,7 +138,7 @@ def test_many_clients_are_estimated_within_a_bound() -> None:
     statistics = statistics_of(crowd(40, 60, spread=2.0))
     found = worth.shapley(statistics, seed=3)
     assert not found["is_exact"]
-    assert 0 < found["permutations"] <= worth.PERMUTATIONS_MAX
+    assert 0 < found["permutations"] <= contribution.PERMUTATIONS_MAX
     assert found["sum"] == pytest.approx(1.0, abs=2e-3)
     assert found == worth.shapley(statistics, seed=3)
 

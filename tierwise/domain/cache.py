@@ -1,8 +1,12 @@
 """Objects of federated jobs as the metadata cache names them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
+
+from tierwise.domain.ids import NodeId
+
+DATA_NODES_MAX = 8  # that a call names
 
 
 class ObjectKind(StrEnum):
@@ -80,6 +84,7 @@ class HeldRounds:
         rounds: Ascending, at most the newest 64.
         owner: Identity (URI) that opened them.
         is_copy: All are copies of what another node took.
+        newest_done: The newest of them that has ended, or has every update; −1: none has.
     """
 
     namespace: str
@@ -88,6 +93,7 @@ class HeldRounds:
     size_bytes: int = 0
     owner: str = ""
     is_copy: bool = False
+    newest_done: int = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,3 +144,18 @@ class CacheReading:
     hit_count: int
     miss_count: int
     policies: Mapping[str, str] = field(default_factory=dict)
+
+
+def most_bytes(holders: Iterable[tuple[Sequence[NodeId], int]]) -> tuple[NodeId, ...]:
+    """Return the nodes that hold the most bytes of several objects, at most DATA_NODES_MAX.
+
+    Args:
+        holders: Per object, who holds it, and its bytes.
+    """
+    bytes_by_node: dict[NodeId, int] = {}
+    for nodes, size_bytes in holders:
+        for node_id in nodes:
+            bytes_by_node[node_id] = bytes_by_node.get(node_id, 0) + size_bytes
+    most = max(bytes_by_node.values(), default=0)
+    found = sorted(node_id for node_id, held in bytes_by_node.items() if held == most)
+    return tuple(found[:DATA_NODES_MAX])

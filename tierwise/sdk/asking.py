@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from tierwise.domain.cache import ObjectKind
-from tierwise.errors import InvalidArgument, NotFound, RetryLater
+from tierwise.errors import FunctionRaised, InvalidArgument, NotFound, RetryLater
 from tierwise.functions.fl.question import Question
 from tierwise.functions.fl.questions import find
 from tierwise.sdk.app import App
@@ -118,12 +118,16 @@ class Asking:
         """Run the question where its inputs lie; elsewhere if there is no room."""
         largest = max((each.shape[-1] for each in inputs if each is not None), default=0)
         function = self._function(question, 4 * largest)
+        there = function.options(node=response.node_id)
         try:
-            return await function.options(node=response.node_id).remote.aio(
-                *inputs, facts=facts, **arguments
-            )
-        except RetryLater:
-            return await function.remote.aio(*inputs, facts=facts, **arguments)
+            try:
+                return await there.remote.aio(*inputs, facts=facts, **arguments)
+            except RetryLater:
+                return await function.remote.aio(*inputs, facts=facts, **arguments)
+        except FunctionRaised as error:
+            if error.remote_type == "ValueError":  # how questions say that they are asked wrongly
+                raise InvalidArgument(f"{question.name}: {error.message}") from None
+            raise
 
     def _function(self, question: Question, vector_bytes: int) -> Any:
         """Return the question as a function with memory for vectors of such a size."""

@@ -9,7 +9,7 @@ import grpc
 
 from tierwise.errors import NotFound, TierwiseError, Unavailable
 from tierwise.v1 import cache_pb2, cache_pb2_grpc
-from tierwise.wire.channel import secure_channel
+from tierwise.wire.channel import is_connected, secure_channel
 from tierwise.wire.errors import error_from_rpc
 from tierwise.wire.identity import node_dns_name
 
@@ -145,15 +145,10 @@ class Caches:
         channel = secure_channel(
             agent.address, self._connection.credentials, node_dns_name(agent.node_id)
         )
-        try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                await channel.channel_ready()
-        except TimeoutError:
+        if not await is_connected(channel, CONNECT_TIMEOUT_S):
             await channel.close()
             self._broken.add(agent.node_id)
-            raise Unavailable(
-                f"the cache of {agent.node_id} does not answer at {agent.address}"
-            ) from None
+            raise Unavailable(f"the cache of {agent.node_id} does not answer at {agent.address}")
         self._broken.discard(agent.node_id)
         way = _Way(agent, channel, cache_pb2_grpc.CacheServiceStub(channel))
         self._ways[agent.node_id] = way

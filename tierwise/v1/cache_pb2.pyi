@@ -703,6 +703,7 @@ class HeldRounds(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     OWNER_FIELD_NUMBER: _builtins.int
     IS_COPY_FIELD_NUMBER: _builtins.int
+    NEWEST_DONE_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     job: _builtins.str
     size_bytes: _builtins.int
@@ -710,6 +711,8 @@ class HeldRounds(_message.Message):
     """Identity (URI) that opened them."""
     is_copy: _builtins.bool
     """All are copies of what another node took."""
+    newest_done: _builtins.int
+    """The newest of them that has ended, or has every update; not set if none has."""
     @_builtins.property
     def rounds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ascending; at most the newest 64."""
@@ -723,12 +726,15 @@ class HeldRounds(_message.Message):
         size_bytes: _builtins.int = ...,
         owner: _builtins.str = ...,
         is_copy: _builtins.bool = ...,
+        newest_done: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_newest_done", b"_newest_done", "newest_done", b"newest_done"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_copy", b"is_copy", "job", b"job", "namespace", b"namespace", "owner", b"owner", "rounds", b"rounds", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_newest_done", b"_newest_done", "is_copy", b"is_copy", "job", b"job", "namespace", b"namespace", "newest_done", b"newest_done", "owner", b"owner", "rounds", b"rounds", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__newest_done: _TypeAlias = _typing.Literal["newest_done"]  # noqa: Y015
+    _WhichOneofArgType__newest_done: _TypeAlias = _typing.Literal["_newest_done", b"_newest_done"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__newest_done) -> _WhichOneofReturnType__newest_done | None: ...
 
 Global___HeldRounds: _TypeAlias = HeldRounds  # noqa: Y015
 

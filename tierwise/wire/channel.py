@@ -1,5 +1,6 @@
 """Channels and servers with the same limits, keepalive and mTLS everywhere."""
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from tierwise.wire.interception import Behaviour, Continuation, Handler, answer,
 
 MESSAGE_BYTES_MAX = 128 << 20
 CONCURRENT_RPCS_MAX = 10_000  # per server; calls that are multiplexed over a stream are not RPCs
+_FAILED = (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN)
 _OPEN_METHODS = ("/grpc.health.v1.", "/grpc.reflection.")
 Options = list[tuple[str, Any]]
 
@@ -55,6 +57,21 @@ def secure_channel(
         ),
         [*channel_options(), ("grpc.ssl_target_name_override", expected_dns_name)],
     )
+
+
+async def is_connected(channel: grpc.aio.Channel, timeout_s: float) -> bool:
+    """Return whether a channel stands, connecting it if need be; a refusal is known at once."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            while True:
+                state = channel.get_state(try_to_connect=True)
+                if state is grpc.ChannelConnectivity.READY:
+                    return True
+                if state in _FAILED:
+                    return False
+                await channel.wait_for_state_change(state)
+    except TimeoutError:
+        return False
 
 
 def server_credentials(

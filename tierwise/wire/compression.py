@@ -194,7 +194,8 @@ def _quantised(blocks: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[n
     inverse = np.zeros_like(scales)
     np.divide(1.0, scales, out=inverse, where=(scales > np.finfo(np.float32).tiny) & ~is_broken)
     scales[is_broken] = np.nan
-    scaled = blocks * inverse[:, None]
+    with np.errstate(invalid="ignore"):  # rows that are not finite are put right below
+        scaled = blocks * inverse[:, None]
     if is_broken.any():
         scaled[is_broken] = 0.0
     np.rint(scaled, out=scaled)

@@ -249,6 +249,7 @@ def held_to_pb(held: HeldRounds) -> cache_pb2.HeldRounds:
         size_bytes=held.size_bytes,
         owner=held.owner,
         is_copy=held.is_copy,
+        newest_done=held.newest_done if held.newest_done >= 0 else None,
     )
 
 
@@ -272,4 +273,9 @@ def _held_from_pb(pb: cache_pb2.HeldRounds) -> HeldRounds:
         size_bytes=checks.integer(pb.size_bytes, "held.size_bytes", 0, 2**62),
         owner=checks.text(pb.owner, "held.owner", URI_LENGTH_MAX),
         is_copy=pb.is_copy,
+        newest_done=(
+            checks.integer(pb.newest_done, "held.newest_done", 0, ROUND_MAX)
+            if pb.HasField("newest_done")
+            else -1
+        ),
     )

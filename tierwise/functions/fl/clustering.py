@@ -2,48 +2,72 @@
 
 import numpy as np
 
-from tierwise.functions.fl.geometry import Float, Index, Mask
+from tierwise.functions.fl.geometry import Float, Index, Mask, distances_squared
 
 RESTARTS = 8
 STEPS_MAX = 100
 
 
-def kmeans(
-    points: Float, k: int, rng: np.random.Generator, *, restarts: int = RESTARTS
-) -> tuple[Index, float]:
-    """Return a cluster per point, shape (n,), and the sum of squared distances to the centres.
+def seeds(points: Float, k: int, rng: np.random.Generator, *, restarts: int = RESTARTS) -> Index:
+    """Return rows of first centres, shape (restarts, k): k-means++.
 
-    Lloyd's algorithm (IEEE Trans. Inf. Theory, 1982) from k-means++ seeds (Arthur and
-    Vassilvitskii, SODA 2007), the best of `restarts`, which run side by side. On the points of
-    `geometry.embedding` it does what it would do on the deltas, for distances are the same. A
-    centre that loses all its points moves to the point that is worst served. Clusters are numbered
-    by their first member.
+    The first is drawn evenly, each other one ∝ its squared distance to those before it (Arthur and
+    Vassilvitskii, SODA 2007, section 2.2). So the first j columns are seeds for j clusters.
 
     Args:
         points: Shape (n, d).
         k: In 1 … n.
-        rng: Draws the seeds.
-        restarts: How many seeds are tried.
+        rng: Draws them.
+        restarts: How many sets.
     """
+    count = len(points)
+    found = np.empty((restarts, k), dtype=np.intp)
+    found[:, 0] = rng.integers(count, size=restarts)
+    chances = rng.random((k, restarts))
+    apart = distances_squared(points @ points.T)
+    nearest = apart[found[:, 0]]
+    for place in range(1, k):
+        cumulated = nearest.cumsum(axis=1)
+        drawn = (cumulated <= (chances[place] * cumulated[:, -1])[:, None]).sum(axis=1)
+        found[:, place] = np.minimum(drawn, count - 1)
+        nearest = np.minimum(nearest, apart[found[:, place]])
+    return found
+
+
+def kmeans(points: Float, first: Index) -> tuple[Index, float]:
+    """Return a cluster per point, shape (n,), and the sum of squared distances to the centres.
+
+    Lloyd's algorithm (IEEE Trans. Inf. Theory, 1982), the best of several starts, which run side by
+    side. On the points of `geometry.embedding` it does what it would do on the deltas, for
+    distances are the same. A centre that loses all its points moves to the point that is worst
+    served. Clusters are numbered by their first member.
+
+    Args:
+        points: Shape (n, d).
+        first: Rows of the first centres, shape (restarts, k), see `seeds`.
+    """
+    restarts, k = first.shape
     squares = np.einsum("nd,nd->n", points, points)
-    centres = points[_seeds(points, squares, k, rng, restarts)]  # (restarts, k, d)
+    transposed = np.ascontiguousarray(points.T)
+    centres = points[first]  # (restarts, k, d)
     labels = np.full((restarts, len(points)), -1, dtype=np.intp)
+    numbers = np.arange(k)[None, :, None]
     for _ in range(STEPS_MAX):
-        apart = _squared_distances(points, squares, centres)
+        own = np.einsum("rkd,rkd->rk", centres, centres)
+        apart = (own[:, :, None] + squares) - 2.0 * (centres @ transposed)  # (restarts, k, n)
         found = apart.argmin(axis=1)
-        if np.array_equal(found, labels):
+        if (found == labels).all():
             break
         labels = found
-        is_member = labels[:, None, :] == np.arange(k)[None, :, None]  # (restarts, k, n)
+        is_member = (labels[:, None, :] == numbers).astype(np.float64)
         sizes = is_member.sum(axis=2)
-        centres = (is_member @ points) / np.maximum(sizes, 1)[:, :, None]
-        for run, cluster in np.argwhere(sizes == 0):
-            served = apart[run].min(axis=0)
-            worst = int(served.argmax())
+        centres = (is_member @ points) / np.maximum(sizes, 1.0)[:, :, None]
+        for run, cluster in () if sizes.all() else np.argwhere(sizes == 0.0):
+            worst = int(apart[run].min(axis=0).argmax())
             centres[run, cluster] = points[worst]
             apart[run, :, worst] = 0.0
-    apart = _squared_distances(points, squares, centres)
-    inertia = np.take_along_axis(apart, labels[:, None, :], axis=1).sum(axis=(1, 2))
+    # Of the clusters' own means, whether or not the steps have ended.
+    inertia = squares.sum() - (sizes * np.einsum("rkd,rkd->rk", centres, centres)).sum(axis=1)
     best = int(inertia.argmin())
     return _in_order(labels[best]), max(float(inertia[best]), 0.0)
 
@@ -108,29 +132,6 @@ def bipartition(similarities: Float) -> tuple[Mask, float]:
     return sides, float(edges[cut])
 
 
-def _seeds(points: Float, squares: Float, k: int, rng: np.random.Generator, restarts: int) -> Index:
-    """Return rows of the first centres, shape (restarts, k): each drawn ∝ distance² to the last."""
-    count = len(points)
-    seeds = np.empty((restarts, k), dtype=np.intp)
-    seeds[:, 0] = rng.integers(count, size=restarts)
-    nearest = np.full((restarts, count), np.inf)
-    for place in range(1, k):
-        last = points[seeds[:, place - 1]]
-        apart = squares[None, :] + squares[seeds[:, place - 1]][:, None] - 2.0 * (last @ points.T)
-        nearest = np.minimum(nearest, np.maximum(apart, 0.0))
-        cumulated = np.cumsum(nearest, axis=1)
-        drawn = rng.random(restarts) * cumulated[:, -1]
-        seeds[:, place] = np.minimum((cumulated <= drawn[:, None]).sum(axis=1), count - 1)
-    return seeds
-
-
-def _squared_distances(points: Float, squares: Float, centres: Float) -> Float:
-    """Return squared distances, shape (restarts, k, n)."""
-    own = np.einsum("rkd,rkd->rk", centres, centres)
-    found: Float = own[:, :, None] + squares[None, None, :] - 2.0 * (centres @ points.T)
-    return np.maximum(found, 0.0)
-
-
 def _in_order(labels: Index) -> Index:
-    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(first))[inverse].astype(np.intp)
+    numbers: dict[int, int] = {}
+    return np.array([numbers.setdefault(label, len(numbers)) for label in labels.tolist()])

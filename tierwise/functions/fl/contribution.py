@@ -18,9 +18,10 @@ import numpy as np
 from tierwise.functions.fl.geometry import Float, Index, Mask
 
 EXACT_MAX = 10  # clients: 2^10 coalitions
-SWEEPS_MAX = 50
+PERMUTATIONS_MAX = 2000
 CONVERGED = 0.05
 RECENT = 10
+PREFIXES_MIN = 32
 
 Prefixes = Callable[[Index], Iterable[float]]
 
@@ -72,31 +73,32 @@ def influences(gram: Float, weights: Float) -> Float:
     return found
 
 
-def exact_shapley(values: Float) -> Float:
-    """Return Shapley values, shape (K,), of utilities of all 2^K coalitions.
-
-    φ_i = Σ_{S∌i} |S|!·(K − |S| − 1)!÷K! · (v(S ∪ i) − v(S)). Shapley, 1953.
-
-    Args:
-        values: Shape (2^K,): v of the coalition whose members are the bits of its position.
-    """
-    count = len(values).bit_length() - 1
-    sizes = np.array([bin(code).count("1") for code in range(len(values))])
-    factorials = np.cumprod(np.concatenate([[1.0], np.arange(1.0, count + 1)]))
-    found = np.empty(count)
-    codes = np.arange(len(values))
-    for client in range(count):
-        without = codes[(codes >> client) & 1 == 0]
-        size = sizes[without]
-        factor = factorials[size] * factorials[count - size - 1] / factorials[count]
-        found[client] = factor @ (values[without | (1 << client)] - values[without])
+def all_coalitions(count: int) -> Mask:
+    """Return membership of all 2^K coalitions, shape (2^K, K): the bits of each row's number."""
+    codes = np.arange(1 << count)[:, None]
+    found: Mask = (codes >> np.arange(count)[None, :]) & 1 == 1
     return found
 
 
-def all_coalitions(count: int) -> Mask:
-    """Return membership of all 2^K coalitions, shape (2^K, K), as `exact_shapley` counts them."""
-    codes = np.arange(1 << count)[:, None]
-    found: Mask = (codes >> np.arange(count)[None, :]) & 1 == 1
+def shapley_coefficients(coalitions: Mask) -> Float:
+    """Return the matrix that makes Shapley values of the utilities of all coalitions.
+
+    φ_i = Σ_{S∌i} |S|!·(K − |S| − 1)!÷K! · (v(S ∪ i) − v(S)): each coalition counts with
+    (|S| − 1)!·(K − |S|)!÷K! for its members, and against the others with |S|!·(K − |S| − 1)!÷K!.
+    Shapley, A Value for n-Person Games (1953).
+
+    Args:
+        coalitions: All of them, shape (2^K, K), see `all_coalitions`.
+
+    Returns:
+        Shape (K, 2^K).
+    """
+    count = coalitions.shape[1]
+    factorials = np.cumprod(np.concatenate([[1.0], np.arange(1.0, count + 1)]))
+    size = coalitions.sum(axis=1)
+    inside = factorials[np.maximum(size - 1, 0)] * factorials[count - size]
+    outside = factorials[size] * factorials[np.maximum(count - size - 1, 0)]
+    found: Float = np.where(coalitions.T, inside, -outside) / factorials[count]
     return found
 
 
@@ -108,15 +110,15 @@ def gtg_shapley(
     *,
     between: float = 0.0,
     within: float = 0.001,
-    sweeps_max: int = SWEEPS_MAX,
+    permutations_max: int = PERMUTATIONS_MAX,
 ) -> tuple[Float, int]:
     """Return estimated Shapley values, shape (K,), and how many permutations they took.
 
     GTG-Shapley (Liu, Chen, Yu, Liu and Cui, ACM TIST 13(4), 2022, Alg. 1): sweeps of K guided
     permutations, each client once in front; a round that changed nothing (|v(N) − v(∅)| ≤
     `between`) gives nobody anything; a permutation ends early, its rest worth 0, once |v(N) −
-    v(prefix)| < `within`; sweeps end when the estimate of the last 10 permutations has been within
-    5 % on average. Every permutation that is walked to the end hands out v(N) exactly.
+    v(prefix)| < `within`; after a sweep it ends if the estimates of the last 10 permutations were
+    within 5 % on average. Every permutation that is walked to the end hands out v(N) exactly.
 
     Args:
         prefixes: Given an order of all clients, yields v of its first, first two, … clients; asked
@@ -126,17 +128,18 @@ def gtg_shapley(
         rng: Draws permutations.
         between: Truncation between rounds.
         within: Truncation within one.
-        sweeps_max: Bound, in sweeps of K permutations.
+        permutations_max: Bound. Each sweep goes through the clients in another order, so that one
+            that is cut short prefers nobody.
     """
     sums = np.zeros(count)
     if abs(together) <= between:
         return sums, 0
     recent: list[Float] = []
     permutations = 0
-    for _ in range(sweeps_max):
-        for first in range(count):
-            others = np.delete(np.arange(count), first)
-            order = np.concatenate([[first], rng.permutation(others)]).astype(np.intp)
+    while permutations < permutations_max:
+        for first in rng.permutation(count)[: permutations_max - permutations]:
+            order = rng.permutation(count)
+            order[[0, np.flatnonzero(order == first)[0]]] = first, order[0]
             before = 0.0
             for client, value in zip(order, prefixes(order), strict=False):
                 sums[client] += value - before
@@ -151,18 +154,22 @@ def gtg_shapley(
 
 
 def alignment_prefixes(gram: Float, weights: Float) -> Prefixes:
-    """Return the alignment of prefixes, for `gtg_shapley`: all of one order in one go."""
-    toward = gram @ weights
-    total = float(weights @ toward)
+    """Return the alignment of prefixes, for `gtg_shapley`: computed some at a time."""
+    weighted = weights[:, None] * gram * weights
+    toward = weighted.sum(axis=1)
+    total = float(toward.sum())
 
     def prefixes(order: Index) -> Iterable[float]:
-        some = weights[order]
-        weighted = np.outer(some, some) * gram[np.ix_(order, order)]
-        corner = np.tril(weighted).sum(axis=1) + np.tril(weighted, -1).sum(axis=1)
-        values: list[float] = _cosines(
-            np.cumsum(some * toward[order]), np.cumsum(corner), total
-        ).tolist()
-        return values
+        dots, squares = np.cumsum(toward[order]), 0.0
+        start, stop = 0, min(PREFIXES_MIN, len(order))
+        while start < len(order):
+            block = weighted[order[start:stop, None], order[None, :stop]]
+            # A client adds its products with those before it, twice, and with itself.
+            with_before = block.cumsum(axis=1).diagonal(start)
+            lengths = squares + np.cumsum(2.0 * with_before - block.diagonal(start))
+            yield from _cosines(dots[start:stop], lengths, total).tolist()
+            squares = float(lengths[-1])
+            start, stop = stop, min(2 * stop, len(order))
 
     return prefixes
 

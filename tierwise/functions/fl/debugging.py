@@ -1,5 +1,7 @@
 """Whose model behaves unlike the others', without any test data. Pure."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,12 +20,12 @@ def random_inputs(count: int, width: int, rng: np.random.Generator) -> Array:
     return rng.uniform(-bound, bound, (count, width)).astype(np.float32)
 
 
-def activations(network: Network, rows: Array, inputs: Array, active_min: float) -> Mask:
+def activations(network: Network, rows: Sequence[Array], inputs: Array, active_min: float) -> Mask:
     """Return which neurons fire, shape (K, inputs, neurons): hidden ones, then outputs.
 
     Args:
         network: What the rows are the parameters of.
-        rows: Models, shape (K, P).
+        rows: Models, K of shape (P,).
         inputs: Shape (inputs, width).
         active_min: What a neuron must exceed.
     """
@@ -66,13 +68,13 @@ def odd_ones(fired: Mask, faulty: int) -> NDArray[np.int64]:
     return found
 
 
-def layer_norms(rows: Array, base: Array | None, layers: list[Part]) -> Float:
+def layer_norms(rows: Sequence[Array], base: Array | None, layers: list[Part]) -> Float:
     """Return ‖δ_i‖ of each layer, shape (K, layers), float64; of the vectors without a base."""
     found = np.empty((len(rows), len(layers)))
     for place, layer in enumerate(layers):
         before = 0.0 if base is None else base[layer.start : layer.stop].astype(np.float64)
-        for row in range(len(rows)):
-            delta = rows[row, layer.start : layer.stop].astype(np.float64) - before
+        for row, vector in enumerate(rows):
+            delta = vector[layer.start : layer.stop].astype(np.float64) - before
             found[row, place] = np.sqrt(delta @ delta)
     return found
 

@@ -11,6 +11,7 @@ from tierwise.functions.fl.geometry import (
     Mask,
     cosines_with,
     distances_squared,
+    median,
     norms,
     robust_scores,
     similarities,
@@ -38,12 +39,14 @@ def adaptive_cosine(
         kept = cosines[stays]
         if len(kept) <= 2:
             return stays, cosines
-        median = float(np.median(kept))
-        margin = max(slack * float(kept.std()), 1e-9)  # less is rounding
-        if float(kept.mean()) < median:
-            goes = stays & (cosines < median - margin)
+        mean = float(kept.mean())
+        off = kept - mean
+        margin = max(slack * float(np.sqrt(off @ off / len(off))), 1e-9)  # less is rounding
+        middle = median(kept)
+        if mean < middle:
+            goes = stays & (cosines < middle - margin)
         else:
-            goes = stays & (cosines > median + margin)
+            goes = stays & (cosines > middle + margin)
         if not goes.any():
             return stays, cosines
         stays = stays & ~goes
@@ -108,7 +111,7 @@ def foolsgold(gram: Float, *, confidence: float = 1.0) -> Float:
     np.fill_diagonal(pardoned, -np.inf)
     apart = np.clip(1.0 - pardoned.max(axis=1), 0.0, 1.0)
     largest = float(apart.max())
-    if largest <= 1e-12:
+    if largest <= 1e-9:  # less is rounding
         return np.zeros(count)  # all alike: FoolsGold takes all for one attacker
     apart = np.clip(apart / largest, 1e-12, 0.99)  # 0.99: as in the authors' code, for the log
     credible: Float = confidence * (np.log(apart / (1.0 - apart)) + 0.5)

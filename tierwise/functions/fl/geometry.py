@@ -82,6 +82,15 @@ def cosines_with(dots: Float, lengths: Float, length: float) -> Float:
     return np.clip(found, -1.0, 1.0)
 
 
+def median(values: Float) -> float:
+    """Return the median of at least one number: of few, several times as fast as NumPy's."""
+    ordered = np.sort(values)
+    middle = len(ordered) // 2
+    if len(ordered) % 2:
+        return float(ordered[middle])
+    return float(ordered[middle - 1] + ordered[middle]) / 2.0
+
+
 def robust_scores(values: Float) -> Float:
     """Return how far each value is from the median, in robust standard deviations, shape (K,).
 
@@ -90,11 +99,11 @@ def robust_scores(values: Float) -> Float:
     Hoaglin, How to Detect and Handle Outliers (1993), section 3. Deviations of less than 1e-9 of
     the median are rounding.
     """
-    median = float(np.median(values))
-    off = values - median
-    off = np.where(np.abs(off) <= 1e-9 * abs(median), 0.0, off)
+    middle = median(values)
+    off = values - middle
+    off = np.where(np.abs(off) <= 1e-9 * abs(middle), 0.0, off)
     sizes = np.abs(off)
-    spread = float(np.median(sizes))
+    spread = median(sizes)
     if spread > 0.0:
         return 0.6745 * off / spread
     mean = float(sizes.mean())

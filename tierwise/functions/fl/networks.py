@@ -119,6 +119,11 @@ class Network:
         """Return how many numbers one output has."""
         return self.layers[-1][0].shape[0 if self.is_out_in else 1]
 
+    @property
+    def neuron_count(self) -> int:
+        """Return how many neurons there are, outputs among them."""
+        return sum(matrix.shape[0 if self.is_out_in else 1] for matrix, _ in self.layers)
+
     def run(self, vector: Array, inputs: Array) -> tuple[Array, list[Array]]:
         """Return logits, shape (n, outputs), and the hidden layers' activations, (n, width) each.
 

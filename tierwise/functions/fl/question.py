@@ -8,7 +8,7 @@ asks wrongly gets a ValueError that says what to ask instead.
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -47,6 +47,7 @@ class Question:
         inputs: The arrays, in order, if any: "matrix" (K × P), "base", "aggregate", "update" (of
             the argument `client`), "model" (the update of `client` if it is given, else the
             aggregate). One that does not exist is None.
+        parameters: The arguments as `function` declares them, with kinds and defaults.
     """
 
     name: str
@@ -57,6 +58,16 @@ class Question:
     source: str
     rounds: int = 1
     inputs: tuple[str, ...] = ()
+    parameters: Mapping[str, inspect.Parameter] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Read the arguments off the function; `facts` is not the asker's."""
+        found = {
+            name: each
+            for name, each in inspect.signature(self.function).parameters.items()
+            if each.kind is each.KEYWORD_ONLY and name != "facts"
+        }
+        object.__setattr__(self, "parameters", found)
 
     def checked(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments, if the question takes them.
@@ -64,7 +75,7 @@ class Question:
         Raises:
             ValueError: One is unknown, missing or of the wrong kind.
         """
-        taken = self.parameters()
+        taken = self.parameters
         for name in arguments:
             if name not in taken:
                 known = ", ".join(taken) or "none"
@@ -75,15 +86,6 @@ class Question:
             elif parameter.default is parameter.empty:
                 raise ValueError(f"{self.name} needs `{name}`: {self.arguments[name]}")
         return dict(arguments)
-
-    def parameters(self) -> dict[str, inspect.Parameter]:
-        """Return the arguments as the function declares them; `facts` is not the asker's."""
-        signature = inspect.signature(self.function)
-        return {
-            name: each
-            for name, each in signature.parameters.items()
-            if each.kind is each.KEYWORD_ONLY and name != "facts"
-        }
 
 
 def by_client(clients: Sequence[str], values: NDArray[Any]) -> dict[str, Any]:

@@ -9,13 +9,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tierwise.functions.fl.answers import choice, facts, history, likeness, models, worth
+from tierwise.functions.fl.answers import choice, facts, history, inference, likeness, models, worth
 from tierwise.functions.fl.question import Answer, Question, named
 from tierwise.functions.fl.statistics import RoundStatistics
 
 QUESTIONS: Mapping[str, Question] = {
     question.name: question
-    for module in (facts, likeness, choice, worth, history, models)
+    for module in (facts, likeness, choice, worth, history, inference, models)
     for question in module.QUESTIONS
 }
 
@@ -67,7 +67,7 @@ def markdown() -> str:
     ]
     lines += ["", "| question | argument | default | meaning |", "|---|---|---|---|"]
     for each in QUESTIONS.values():
-        for name, parameter in each.parameters().items():
+        for name, parameter in each.parameters.items():
             is_needed = parameter.default is parameter.empty
             default = "needed" if is_needed else f"`{json.dumps(parameter.default)}`"
             lines.append(f"| `{each.name}` | `{name}` | {default} | {each.arguments[name]} |")

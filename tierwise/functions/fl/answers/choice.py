@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from tierwise.functions.fl import personalisation, scheduling
-from tierwise.functions.fl.geometry import Float, distances_squared, shares
+from tierwise.functions.fl.geometry import Float, distances_squared, median, shares
 from tierwise.functions.fl.question import (
     Answer,
     Question,
@@ -43,7 +43,7 @@ def similar_weights(statistics: RoundStatistics, *, client: str, scale: float = 
     check_range("scale", scale, 0.0, 1e30)
     squares = distances_squared(statistics.gram)
     others = np.delete(squares[row], row)
-    usual = float(np.median(others)) if len(others) else 0.0
+    usual = median(others) if len(others) else 0.0
     width = scale or usual or 1.0
     weights = personalisation.attentive_weights(squares, row, width)
     return {
@@ -104,7 +104,7 @@ def oort(
         raise ValueError(f"Oort needs {loss!r} of 0 or more and {duration!r} above 0")
     strangers = _strangers(newcomers, clients)
     _check_count(count, len(clients) + len(strangers))
-    wanted_s = preferred_s or float(np.median(durations_s))
+    wanted_s = preferred_s or median(durations_s)
     first = history[0].round
     scores = scheduling.oort_scores(
         scheduling.oort_utilities(losses, counts),

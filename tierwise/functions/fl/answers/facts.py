@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tierwise.functions.fl.geometry import Float, shares
+from tierwise.functions.fl.geometry import Float, median, shares
 from tierwise.functions.fl.question import (
     OWN_COLUMNS,
     Answer,
@@ -18,6 +18,7 @@ from tierwise.functions.fl.question import (
     column,
     known_rows,
     number,
+    selected,
 )
 from tierwise.functions.fl.statistics import RoundStatistics
 
@@ -81,12 +82,13 @@ def rank(
     rows = known_rows(values, by, statistics)
     keys = values[rows] if is_ascending else -values[rows]
     order = rows[np.argsort(keys, kind="stable")][: top or None]
+    is_known = np.isfinite(values)
     return {
         "column": by,
         "clients": [
             {"client": statistics.clients[row], "value": float(values[row])} for row in order
         ],
-        "unknown": [name for row, name in enumerate(statistics.clients) if row not in set(rows)],
+        "unknown": selected(statistics.clients, ~is_known),
     }
 
 
@@ -167,7 +169,7 @@ def _summary(
         "count": len(rows),
         "mean": float(values.mean()),
         "weighted_mean": float(shares(weights[rows]) @ values),
-        "median": float(np.median(values)),
+        "median": median(values),
         "std": float(values.std()),
         "min": float(values[least]),
         "min_client": statistics.clients[rows[least]],

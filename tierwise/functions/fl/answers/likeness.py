@@ -10,6 +10,7 @@ from tierwise.functions.fl.geometry import (
     cosines_with,
     distances_squared,
     embedding,
+    median,
     shares,
     similarities,
 )
@@ -71,7 +72,7 @@ def norm_outliers(
     is_ordinary, scores = filtering.norm_outliers(statistics.gram, score_max)
     return {
         "norms": by_client(statistics.clients, statistics.norms),
-        "median": float(np.median(statistics.norms)),
+        "median": median(statistics.norms),
         **_verdict(statistics, is_ordinary, scores),
     }
 
@@ -125,7 +126,7 @@ def malicious(statistics: RoundStatistics, *, votes_min: int = 2, faulty: int = 
     gram, weights = statistics.gram, shares(statistics.example_counts)
     # Multi-Krum always sends `faulty` home: it only counts where they are also far off.
     kept, scores = filtering.multi_krum(gram, bound, max(count - bound, 1))
-    far = ~kept & (scores > 2.0 * np.median(scores))
+    far = ~kept & (scores > 2.0 * median(scores))
     suspects = {
         "cosine-filter": ~filtering.adaptive_cosine(gram, weights)[0],
         "krum": far,
@@ -151,9 +152,10 @@ def clusters(
     points = embedding(gram)
     apart = np.sqrt(distances_squared(gram))
     tried = [k] if k else list(range(2, min(GROUPS_TRIED_MAX, count - 1) + 1)) or [1]
+    first = clustering.seeds(points, tried[-1], generator(seed))
     best: tuple[float, Index, float] | None = None
     for size in tried:
-        labels, inertia = clustering.kmeans(points, size, generator(seed))
+        labels, inertia = clustering.kmeans(points, first[:, :size])
         fit = clustering.silhouette(apart, labels)
         if best is None or fit > best[0]:
             best = (fit, labels, inertia)

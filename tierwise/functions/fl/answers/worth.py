@@ -17,7 +17,8 @@ from tierwise.functions.fl.question import (
 )
 from tierwise.functions.fl.statistics import RoundStatistics
 
-PERMUTATIONS_MAX = 2000
+PAIRS_MAX = 20_000_000  # of clients, over all permutations
+PERMUTATIONS_MIN = 20
 BASES = ("linear", "leave-one-out", "shapley", "examples")
 
 
@@ -34,14 +35,14 @@ def leave_one_out(statistics: RoundStatistics) -> Answer:
 
 
 def shapley(
-    statistics: RoundStatistics, *, within: float = 0.001, sweeps_max: int = 0, seed: int = 0
+    statistics: RoundStatistics, *, within: float = 0.001, permutations_max: int = 0, seed: int = 0
 ) -> Answer:
     """Return each client's Shapley value of the round's direction: exact up to ten clients."""
     check_any(statistics)
     check_range("within", within, 0.0, 1.0)
-    check_range("sweeps_max", sweeps_max, 0, PERMUTATIONS_MAX)
+    check_range("permutations_max", permutations_max, 0, contribution.PERMUTATIONS_MAX)
     weights = shares(statistics.example_counts)
-    values, permutations = _shapley(statistics, weights, within, sweeps_max, seed)
+    values, permutations = _shapley(statistics, weights, within, permutations_max, seed)
     return {
         "values": by_client(statistics.clients, values),
         "sum": float(values.sum()),
@@ -85,20 +86,21 @@ def payments(
 
 
 def _shapley(
-    statistics: RoundStatistics, weights: Float, within: float, sweeps_max: int, seed: int
+    statistics: RoundStatistics, weights: Float, within: float, permutations_max: int, seed: int
 ) -> tuple[Float, int]:
     gram, count = statistics.gram, len(statistics.clients)
     if count <= contribution.EXACT_MAX:
         coalitions = contribution.all_coalitions(count)
-        return contribution.exact_shapley(contribution.alignments(gram, weights, coalitions)), 0
-    affordable = max(PERMUTATIONS_MAX // count, 1)
+        values = contribution.alignments(gram, weights, coalitions)
+        return contribution.shapley_coefficients(coalitions) @ values, 0
+    affordable = max(min(contribution.PERMUTATIONS_MAX, PAIRS_MAX // count**2), PERMUTATIONS_MIN)
     return contribution.gtg_shapley(
         contribution.alignment_prefixes(gram, weights),
         count,
         float(contribution.alignments(gram, weights, np.ones((1, count), dtype=np.bool_))[0]),
         generator(seed),
         within=within,
-        sweeps_max=min(sweeps_max or affordable, affordable),
+        permutations_max=min(permutations_max or affordable, affordable),
     )
 
 
@@ -118,7 +120,7 @@ QUESTIONS = (
         function=shapley,
         arguments={
             "within": "a permutation ends when its utility is so near that of all",
-            "sweeps_max": "bound on sweeps of permutations; 2,000 permutations if not given",
+            "permutations_max": "bound; 2,000, fewer of many clients, if not given",
             "seed": "of the permutations",
         },
         source="Shapley 1953; CGSV, Xu et al., NeurIPS 2021; beyond 10 clients GTG-Shapley, "

@@ -74,3 +74,38 @@ def test_wrong_arguments_come_back_as_what_they_are(client: tierwise.Client) -> 
     with pytest.raises(tierwise.FunctionRaised, match="the network takes") as caught:
         function.remote(BASE, facts=FACTS, inputs=INPUTS[:, :2])
     assert caught.value.remote_type == "ValueError"
+
+
+def test_a_users_function_may_ask_questions_itself(client: tierwise.Client) -> None:
+    from tierwise.functions.fl.questions import answer
+    from tierwise.functions.fl.statistics import RoundStatistics
+
+    app = tierwise.App("mine", client=client)
+
+    @app.function(memory="300MiB")
+    def ask(deltas):  # type: ignore[no-untyped-def]
+        import numpy as np
+
+        gram, names = deltas @ deltas.T, tuple("abcdef")
+        statistics = RoundStatistics(
+            namespace="mine",
+            job="mine",
+            round=0,
+            clients=names,
+            rows=np.arange(6),
+            expected=names,
+            parameter_count=deltas.shape[1],
+            gram=gram,
+            norms=np.sqrt(np.diagonal(gram)),
+            base_dots=np.zeros(6),
+            base_norm=0.0,
+            aggregate_dots=np.full(6, np.nan),
+            aggregate_norm=np.nan,
+            example_counts=np.ones(6),
+            arrival_s=np.zeros(6),
+            digests=("",) * 6,
+        )
+        return answer("krum", statistics, {"faulty": 1})
+
+    found = ask.remote((MATRIX - BASE).astype(np.float64))
+    assert found["rejected"] == ["e"]
