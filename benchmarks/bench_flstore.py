@@ -74,6 +74,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=list(ROUNDS), help="MB of models")
     parser.add_argument("--queries", type=int, default=0, help="per size, instead of the usual")
+    parser.add_argument("--rounds", type=int, default=0, help="per size, instead of the usual")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--cache-rounds", type=float, default=2.5, help="that fit into memory")
@@ -81,7 +82,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="10 MB, 3 rounds, 24 queries")
     options = parser.parse_args()
     if options.quick:
-        options.sizes, options.queries = [10], options.queries or 24
+        options.sizes = [10]
+        options.queries, options.rounds = options.queries or 24, options.rounds or 3
     return options
 
 
@@ -102,7 +104,7 @@ def plan(
     """Return what a size is tried with."""
     return Plan(
         size_mb=size_mb,
-        rounds=3 if options.quick else ROUNDS.get(size_mb, 6),
+        rounds=options.rounds or ROUNDS.get(size_mb, 6),
         query_count=options.queries or QUERIES.get(size_mb, 60),
         cache_rounds=cache_rounds or options.cache_rounds,
         naive_every=0 if options.quick else 20,

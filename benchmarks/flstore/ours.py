@@ -19,7 +19,7 @@ from benchmarks.flstore.trace import Query, Trace
 from tierwise.clock import monotonic_s, pause, precise_s
 from tierwise.config import AgentConfig, CacheConfig
 from tierwise.domain.cache import Durability
-from tierwise.functions.fl.answers.models import evaluate
+from tierwise.functions.fl.answers.inference import evaluate
 from tierwise.v1 import cache_pb2
 
 HOME = "fog-1"  # the node that holds the rounds

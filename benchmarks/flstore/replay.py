@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from benchmarks.flstore.rivals import (
     vectors_of,
 )
 from benchmarks.flstore.trace import Query, Trace, Vectors, make_trace, warm_up
+from tierwise.clock import precise_s
 
 INPUTS = 16  # test inputs of a query
 IGNORED = ("arrival_s", "with_last_step")  # when it came; what reads one more vector
@@ -121,17 +122,31 @@ def _run(
             "round_metadata": facts,
         }
         names = [*(update(number, client) for client in clients), aggregate(number)]
+        took = [found.ingest_s[-1]]
         rows = {name: row for row, name in enumerate(names)}
         for store in stores if rivals else ():
             assert rivals is not None
             some = {name: rows[name] for name in rows.keys() & naive} if store == NAIVE else rows
+            start_s = precise_s()
             rivals.put(store, path, some, record)
+            took.append(precise_s() - start_s)
+        start_s = precise_s()
         ours.settle()
+        took.append(precise_s() - start_s)
+        start_s = precise_s()
         if number == 0:
             for query in warm_up(trace):
                 _ask_all(trace, plan, query, ours, rivals, found, is_first=True)
         for query in (query for query in trace.queries if query.after == number):
             _ask_all(trace, plan, query, ours, rivals, found)
+        took.append(precise_s() - start_s)
+        print(f"  round {number + 1} of {plan.rounds}: " + _told(took), flush=True)
+
+
+def _told(took: Sequence[float]) -> str:
+    """Return the seconds of one round's steps: ours, each rival, written through, queries."""
+    puts = " + ".join(f"{seconds:.1f}" for seconds in took[:-2])
+    return f"put in {puts} s, settled in {took[-2]:.1f} s, asked in {took[-1]:.1f} s"
 
 
 def _read_by_naive(trace: Trace, plan: Plan) -> set[str]:
