@@ -164,7 +164,8 @@ class Archive:
     async def _call(self, call: Awaitable[Result], path: str, size_bytes: int) -> Result:
         timeout_s = CALL_S_MAX * (1 + size_bytes // (64 << 20))
         try:
-            return await asyncio.wait_for(call, timeout_s)
+            async with asyncio.timeout(timeout_s):  # wait_for can swallow a cancellation
+                return await call
         except (FileNotFoundError, NotFoundError):
             raise NotFound(f"the store holds no {path}") from None
         except TimeoutError:

@@ -49,23 +49,25 @@ class Loader:
 
         Raises:
             NotFound: The object is nowhere any more.
-            Unavailable: It is in the store, which does not answer.
+            Unavailable: It is in the store, which does not answer; or the disk fails.
         """
         if entry.file is not None:
             await self._run(_copy, entry.file.view(), target)
             return
         await self.ready(entry)
-        await self._run(self._disk.folder.read_into, entry.digest, target)
+        await self._read(entry, self._disk.folder.read_into, entry.digest, target)
 
     async def onto(self, entry: Entry, sheet: Sheet) -> None:
         """Fill a sheet; raises as `into`."""
         await self.ready(entry)
-        await self._run(sheet.fill_from, self._disk.folder.path(entry.digest), entry.size_bytes)
+        path = self._disk.folder.path(entry.digest)
+        await self._read(entry, sheet.fill_from, path, entry.size_bytes)
 
     async def mapped(self, entry: Entry) -> memoryview:
         """Return an object's file as memory; raises as `into`."""
         await self.ready(entry)
-        return self._disk.folder.map(entry.digest)
+        found: memoryview = await self._read(entry, self._disk.folder.map, entry.digest)
+        return found
 
     def vector(self, entry: Entry) -> NDArray[np.float32]:
         """Return a vector that is here: of its file if it has one, for that pins no memory.
@@ -125,6 +127,14 @@ class Loader:
         for start in range(0, content.nbytes, HASH_BYTES):
             found.update(content[start : start + HASH_BYTES])
         return found.hexdigest()
+
+    async def _read(self, entry: Entry, function: Any, *arguments: Any) -> Any:
+        try:
+            return await self._run(function, *arguments)
+        except FileNotFoundError:
+            raise NotFound(f"{entry.key} was forgotten, or went to the store, meanwhile") from None
+        except OSError as error:
+            raise Unavailable(f"{entry.key} cannot be read from this disk: {error}") from None
 
     async def _run(self, function: Any, *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(

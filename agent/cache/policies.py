@@ -114,6 +114,7 @@ class JobHistory:
     matrix_total: float = 4.0
     session: int = 0  # P3
     session_client: str = ""
+    watch_total: float = 1.0
 
     def ingested(self, key: ObjectKey) -> None:
         """Follow what comes in."""
@@ -142,8 +143,12 @@ class JobHistory:
             return "P4"
         if key.kind is ObjectKind.MATRIX:
             return "P2"
-        # A history begins with the newest: what follows tells that it is one.
-        return "P1" if self.is_newest(key) else "P3"
+        if not self.is_newest(key):
+            return "P3"
+        # A history begins with the newest: who had one read of late is having it read again.
+        client = self.clients.get(key.client) if key.kind is ObjectKind.UPDATE else None
+        is_watched = client is not None and client.depth and self.watch_share(client) > SHARE_MIN
+        return "P3" if is_watched else "P1"
 
     def read(self, key: ObjectKey) -> list[ObjectKey]:
         """Follow what is read; return what is likely next."""
@@ -154,11 +159,6 @@ class JobHistory:
                 self.aggregate_reads = self.aggregate_reads * FORGETTING + is_aggregate
                 self.update_reads = self.update_reads * FORGETTING + (not is_aggregate)
                 self.fresh_reads = self.fresh_reads * FORGETTING + is_fresh
-                if is_aggregate:
-                    return []
-                client = self.clients.get(key.client)
-                if client and client.depth:  # its history was read before
-                    return [_at(key, number) for number in client.ahead(key.round)]
             case "P2":
                 step = self._step(key.round)
                 for each in self.matrix_reads:
@@ -180,10 +180,22 @@ class JobHistory:
         if key.client != self.session_client:
             self.session_client = key.client
             self.session += 1
-        client.watched_at = self.session
+            client.watched_at = self.session
+            self.watch_total = sum(
+                WATCH_FORGETTING ** (self.session - each.watched_at)
+                for each in self.clients.values()
+                if each.depth or each is client
+            )
         # A history slides: how far back it goes is what was read of late.
         client.depth = max(client.position(key.round) + 1.0, client.depth * FORGETTING)
         return [_at(key, number) for number in client.ahead(key.round)]
+
+    def watch_share(self, client: ClientHistory) -> float:
+        """Return how likely a history that is read next is this client's.
+
+        Who was watched last is watched next: clients come and go as they are found suspicious.
+        """
+        return WATCH_FORGETTING ** (self.session - client.watched_at) / self.watch_total
 
     def _step(self, round_number: int) -> str:
         if round_number == self.matrix_round + 1:
@@ -220,13 +232,14 @@ def rate_rounds(job: JobHistory, key: ObjectKey) -> float:
     if key.kind not in (ObjectKind.UPDATE, ObjectKind.MATRIX):
         return 0.0
     rate = 0.0
-    if key.round == job.newest_round:
+    if key.round >= job.newest_round:
         rate += job.matrix_share("newest")
     if job.matrix_round >= 0:
         # The round that comes next is read next, whether it is there yet or not.
         rate += job.matrix_share("next") * (key.round == job.matrix_round + 1)
         rate += job.matrix_share("same") * (key.round == job.matrix_round)
-    return rate + job.matrix_share("other") / (2.0 + job.newest_round - key.round) ** 2
+    age = max(job.newest_round - key.round, 0)  # a round that is open is newer than what came
+    return rate + job.matrix_share("other") / (2.0 + age) ** 2
 
 
 def rate_histories(job: JobHistory, key: ObjectKey) -> float:
@@ -234,8 +247,7 @@ def rate_histories(job: JobHistory, key: ObjectKey) -> float:
     client = job.clients.get(key.client) if key.kind is ObjectKind.UPDATE else None
     if client is None or not client.depth or client.position(key.round) > client.depth:
         return 0.0
-    # Who was watched last is watched next: clients come and go as they are found suspicious.
-    return WATCH_FORGETTING ** (job.session - client.watched_at) / 4.0 / max(client.depth, 1.0)
+    return job.watch_share(client) / max(client.depth, 1.0)
 
 
 def rate_metadata(job: JobHistory, key: ObjectKey) -> float:

@@ -294,9 +294,10 @@ class Reading:
             self._residency.release(namespace, entry.size_bytes)
             if sheet is not None:
                 sheet.drop()
+        is_known = self._index.entry(key) is entry and not entry.quarantined
         if row is not None:
             self._residency.copies[key] = file
-        elif not entry.quarantined and (is_kept or self._residency.policy.is_admitted(key)):
+        elif is_known and (is_kept or self._residency.policy.is_admitted(key)):
             self._residency.keep(entry, file)
         else:
             self._residency.lend(namespace, file)

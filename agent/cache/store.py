@@ -179,7 +179,8 @@ class CacheStore:
                 await self._reading.fetch_ahead()
                 await self._compact()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._reading.wished.wait(), TIDY_S)
+                    async with asyncio.timeout(TIDY_S):
+                        await self._reading.wished.wait()
 
     async def close(self) -> None:
         """Finish what is being written and release the folder."""

@@ -113,8 +113,8 @@ class WriteThrough:
             return entry is None or entry.durability >= durability
 
         try:
-            async with self._stored:
-                await asyncio.wait_for(self._stored.wait_for(_is), SETTLE_S_MAX)
+            async with asyncio.timeout(SETTLE_S_MAX), self._stored:
+                await self._stored.wait_for(_is)
         except TimeoutError:
             raise Unavailable(
                 f"{key} is not {durability.name.lower()} after {SETTLE_S_MAX:.0f} s; it is safe on "
