@@ -78,6 +78,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--cache-rounds", type=float, default=2.5, help="that fit into memory")
+    parser.add_argument("--naive-every", type=int, default=20, help="queries; 0: never")
     parser.add_argument("--out", type=Path, help="folder for flstore.json and flstore.md")
     parser.add_argument("--quick", action="store_true", help="10 MB, 3 rounds, 24 queries")
     options = parser.parse_args()
@@ -107,7 +108,7 @@ def plan(
         rounds=options.rounds or ROUNDS.get(size_mb, 6),
         query_count=options.queries or QUERIES.get(size_mb, 60),
         cache_rounds=cache_rounds or options.cache_rounds,
-        naive_every=0 if options.quick else 20,
+        naive_every=0 if options.quick else options.naive_every,
         seed=options.seed,
         policy=policy,
     )
