@@ -45,7 +45,7 @@ bench-runtime: $(VENV)/dev.stamp .venv-rivals/stamp ## calls, starts and arrays 
 	@$(PYTHON) -m venv .venv-rivals && .venv-rivals/bin/pip install -q --disable-pip-version-check \
 	  'ray>=2.40' 'parsl>=2025.1' 'distributed>=2025.1' 'numpy>=1.26' && touch $@
 
-bench-flstore: $(VENV)/dev.stamp .venv-flstore/stamp ## questions to FL rounds beside S3 and Redis, some twenty minutes; writes docs/results
+bench-flstore: $(VENV)/dev.stamp .venv-flstore/stamp ## questions to FL rounds beside S3 and Redis, half an hour; writes docs/results
 	@$(BIN)/python -m benchmarks.bench_flstore --out docs/results
 
 # Redis comes as a wheel; a redis-server on the PATH (apt-get install redis-server) is taken first.

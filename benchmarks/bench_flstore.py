@@ -1,6 +1,6 @@
 """What do questions to rounds of federated learning take and cost, beside S3 and Redis?
 
-    make bench-flstore                     # some twenty minutes; writes docs/results/flstore.*
+    make bench-flstore                     # half an hour; writes docs/results/flstore.*
     python -m benchmarks.bench_flstore --quick
 
 One seeded trace of non-training work after FLStore (Khan, Fountain, Abdelmoniem, Butt and Anwar,
@@ -32,7 +32,7 @@ from benchmarks.flstore.trace import SEED
 from benchmarks.report import where
 
 ROUNDS = {10: 24, 47: 12, 113: 5}
-QUERIES = {10: 120, 47: 80, 113: 60}
+QUERIES = {10: 120, 47: 60, 113: 40}
 PARTS = ("trace", "own", "measures", "aggregation", "policies")
 OWN = {  # policy, rounds that fit into memory
     "lru": ("lru", 2.5),

@@ -21,7 +21,8 @@ What memory that waits costs decides much, so each way to bill is a table of its
     server   as listed, but the rivals' aggregator is a server that is always there: an FL server
     equal    as listed, with tierwise at the cloud's price per GB-second and per call
     held     as equal, and everything that is held is billed: tierwise's whole cache and its replica
-             at the price of provisioned concurrency, Redis with a replica node
+             at the price of provisioned concurrency, Redis with a replica node, and what lies in
+             the object store, which is the same bytes for all but the Redis that has none behind it
 """
 
 from collections.abc import Sequence
@@ -107,6 +108,7 @@ def cost(
         held_per_s = (holding.held_gb + replicas) * REDIS_USD_PER_GB_S
     elif is_ours and bill == "held":
         held_per_s = (holding.held_gb + holding.replica_gb) * price.usd_per_idle_gb_s
+    stored_gb = holding.stored_gb if bill == "held" else 0.0
     compute = gb_s * price.usd_per_gb_s
     if bill == "server" and not is_ours:
         compute = SERVER_USD_PER_S * between_s
@@ -114,7 +116,7 @@ def cost(
         compute=1e3 * compute,
         requests=1e3 * (price.usd_per_request + gets * S3_USD_PER_GET),
         held=1e3 * held_per_s * between_s,
-        stored=1e3 * holding.stored_gb * S3_USD_PER_GB_S * between_s,
+        stored=1e3 * stored_gb * S3_USD_PER_GB_S * between_s,
     )
 
 

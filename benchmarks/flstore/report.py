@@ -16,6 +16,7 @@ from benchmarks.flstore.trace import MIX
 from benchmarks.report import make_table, show, where
 from tierwise.files import write_atomically
 
+SHOWN = {"latency": "mean latency", "listed": "cost, listed", "equal": "cost, equal"}
 STATISTICS_MS, MEMCPY_RATIO, FLOWER_RATIO, INGEST_SHARE = 1.0, 1.5, 5.0, 0.05
 
 
@@ -70,10 +71,10 @@ def _sheets(found: Mapping[str, Any]) -> Sequence[Sheet]:
 
 def _verdicts(trace: Mapping[str, Any]) -> Sheet:
     return Sheet(
-        title="Reached",
-        columns=("tierwise", "change [95 % interval]", "target"),
+        title="tierwise against each rival",
+        columns=("rival", "mean latency", *(f"cost, {bill}" for bill in BILLS), "targets"),
         rows=verdicts(trace),
-        note="Over all sizes; what bills mean is said below. Lower is better.",
+        note="Over all sizes, which count alike per query. Intervals and what bills mean: below.",
     )
 
 
@@ -115,14 +116,14 @@ def _classes(trace: Mapping[str, Any]) -> Sheet:
 
 def _changes(trace: Mapping[str, Any]) -> Sheet:
     rows = [
-        (f"{system}, {_size(size)}", str(x["n"]), str(Change(**x["latency"])))
+        (f"{system}, {_size(size)}", str(x["n"]), *(str(Change(**x[key])) for key in SHOWN))
         for system, by_size in trace["changes"].items()
         for size, x in by_size.items()
         if x
     ]
     return Sheet(
-        title="Mean latency against each rival",
-        columns=("rival, model", "queries", "change [95 % interval]"),
+        title="Changes with 95 % intervals",
+        columns=("rival, model", "queries", *(SHOWN[key] for key in SHOWN)),
         rows=rows,
         note="Pairs of the same query; bootstrap over queries.",
     )
@@ -144,7 +145,7 @@ def _costs(trace: Mapping[str, Any]) -> Sheet:
         note=f"At {QUERIES_PER_HOUR:.0f} queries per hour. listed: rivals' aggregators as cloud "
         "functions, tierwise at its fog node's price, functions' idle memory free; server: rivals' "
         "aggregator is always there; equal: tierwise at the cloud's price; held: as equal, and all "
-        "memory held is billed, with a replica. The last column: tierwise is cheaper from so many "
+        "memory held is billed, with a replica, and the object store. The last column: tierwise is cheaper from so many "
         "queries per hour on if what is held is billed. Formulas in benchmarks/flstore/prices.py.",
     )
 
