@@ -31,7 +31,7 @@ from benchmarks.flstore.tables import summary
 from benchmarks.flstore.trace import SEED
 from benchmarks.report import where
 
-ROUNDS = {10: 24, 47: 12, 113: 5}
+ROUNDS = {10: 24, 47: 12, 113: 4}
 QUERIES = {10: 120, 47: 60, 113: 40}
 PARTS = ("trace", "own", "measures", "aggregation", "policies")
 OWN = {  # policy, rounds that fit into memory

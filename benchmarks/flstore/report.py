@@ -145,8 +145,9 @@ def _costs(trace: Mapping[str, Any]) -> Sheet:
         note=f"At {QUERIES_PER_HOUR:.0f} queries per hour. listed: rivals' aggregators as cloud "
         "functions, tierwise at its fog node's price, functions' idle memory free; server: rivals' "
         "aggregator is always there; equal: tierwise at the cloud's price; held: as equal, and all "
-        "memory held is billed, with a replica, and the object store. The last column: tierwise is cheaper from so many "
-        "queries per hour on if what is held is billed. Formulas in benchmarks/flstore/prices.py.",
+        "memory held is billed, with a replica, and the object store. The last column: tierwise is "
+        "cheaper from so many queries per hour on if what is held is billed. Formulas in "
+        "benchmarks/flstore/prices.py.",
     )
 
 

@@ -146,7 +146,7 @@ def _uses(samples: Sequence[Sample], system: str, size_mb: int) -> list[Use]:
 
 
 def verdicts(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Return a row per rival: what our latency and costs are against it, and whether that will do."""
+    """Return a row per rival: our latency and costs against it, and whether that will do."""
     rows = []
     for system, by_size in found["changes"].items():
         kind = system.removesuffix(EMULATED)
