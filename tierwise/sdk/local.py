@@ -101,6 +101,7 @@ class LocalCluster:
         links: Mapping[str, LinkConfig] = LINKS,
         on_progress: Callable[[str], None] = lambda text: None,
         seed: int = 0,
+        adjust: Callable[[AgentConfig], AgentConfig] = lambda config: config,
     ) -> None:
         """Plan a cluster.
 
@@ -112,6 +113,7 @@ class LocalCluster:
             links: Paths between tiers.
             on_progress: Told in words what happens.
             seed: Of jitter and of policies that draw.
+            adjust: Given each agent's configuration, returns the one that is used.
 
         Raises:
             InvalidArgument: `nodes` is not of that form.
@@ -125,6 +127,7 @@ class LocalCluster:
         self._links = dict(links)
         self._on_progress = on_progress
         self._seed = seed
+        self._adjust = adjust
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._addresses: dict[str, str] = {}
         self._lock: int | None = None
@@ -298,7 +301,7 @@ class LocalCluster:
             emulate_speed=self._emulate,
             seed=self._seed,
         )
-        write_atomically(folder / "agent.toml", dump(config))
+        write_atomically(folder / "agent.toml", dump(self._adjust(config)))
         token = ""
         if not (folder / "credentials/cert.pem").exists():
             request = cluster_pb2.CreateTokenRequest(role=cluster_pb2.ROLE_NODE, name=node.name)

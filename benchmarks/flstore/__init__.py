@@ -1,0 +1,1 @@
+"""The parts of `bench_flstore`: trace, rivals, emulated links, prices and reports."""
