@@ -90,7 +90,7 @@ def judge(sizer: Sizer | None, calls: Sequence[Run], deadline_s: float) -> Score
             allocated_mib += memory_mib
             gb_s += memory_mib / 1024.0 * run_s
             cpu_s += size.share * run_s
-            usd += PRICES.call_usd(Tier.CLOUD, memory_mib=memory_mib, billed_s=run_s, moved_bytes=0)
+            usd += PRICES.call_usd(Tier.CLOUD, memory_mib=memory_mib, billed_s=run_s, moved_usd=0.0)
         lost += is_lost
         missed += is_lost or len(attempts) * run_s > deadline_s
         if sizer is not None:
