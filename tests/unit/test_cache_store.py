@@ -318,10 +318,12 @@ async def test_a_full_disk_is_a_typed_error_and_keeps_nothing(tmp_path: Path) ->
 async def test_one_namespace_cannot_take_it_all(tmp_path: Path) -> None:
     async with running(tmp_path, quota_mib=1) as store:
         await store.open_round(manifest(0, 60))
+        busy = store.receive(IncomingHead(key=update(0, "c0"), size_bytes=4 * P), OWNER)
         with pytest.raises(Overloaded, match="quota_mib"):
             await store.open_round(manifest(0, 60, job="more"))
         other = replace(manifest(0, 60, job="more"), namespace="other")
         await store.open_round(other)
+        busy.abort()
 
 
 async def test_the_disk_keeps_only_what_no_store_elsewhere_has(tmp_path: Path) -> None:
