@@ -6,7 +6,7 @@ export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 PROTOS := $(wildcard protos/tierwise/v1/*.proto)
 
-.PHONY: help demo check test bench bench-breaker bench-runtime bench-sim2real bench-sizing suite protos train-policy seeds clean format lint
+.PHONY: help demo check test bench bench-breaker bench-cache bench-runtime bench-sim2real bench-sizing suite protos train-policy seeds clean format lint
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -43,6 +43,10 @@ bench-runtime: $(VENV)/dev.stamp .venv-rivals/stamp ## calls, starts and arrays 
 	@echo "== installing the rivals into .venv-rivals (a minute or two)"
 	@$(PYTHON) -m venv .venv-rivals && .venv-rivals/bin/pip install -q --disable-pip-version-check \
 	  'ray>=2.40' 'parsl>=2025.1' 'distributed>=2025.1' 'numpy>=1.26' && touch $@
+
+bench-cache: $(VENV)/dev.stamp ## what taking a round into the cache costs, and what policies keep (simulated); some minutes
+	@$(BIN)/python -m benchmarks.bench_cache
+	@$(BIN)/python -m benchmarks.bench_cache_policies
 
 bench-breaker: $(VENV)/dev.stamp ## for which policies the circuit breaker would open (simulated)
 	@$(BIN)/python -m benchmarks.bench_breaker
