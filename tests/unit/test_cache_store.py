@@ -5,6 +5,7 @@ import hashlib
 import mmap
 import os
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -333,10 +334,10 @@ async def test_one_namespace_cannot_take_it_all(tmp_path: Path) -> None:
 
 
 async def test_the_disk_keeps_only_what_no_store_elsewhere_has(tmp_path: Path) -> None:
-    # A memory file system is another disk than the test's folder.
-    elsewhere = Path("/dev/shm") / f"tierwise-test-{os.getpid()}-{tmp_path.name}"
-    if not elsewhere.parent.is_dir() or elsewhere.parent.stat().st_dev == tmp_path.stat().st_dev:
+    memory = Path("/dev/shm")  # another disk than the test's folder
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("there is no second file system here")
+    elsewhere = Path(tempfile.mkdtemp(dir=memory))
     try:
         async with running(
             tmp_path, disk_mib=1, memory_mib=1, store=f"file://{elsewhere}"
@@ -447,6 +448,9 @@ async def test_a_second_process_cannot_use_the_folder(tmp_path: Path) -> None:
 async def test_a_wrong_configuration_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="lru"):
         async with running(tmp_path, policy="clairvoyant"):
+            pass
+    with pytest.raises(InvalidArgument, match="memory_mib"):
+        async with running(tmp_path, memory_mib=-1):
             pass
     with pytest.raises(InvalidArgument, match="store"):
         async with running(tmp_path, store="ftp://host/x"):
