@@ -1,5 +1,7 @@
 """The grid's ways: what travels, who is asked, what becomes of errors, time and dead nodes."""
 
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -167,6 +169,25 @@ def test_a_whole_project_runs_unmodified_and_learns(project: Any, client: tierwi
     accuracies = context.state["judged"]["accuracy"]
     assert len(accuracies) == 1 + project.run_config["num-server-rounds"]
     assert accuracies[-1] > accuracies[0] + 0.2
+
+
+def test_a_project_runs_from_the_command_line_and_is_captured(
+    project: Any, cluster: tierwise.LocalCluster, client: tierwise.Client
+) -> None:
+    command = [sys.executable, "-m", "tierwise.sdk.flower", str(project.folder)]
+    command += ["--context", str(cluster.context), "--clients", "3", "--node", "edge-1"]
+    ran = subprocess.run(
+        [*command, "-c", "num-server-rounds=2", "--capture", "by-hand", "--host-environment"],
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert tierwise.Rounds(client, "by-hand").newest() == 2
+    for wrong, said in (("no-such-key=1", "no-such-key"), ("nonsense", "--run-config")):
+        ran = subprocess.run([*command, "-c", wrong], capture_output=True, text=True, timeout=90)
+        assert ran.returncode == 1
+        assert said in ran.stderr and "Traceback" not in ran.stderr
 
 
 def test_a_project_says_what_is_wrong_with_it(tmp_path: Any, project: Any) -> None:
