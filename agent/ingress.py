@@ -113,6 +113,7 @@ class Ingress(invocation_pb2_grpc.InvocationServiceServicer):
 
         def bind(channel_id: bytes) -> None:
             lane = self._door.find(channel_id)
+            lanes[1:] = [each for each in lanes[1:] if each.is_open]
             if lane is None or caller.is_node or len(lanes) == LANES_MAX:
                 return
             is_first = not lanes

@@ -8,9 +8,8 @@ It holds one thread and one socket, so a fork is cheap and safe. Before it impor
 functions need it goes where they will run: behind private mounts, without the host's files. Over
 the control socket (SOCK_SEQPACKET, JSON) it is told to fork or kill instances, and tells when one
 has ended or was refused a system call. While nothing happens it makes spares, which become the next
-instances. Told to branch, it forks a zygote like itself, with a
-control socket of its own, that imports more modules: what some functions were seen to import never
-enters the root.
+instances. Told to branch, it forks a zygote like itself, with a control socket of its own, that
+imports more modules: what some functions were seen to import never enters the root.
 """
 
 import contextlib

@@ -91,6 +91,7 @@ def test_ctrl_c_cancels_the_call_and_the_next_one_works(
     with pytest.raises(KeyboardInterrupt):
         behave.remote("sleep", 30.0)
     cancelled = calls[-1]
+    assert all(lane.is_open for lane in client.lanes._open)  # a closed one makes room for another
     assert behave.remote("echo", 2) == 2
     ask = Operator(client)
     ends_s = time.monotonic() + 20.0

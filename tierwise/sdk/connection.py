@@ -129,7 +129,7 @@ class Connection:
         self._opening: asyncio.Task[None] | None = None
         self._folder = folder
         self._config = config
-        self.credentials = self._credentials = credentials
+        self.credentials = credentials
         self.caches = Caches(self)
         self._scheduler = secure_channel(config.scheduler, credentials, scheduler_dns_name())
         self.functions = function_pb2_grpc.FunctionServiceStub(self._scheduler)
@@ -185,7 +185,7 @@ class Connection:
             error = error_from_rpc(failure)
             if isinstance(error, Unavailable) and error.retry_after_s is None:
                 cause = await diagnose(
-                    self._config.scheduler, self._credentials, scheduler_dns_name()
+                    self._config.scheduler, self.credentials, scheduler_dns_name()
                 )
                 raise Unavailable(f"the scheduler cannot be reached: {cause}") from None
             raise error from None
@@ -305,7 +305,7 @@ class Connection:
     async def _open_lane(self, entry: _Entry, lanes: Lanes) -> None:
         handover = Handover.connect(socket_name(entry.agent.node_id, entry.agent.address))
         if handover is None:
-            lanes.has_room = False
+            lanes.is_possible = False
             return
         loop = asyncio.get_running_loop()
         bound: asyncio.Future[None] = loop.create_future()
@@ -327,7 +327,7 @@ class Connection:
             async with asyncio.timeout(LANE_TIMEOUT_S):
                 await bound
         except TimeoutError:
-            lanes.has_room = False  # the agent has its reasons
+            lanes.is_possible = False  # the agent has its reasons
         loop.remove_reader(fileno)
         if bound.done() and not bound.cancelled() and self._entry is entry:
             lanes.add(Lane(handover))
@@ -373,7 +373,7 @@ class Connection:
             await self._lost(last)
         names = ", ".join(dict.fromkeys(e.agent.node_id for e in tried))
         cause = await diagnose(
-            last.agent.address, self._credentials, node_dns_name(last.agent.node_id)
+            last.agent.address, self.credentials, node_dns_name(last.agent.node_id)
         )
         raise Unavailable(
             f"{invocation.function} could not be called in {len(tried)} tries ({names}): {cause}"
@@ -426,13 +426,13 @@ class Connection:
             if self._entry is None:
                 agent = self._choose(await self.agents())
                 channel = secure_channel(
-                    agent.address, self._credentials, node_dns_name(agent.node_id)
+                    agent.address, self.credentials, node_dns_name(agent.node_id)
                 )
                 name = socket_name(agent.node_id, agent.address)
                 handover = Handover.connect(name)
                 self._entry = _Entry(agent, channel, CallStream(channel, handover), handover)
                 if self._lanes is not None:
-                    self._lanes.has_room = handover is not None
+                    self._lanes.is_possible = handover is not None
             return self._entry
 
     def _choose(self, agents: Sequence[Agent]) -> Agent:

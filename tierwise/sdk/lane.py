@@ -31,6 +31,7 @@ class Lane:
 
     def __init__(self, handover: Handover) -> None:
         """Take over a bound socket; from now on reading it blocks."""
+        self.is_open = True
         self.channel_id = handover.channel_id
         self._channel = handover.detach()
         self._channel.setblocking(True)
@@ -62,10 +63,10 @@ class Lane:
             ):
                 if monotonic_s() > ends_s:
                     raise TimeoutError
-        except OSError as error:
-            if isinstance(error, TimeoutError):
-                self._stop(invocation.request_id)
-                raise
+        except TimeoutError:
+            self._stop(invocation.request_id)
+            raise
+        except OSError:
             self.close()
             raise LaneLost from None
         except BaseException:  # Ctrl-C
@@ -75,6 +76,7 @@ class Lane:
 
     def close(self) -> None:
         """Close the socket; a call that is on it is lost. Safe to call twice, from any thread."""
+        self.is_open = False
         with contextlib.suppress(OSError):
             self._channel.shutdown(socket.SHUT_RDWR)
 
@@ -122,7 +124,12 @@ class Lanes:
         self._idle: deque[Lane] = deque()
         self._open: set[Lane] = set()
         self._pid = os.getpid()
-        self.has_room = False  # whether another may be opened; the connection says so
+        self.is_possible = False  # the agent is on this machine, and binds them
+
+    @property
+    def has_room(self) -> bool:
+        """Return whether another should be opened."""
+        return self.is_possible and len(self._open) < LANES_MAX
 
     def take(self) -> Lane | None:
         """Return an idle lane, the caller's until it is given back; None if there is none."""
@@ -136,23 +143,20 @@ class Lanes:
         return lane
 
     def give_back(self, lane: Lane) -> None:
-        """Let others use a lane whose call has ended."""
-        if lane in self._open:
+        """Let others use a lane whose call has ended; one that is closed is forgotten."""
+        if not lane.is_open:
+            self._open.discard(lane)
+        elif lane in self._open:
             self._idle.append(lane)
 
     def add(self, lane: Lane) -> None:
         """Take in a new one."""
         self._open.add(lane)
         self._idle.append(lane)
-        self.has_room = len(self._open) < LANES_MAX
-
-    def drop(self, lane: Lane) -> None:
-        """Forget one that is closed."""
-        self._open.discard(lane)
 
     def close(self) -> None:
         """Close all, for their stream has ended."""
-        self.has_room = False
+        self.is_possible = False
         self._idle.clear()
         for lane in list(self._open):
             lane.close()

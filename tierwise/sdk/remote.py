@@ -241,7 +241,7 @@ class RemoteFunction:
     ) -> Any:
         client.check_thread()
         name, spec = known
-        limit_s = limit_of(self._options, spec.timeout_s + QUEUE_S if spec is not None else None)
+        limit_s = limit_of(self._options, _timeout_s(spec))
         ends_s = monotonic_s() + limit_s
         invocation = invocation_of(name, [blob], self._options)
         invocation.channel_id = lane.channel_id
@@ -251,19 +251,17 @@ class RemoteFunction:
         except TimeoutError:
             raise late(name, limit_s) from None
         except LaneLost:
-            client.lanes.drop(lane)
             invocation.ClearField("channel_id")
             result = client.run(lambda: client.connection().resend(invocation, ends_s, limit_s))
         return value_of(result.items[0], files)
 
     async def _call(self, blob: bytes, detached: list[Any]) -> Any:
         name, spec = await self.resolve()
-        timeout_s = spec.timeout_s + QUEUE_S if spec is not None else None
         files: dict[int, Memfd] = {}
         result = (
             await self.client()
             .connection()
-            .invoke(name, [blob], self._options, timeout_s, detached=detached, files=files)
+            .invoke(name, [blob], self._options, _timeout_s(spec), detached=detached, files=files)
         )
         return value_of(result.items[0], files)
 
@@ -319,6 +317,11 @@ def parse_tiers(value: str | Iterable[str]) -> frozenset[Tier]:
     if not tiers:
         raise InvalidArgument("tier: name at least one of edge, fog, cloud")
     return tiers
+
+
+def _timeout_s(spec: FunctionSpec | None) -> float | None:
+    """Return when the caller of a function gives up unless told otherwise, if that is known."""
+    return None if spec is None else spec.timeout_s + QUEUE_S
 
 
 def _prepared(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bytes, list[Any]]:
