@@ -10,8 +10,8 @@ from tierwise.functions.fl.geometry import (
     Float,
     Mask,
     cosines_with,
-    distances_squared,
     median,
+    nearest_sums,
     norms,
     robust_scores,
     similarities,
@@ -56,8 +56,7 @@ def adaptive_cosine(
 def krum_scores(gram: Float, faulty: int) -> Float:
     """Return Krum's scores, shape (K,): the lower, the more an update is amid the others.
 
-    s(i) = Σ ‖δ_i − δ_j‖² over the K − f − 2 updates nearest to i. Blanchard, El Mhamdi, Guerraoui
-    and Stainer, NeurIPS 2017, section 4. The base cancels: distances of deltas are of updates.
+    See `nearest_sums`. What the paper proves needs 2f + 2 < K: a verdict on clients keeps to it.
 
     Raises:
         ValueError: 2f + 2 < K does not hold.
@@ -68,11 +67,7 @@ def krum_scores(gram: Float, faulty: int) -> Float:
             f"Krum tells {faulty} faulty clients from others only among {2 * max(faulty, 0) + 3} "
             f"or more, and the round has {count}: ask with fewer `faulty`, or of a larger round"
         )
-    nearest = count - faulty - 2
-    squares = distances_squared(gram)
-    np.fill_diagonal(squares, np.inf)
-    found: Float = np.partition(squares, nearest - 1, axis=1)[:, :nearest].sum(axis=1)
-    return found
+    return nearest_sums(gram, count - faulty - 2)
 
 
 def multi_krum(gram: Float, faulty: int, keep: int) -> tuple[Mask, Float]:
