@@ -9,7 +9,7 @@ import numpy as np
 from tierwise.functions.fl.geometry import (
     Float,
     Mask,
-    cosines_with,
+    cosines_with_sum,
     median,
     nearest_sums,
     norms,
@@ -35,7 +35,7 @@ def adaptive_cosine(
     lengths = norms(gram)
     stays = np.ones(count, dtype=np.bool_)
     while True:
-        cosines = _with_aggregate(gram, np.where(stays, weights, 0.0), lengths)
+        cosines = cosines_with_sum(gram, np.where(stays, weights, 0.0), lengths)
         kept = cosines[stays]
         if len(kept) <= 2:
             return stays, cosines
@@ -121,9 +121,3 @@ def norm_outliers(gram: Float, score_max: float = NORM_SCORE_MAX) -> tuple[Mask,
     """
     scores = robust_scores(norms(gram))
     return np.abs(scores) <= score_max, scores
-
-
-def _with_aggregate(gram: Float, weights: Float, lengths: Float) -> Float:
-    dots = gram @ weights
-    length = float(np.sqrt(max(float(weights @ dots), 0.0)))
-    return cosines_with(dots, lengths, length)

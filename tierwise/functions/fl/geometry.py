@@ -99,6 +99,13 @@ def cosines_with(dots: Float, lengths: Float, length: float) -> Float:
     return np.clip(found, -1.0, 1.0)
 
 
+def cosines_with_sum(gram: Float, weights: Float, lengths: Float) -> Float:
+    """Return each delta's cosine with Σ w_j δ_j, shape (K,); `lengths` are `norms(gram)`."""
+    dots = gram @ weights
+    length = float(np.sqrt(max(float(weights @ dots), 0.0)))
+    return cosines_with(dots, lengths, length)
+
+
 def median(values: Float) -> float:
     """Return the median of at least one number: of few, several times as fast as NumPy's."""
     ordered = np.sort(values)

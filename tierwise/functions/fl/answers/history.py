@@ -8,7 +8,7 @@ import numpy as np
 
 from tierwise.functions.fl import filtering, provenance, reputation
 from tierwise.functions.fl.answers.facts import check_goal, mean_of, plain
-from tierwise.functions.fl.geometry import Float, cosines_with, shares
+from tierwise.functions.fl.geometry import Float, cosines_with_sum, shares
 from tierwise.functions.fl.question import (
     Answer,
     Question,
@@ -33,15 +33,13 @@ def client_history(history: History, *, client: str) -> Answer:
         if client in statistics.clients:
             row = statistics.clients.index(client)
             weights = shares(statistics.example_counts)
-            dots = statistics.gram @ weights
-            length = float(np.sqrt(max(float(weights @ dots), 0.0)))
-            cosine = cosines_with(dots[row : row + 1], statistics.norms[row : row + 1], length)
+            cosines = cosines_with_sum(statistics.gram, weights, statistics.norms)
             rounds.append(
                 {
                     "round": statistics.round,
                     "state": "in",
                     "norm": float(statistics.norms[row]),
-                    "cosine_with_mean": float(cosine[0]),
+                    "cosine_with_mean": float(cosines[row]),
                     "weight": float(weights[row]),
                     "arrival_s": number(float(statistics.arrival_s[row])),
                     "columns": {
