@@ -132,7 +132,8 @@ def proof(
         )
         for statistics in some
     ]
-    links = provenance.chain(records, start)
+    chain = provenance.chain(records, start)
+    links = dict(zip((record.round for record in records), chain, strict=True))
     breaks = [
         after.round
         for before, after in pairwise(some)
@@ -141,12 +142,12 @@ def proof(
         and after.round == before.round + 1
         and after.base_digest != before.aggregate_digest
     ]
-    differs = provenance.first_difference(records, wanted, start)
+    differs = provenance.first_difference(links, wanted)
     return {
-        "head": links[-1],
+        "head": chain[-1],
         "links": [
-            {"round": record.round, "link": each, "updates": len(record.updates)}
-            for record, each in zip(records, links, strict=True)
+            {"round": record.round, "link": links[record.round], "updates": len(record.updates)}
+            for record in records
         ],
         "breaks": breaks,
         "is_as_expected": None if not wanted else differs is None,
