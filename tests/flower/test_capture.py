@@ -20,6 +20,7 @@ from tests.flower.conftest import CLIENTS, NODES
 from tests.flower.reference import InOrder, in_process
 from tierwise.errors import InvalidArgument, Unavailable
 from tierwise.sdk import flower
+from tierwise.sdk.flower.recorder import Recorder
 
 ROUNDS = 2
 
@@ -223,6 +224,18 @@ def test_an_update_of_another_shape_is_left_out_and_named(job: tierwise.Rounds) 
     assert f"client-{nodes[1]}: w has shape (4,)" in failure
     rows = [row for row in job.list() if row["kind"] == "update"]
     assert {row["client"] for row in rows} == {f"client-{nodes[0]}", f"client-{nodes[2]}"}
+
+
+def test_numbers_of_numpy_are_kept_as_metadata_can_hold_them(job: tierwise.Rounds) -> None:
+    recorder = Recorder(job, weight="num-examples")
+    model = {"w": np.zeros(3, np.float32)}
+    recorder.begin(1, ["a"], model, {"rate": np.float32(0.5), "epochs": np.int64(3), "on": True})
+    recorder.aggregate(1, model)
+    recorder.evaluations(1, {"a": {"accuracy": np.float32(0.25), "model": model["w"]}})
+    assert recorder.flush()
+    assert not recorder.failures
+    assert job.get(1, "metadata") == {"rate": 0.5, "epochs": 3, "on": True}
+    assert job.get(1, "metadata", "a") == {"evaluate-accuracy": 0.25, "accuracy": 0.25}
 
 
 def test_what_is_neither_a_grid_nor_a_strategy_is_refused(job: tierwise.Rounds) -> None:

@@ -293,16 +293,16 @@ def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return facts that metadata can hold."""
     found: dict[str, Any] = {}
     for name, value in facts.items():
-        if isinstance(value, bool | str | list):
-            found[name] = value
-        elif isinstance(value, int | float):  # NumPy's are among them
-            found[name] = int(value) if isinstance(value, int) else float(value)
+        held = value.item() if isinstance(value, np.generic) else value
+        if isinstance(held, bool | str | list | int | float):
+            found[name] = held
     return found
 
 
 def _evaluated(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Return evaluation metrics apart from those of training, but for the accuracy."""
-    found = {f"evaluate-{name}": value for name, value in _plain(metrics).items()}
-    if "accuracy" in metrics:
-        found["accuracy"] = metrics["accuracy"]
+    plain = _plain(metrics)
+    found = {f"evaluate-{name}": value for name, value in plain.items()}
+    if "accuracy" in plain:
+        found["accuracy"] = plain["accuracy"]
     return found
