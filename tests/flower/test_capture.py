@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("flwr", reason="needs Flower: `make test-flower` runs these in .venv-flower")
 
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
@@ -251,7 +251,7 @@ def test_pushed_and_pulled_messages_are_captured_as_they_come(
     in_memory.set_run(in_memory.run)
     grid = flower.capture(in_memory, job)
     arrays = {n: Array(a) for n, a in zip(task.NAMES, task.initial(0), strict=True)}
-    settings = flower_config({"server-round": 1})
+    settings = ConfigRecord({"server-round": 1})
     content = RecordDict({"arrays": ArrayRecord(arrays), "config": settings})
     nodes = grid.get_node_ids()[:3]
     left = set(grid.push_messages([Message(content, node, "train") for node in nodes]))
@@ -263,9 +263,3 @@ def test_pushed_and_pulled_messages_are_captured_as_they_come(
     assert not grid.capture.failures
     rows = [row for row in job.list() if row["kind"] == "update"]
     assert {row["client"] for row in rows} == {f"client-{node}" for node in nodes}
-
-
-def flower_config(values: dict[str, Any]) -> Any:
-    from flwr.app import ConfigRecord
-
-    return ConfigRecord(values)
