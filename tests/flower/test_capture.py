@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("flwr", reason="needs Flower: `make test-flower` runs these in .venv-flower")
 
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
@@ -20,6 +20,7 @@ from tests.flower.conftest import CLIENTS, NODES
 from tests.flower.reference import InOrder, in_process
 from tierwise.errors import InvalidArgument, Unavailable
 from tierwise.sdk import flower
+from tierwise.sdk.flower.recorder import Recorder
 
 ROUNDS = 2
 
@@ -225,6 +226,18 @@ def test_an_update_of_another_shape_is_left_out_and_named(job: tierwise.Rounds) 
     assert {row["client"] for row in rows} == {f"client-{nodes[0]}", f"client-{nodes[2]}"}
 
 
+def test_numbers_of_numpy_are_kept_as_metadata_can_hold_them(job: tierwise.Rounds) -> None:
+    recorder = Recorder(job, weight="num-examples")
+    model = {"w": np.zeros(3, np.float32)}
+    recorder.begin(1, ["a"], model, {"rate": np.float32(0.5), "epochs": np.int64(3), "on": True})
+    recorder.aggregate(1, model)
+    recorder.evaluations(1, {"a": {"accuracy": np.float32(0.25), "model": model["w"]}})
+    assert recorder.flush()
+    assert not recorder.failures
+    assert job.get(1, "metadata") == {"rate": 0.5, "epochs": 3, "on": True}
+    assert job.get(1, "metadata", "a") == {"evaluate-accuracy": 0.25, "accuracy": 0.25}
+
+
 def test_what_is_neither_a_grid_nor_a_strategy_is_refused(job: tierwise.Rounds) -> None:
     with pytest.raises(InvalidArgument, match="int"):
         flower.capture(7, job)
@@ -238,7 +251,7 @@ def test_pushed_and_pulled_messages_are_captured_as_they_come(
     in_memory.set_run(in_memory.run)
     grid = flower.capture(in_memory, job)
     arrays = {n: Array(a) for n, a in zip(task.NAMES, task.initial(0), strict=True)}
-    settings = flower_config({"server-round": 1})
+    settings = ConfigRecord({"server-round": 1})
     content = RecordDict({"arrays": ArrayRecord(arrays), "config": settings})
     nodes = grid.get_node_ids()[:3]
     left = set(grid.push_messages([Message(content, node, "train") for node in nodes]))
@@ -250,9 +263,3 @@ def test_pushed_and_pulled_messages_are_captured_as_they_come(
     assert not grid.capture.failures
     rows = [row for row in job.list() if row["kind"] == "update"]
     assert {row["client"] for row in rows} == {f"client-{node}" for node in nodes}
-
-
-def flower_config(values: dict[str, Any]) -> Any:
-    from flwr.app import ConfigRecord
-
-    return ConfigRecord(values)

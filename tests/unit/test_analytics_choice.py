@@ -104,14 +104,6 @@ def test_a_dittos_step_without_pull_is_gradient_descent() -> None:
     assert found.tolist() == [0.5, 2.5]
 
 
-def test_a_combination_reads_only_rows_with_weight() -> None:
-    rows = np.random.default_rng(0).normal(size=(5, 1000)).astype(np.float32)
-    rows[2] = np.nan
-    weights = np.array([0.5, 0.25, 0.0, 0.25, 0.0])
-    found = personalisation.combined(rows, weights)
-    assert np.allclose(found, weights[[0, 1, 3]] @ rows[[0, 1, 3]], atol=1e-6)
-
-
 # -- whom to ask --------------------------------------------------------------------------------
 
 

@@ -179,6 +179,15 @@ def test_rows_that_are_not_in_are_never_read() -> None:
         models.combined(matrix, facts=late, weights={"b": 1.0})
 
 
+def test_a_combination_reads_only_rows_with_weight() -> None:
+    rows = np.random.default_rng(0).normal(size=(5, 1000)).astype(np.float32)
+    rows[2] = np.nan
+    weights = np.array([0.5, 0.25, 0.0, 0.25, 0.0])
+    asked = dict(zip("abcde", weights.tolist(), strict=True))
+    found = models.combined(rows, facts=facts_of(5, 1000, clients=tuple("abcde")), weights=asked)
+    assert np.allclose(found["vector"], weights[[0, 1, 3]] @ rows[[0, 1, 3]], atol=1e-6)
+
+
 @pytest.mark.parametrize("weights", [{}, {"a": -1.0}, {"a": np.nan}, {"a": 0.0}, {"a": "1"}])
 def test_weights_that_are_none_are_refused(weights: Any) -> None:
     with pytest.raises(ValueError, match="weight"):

@@ -2,6 +2,7 @@
 
 import asyncio
 import atexit
+import concurrent.futures
 import contextlib
 import hashlib
 import os
@@ -139,16 +140,19 @@ class Client:
         Raises:
             FailedPrecondition: This is the background loop's own thread, which must not wait.
         """
-        loop = self._background()
         self.check_thread()
-        future = asyncio.run_coroutine_threadsafe(_deferred(make), loop)
+        future = self.start(make)
         try:
             return future.result()
         except KeyboardInterrupt:
             future.cancel()
             # Give the cancellation a moment to reach the agent before the process may end.
-            asyncio.run_coroutine_threadsafe(asyncio.sleep(0.05), loop).result(1.0)
+            self.start(lambda: asyncio.sleep(0.05)).result(1.0)
             raise
+
+    def start(self, make: Callable[[], Coroutine[Any, Any, T]]) -> concurrent.futures.Future[T]:
+        """Run a coroutine on the background loop; cancelling what is returned cancels it."""
+        return asyncio.run_coroutine_threadsafe(_deferred(make), self._background())
 
     def check_thread(self) -> None:
         """Raise FailedPrecondition in the background loop's own thread, which must not wait."""

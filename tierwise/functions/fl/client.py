@@ -29,7 +29,8 @@ def flat(arrays: Sequence[Any], shapes: Shapes) -> Vector:
             raise ValueError(f"array {index} has shape {array.shape}, the model's {tuple(shape)}")
     if not found:
         raise ValueError("a model has at least one array")
-    vector: Vector = np.concatenate([array.reshape(-1) for array in found]).astype(np.float32)
+    parts = [array.reshape(-1) for array in found]
+    vector: Vector = np.concatenate(parts, dtype=np.float32, casting="unsafe")
     return vector
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from tierwise.functions.fl.geometry import Float, Index, Mask
+from tierwise.functions.fl.geometry import Float, Index, Mask, norms
 
 EXACT_MAX = 10  # clients: 2^10 coalitions
 PERMUTATIONS_MAX = 2000
@@ -68,7 +68,7 @@ def influences(gram: Float, weights: Float) -> Float:
     lengths = np.sqrt(np.maximum(squares, 0.0))
     rest = 1.0 - weights
     is_alone = rest <= 1e-12
-    alone = np.sqrt(np.maximum(np.diagonal(gram), 0.0))
+    alone = norms(gram)
     found: Float = np.where(is_alone, alone, weights / np.where(is_alone, 1.0, rest) * lengths)
     return found
 

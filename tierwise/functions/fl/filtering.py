@@ -9,9 +9,9 @@ import numpy as np
 from tierwise.functions.fl.geometry import (
     Float,
     Mask,
-    cosines_with,
-    distances_squared,
+    cosines_with_sum,
     median,
+    nearest_sums,
     norms,
     robust_scores,
     similarities,
@@ -35,7 +35,7 @@ def adaptive_cosine(
     lengths = norms(gram)
     stays = np.ones(count, dtype=np.bool_)
     while True:
-        cosines = _with_aggregate(gram, np.where(stays, weights, 0.0), lengths)
+        cosines = cosines_with_sum(gram, np.where(stays, weights, 0.0), lengths)
         kept = cosines[stays]
         if len(kept) <= 2:
             return stays, cosines
@@ -56,8 +56,7 @@ def adaptive_cosine(
 def krum_scores(gram: Float, faulty: int) -> Float:
     """Return Krum's scores, shape (K,): the lower, the more an update is amid the others.
 
-    s(i) = Σ ‖δ_i − δ_j‖² over the K − f − 2 updates nearest to i. Blanchard, El Mhamdi, Guerraoui
-    and Stainer, NeurIPS 2017, section 4. The base cancels: distances of deltas are of updates.
+    See `nearest_sums`. What the paper proves needs 2f + 2 < K: a verdict on clients keeps to it.
 
     Raises:
         ValueError: 2f + 2 < K does not hold.
@@ -68,11 +67,7 @@ def krum_scores(gram: Float, faulty: int) -> Float:
             f"Krum tells {faulty} faulty clients from others only among {2 * max(faulty, 0) + 3} "
             f"or more, and the round has {count}: ask with fewer `faulty`, or of a larger round"
         )
-    nearest = count - faulty - 2
-    squares = distances_squared(gram)
-    np.fill_diagonal(squares, np.inf)
-    found: Float = np.partition(squares, nearest - 1, axis=1)[:, :nearest].sum(axis=1)
-    return found
+    return nearest_sums(gram, count - faulty - 2)
 
 
 def multi_krum(gram: Float, faulty: int, keep: int) -> tuple[Mask, Float]:
@@ -126,9 +121,3 @@ def norm_outliers(gram: Float, score_max: float = NORM_SCORE_MAX) -> tuple[Mask,
     """
     scores = robust_scores(norms(gram))
     return np.abs(scores) <= score_max, scores
-
-
-def _with_aggregate(gram: Float, weights: Float, lengths: Float) -> Float:
-    dots = gram @ weights
-    length = float(np.sqrt(max(float(weights @ dots), 0.0)))
-    return cosines_with(dots, lengths, length)

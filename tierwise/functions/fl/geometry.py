@@ -45,6 +45,23 @@ def distances_squared(gram: Float) -> Float:
     return found
 
 
+def nearest_sums(gram: Float, nearest: int) -> Float:
+    """Return Σ ‖δ_i − δ_j‖² over the `nearest` others that lie nearest to i, shape (K,).
+
+    Krum's scores (Blanchard, El Mhamdi, Guerraoui and Stainer, "Machine Learning with Adversaries:
+    Byzantine Tolerant Gradient Descent", NeurIPS 2017, section 4), with `nearest` = K − f − 2. Each
+    sum begins with the smallest, so that the order of clients does not show in the last digits.
+
+    Args:
+        gram: The base cancels: distances of deltas are those of updates.
+        nearest: In 1 … K − 1.
+    """
+    squares = distances_squared(gram)
+    np.fill_diagonal(squares, np.inf)
+    found: Float = np.sort(squares, axis=1)[:, :nearest].sum(axis=1)
+    return found
+
+
 def embedding(gram: Float) -> Float:
     """Return points with the Gram matrix `gram`, shape (K, rank), largest axis first.
 
@@ -80,6 +97,13 @@ def cosines_with(dots: Float, lengths: Float, length: float) -> Float:
     is_defined = below > 0.0
     found: Float = np.where(is_defined, dots / np.where(is_defined, below, 1.0), NO_LENGTH)
     return np.clip(found, -1.0, 1.0)
+
+
+def cosines_with_sum(gram: Float, weights: Float, lengths: Float) -> Float:
+    """Return each delta's cosine with Σ w_j δ_j, shape (K,); `lengths` are `norms(gram)`."""
+    dots = gram @ weights
+    length = float(np.sqrt(max(float(weights @ dots), 0.0)))
+    return cosines_with(dots, lengths, length)
 
 
 def median(values: Float) -> float:

@@ -3,10 +3,9 @@
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tierwise.functions.fl.geometry import Float, Index
+from tierwise.functions.fl.geometry import Float, shares
 
 Vector = NDArray[np.float32]
-BLOCK = 1 << 18  # elements of a vector that are worked on at a time
 
 
 def accuracy_weights(accuracies: Float, sharpness: float = 1.0) -> Float:
@@ -16,9 +15,7 @@ def accuracy_weights(accuracies: Float, sharpness: float = 1.0) -> Float:
     (McMahan et al., AISTATS 2017, Alg. 1, with accuracies in the place of counts). Equal weights if
     nobody is ever right.
     """
-    raised: Float = np.power(np.maximum(accuracies, 0.0), sharpness)
-    total = float(raised.sum())
-    return raised / total if total > 0.0 else np.full(len(raised), 1.0 / len(raised))
+    return shares(np.power(np.maximum(accuracies, 0.0), sharpness))
 
 
 def attentive_weights(distances_squared: Float, client: int, scale: float) -> Float:
@@ -78,21 +75,3 @@ def ditto_mean(update: ArrayLike, shared: ArrayLike, *, pull: float) -> Vector:
     own, other = np.asarray(update, dtype=np.float32), np.asarray(shared, dtype=np.float32)
     share = pull / (1.0 + pull)
     return np.asarray(own + np.float32(share) * (other - own), dtype=np.float32)
-
-
-def combined(rows: Vector, weights: Float, among: Index | None = None) -> Vector:
-    """Return Σ w_i·row_i, float32, in blocks: the matrix is read once and never copied.
-
-    Args:
-        rows: Shape (K, P), float32.
-        weights: Shape (K,), of all rows; those of 0 are not read.
-        among: Rows that may be read; all.
-    """
-    used = np.flatnonzero(weights) if among is None else among[weights[among] != 0.0]
-    result = np.zeros(rows.shape[1], dtype=np.float32)
-    factors = weights.astype(np.float32)
-    for start in range(0, rows.shape[1], BLOCK):
-        block = result[start : start + BLOCK]
-        for row in used:
-            block += factors[row] * rows[row, start : start + BLOCK]
-    return result

@@ -65,21 +65,17 @@ def chain(records: Sequence[Record], start: str = GENESIS) -> list[str]:
     return links
 
 
-def first_difference(
-    records: Sequence[Record], expected: Mapping[int, str], start: str = GENESIS
-) -> int | None:
+def first_difference(found: Mapping[int, str], expected: Mapping[int, str]) -> int | None:
     """Return the first round whose link is not as expected, or None if all are.
 
     Args:
-        records: Oldest first.
-        expected: Links by round, as they were noted before. They need not be complete: a link
-            vouches for all rounds before it.
-        start: Link before the first record.
+        found: Links by round, see `chain`.
+        expected: The same, as they were noted before. They need not be complete: a link vouches
+            for all rounds before it.
 
     Raises:
-        ValueError: A link is expected of a round that is not among the records.
+        ValueError: A link is expected of a round that was not found.
     """
-    found = dict(zip((record.round for record in records), chain(records, start), strict=True))
     for number, wanted in sorted(expected.items()):
         _check_hash(wanted, f"link of round {number}")
         if number not in found:

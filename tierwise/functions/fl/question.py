@@ -19,6 +19,7 @@ from tierwise.functions.fl.statistics import RoundStatistics
 
 Needs = Literal["statistics", "matrix", "vectors"]
 Answer = dict[str, Any]
+History = Sequence[RoundStatistics]  # oldest round first
 NAMES_MAX = 12
 OWN_COLUMNS = ("example_count", "norm", "arrival_s")
 _KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
@@ -114,6 +115,12 @@ def check_any(statistics: RoundStatistics, at_least: int = 1) -> None:
             f"round {statistics.round} of {statistics.job!r} has {count} updates that count, and "
             f"this needs {at_least}: wait for more, or ask of another round"
         )
+
+
+def check_held(history: History) -> None:
+    """Raise ValueError if there is no round to answer from."""
+    if not history:
+        raise ValueError("no round is held of this job: ask again after the first one")
 
 
 def row_of(statistics: RoundStatistics, client: str) -> int:

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierwise.functions.fl.blocks import Matrix, Vector, blocks, mean
+from tierwise.functions.fl.geometry import nearest_sums
 
 NETWORK_ROWS_MAX = 24  # that are sorted by a network of exchanges
 
@@ -40,9 +41,8 @@ def trimmed_mean(matrix: Matrix, rows: Sequence[int], share: float) -> Vector:
 def krum_scores(gram: NDArray[np.float64], byzantine_count: int) -> NDArray[np.float64]:
     """Return Krum's score of each update, shape (n,): lower is closer to its neighbours.
 
-    The sum of the squared distances to the n − f − 2 nearest others (Blanchard et al., "Machine
-    Learning with Adversaries: Byzantine Tolerant Gradient Descent", NeurIPS 2017, section 4), from
-    the Gram matrix of the updates: |a − b|² = a·a + b·b − 2 a·b.
+    See `nearest_sums`. Aggregation goes on as long as there is a neighbour to compare with; what
+    the paper proves needs more updates, see `filtering.krum_scores`.
 
     Raises:
         ValueError: n < f + 3: no neighbour would be left.
@@ -54,11 +54,7 @@ def krum_scores(gram: NDArray[np.float64], byzantine_count: int) -> NDArray[np.f
             f"Krum with {byzantine_count} bad clients needs {byzantine_count + 3} updates or more, "
             f"there are {count}"
         )
-    own = np.diag(gram)
-    apart = np.maximum(own[:, None] + own[None, :] - 2.0 * gram, 0.0)
-    np.fill_diagonal(apart, np.inf)
-    scores: NDArray[np.float64] = np.sort(apart, axis=1)[:, :kept].sum(axis=1)
-    return scores
+    return nearest_sums(gram, kept)
 
 
 def multi_krum(
@@ -71,7 +67,7 @@ def multi_krum(
 ) -> tuple[Vector, list[int]]:
     """Return the weighted mean of the updates with the lowest Krum scores, and their rows.
 
-    Blanchard et al. 2017 (see `krum_scores`), section 4.2: the m best of n; by default
+    Blanchard et al. 2017 (see `nearest_sums`), section 4.2: the m best of n; by default
     m = n − f. m = 1 is Krum itself.
 
     Args:

@@ -8,7 +8,7 @@ import numpy as np
 from tierwise.functions.fl.geometry import Float, Index
 
 OORT_ALPHA = 2.0
-OORT_CLIP = 0.95
+OORT_CLIP = 0.95  # quantile beyond which utilities do not count
 
 
 def oort_utilities(losses: Float, counts: Float) -> Float:
@@ -32,7 +32,6 @@ def oort_scores(
     preferred_s: float,
     round_number: int,
     alpha: float = OORT_ALPHA,
-    clip: float = OORT_CLIP,
 ) -> Float:
     """Return what Oort ranks clients by, shape (K,): gain, doubt, less for those who are slow.
 
@@ -47,9 +46,8 @@ def oort_scores(
         preferred_s: Wanted duration T of a round, > 0.
         round_number: R ≥ 1.
         alpha: Exponent of the penalty.
-        clip: Quantile beyond which utilities do not count.
     """
-    capped = np.minimum(utilities, np.quantile(utilities, clip))
+    capped = np.minimum(utilities, np.quantile(utilities, OORT_CLIP))
     low, high = float(capped.min()), float(capped.max())
     scaled = (capped - low) / (high - low) if high > low else np.ones_like(capped)
     doubt = np.sqrt(0.1 * math.log(round_number) / last_rounds)

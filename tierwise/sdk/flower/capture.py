@@ -128,23 +128,23 @@ class CapturedGrid(Grid):  # type: ignore[misc]
     def _begin(self, messages: list[Message]) -> int:
         training = [m for m in messages if _is(m, "train") and _model(m.content) is not None]
         judging = [m for m in messages if _is(m, "evaluate") and _model(m.content) is not None]
-        for message in (training or judging)[:1]:
-            content = message.content
-            if any(name.startswith(OLD) for name in content):
-                if training:
-                    self.capture.fail(0, "old strategies send one by one: capture the strategy")
-                return self._newest
-            model = _model(content)
-            assert model is not None
-            round = _round(content) or self._newest + bool(training)
-            self._newest = max(self._newest, round)
+        if not training and not judging:
+            return self._newest
+        content = (training or judging)[0].content
+        if any(name.startswith(OLD) for name in content):
             if training:
-                clients = [self._name(m.metadata.dst_node_id) for m in training]
-                self.capture.begin(round, list(dict.fromkeys(clients)), model, _settings(content))
-            else:
-                self.capture.aggregate(round, model)
-            return round
-        return self._newest
+                self.capture.fail(0, "old strategies send one by one: capture the strategy")
+            return self._newest
+        model = _model(content)
+        assert model is not None
+        round = _round(content) or self._newest + bool(training)
+        self._newest = max(self._newest, round)
+        if training:
+            clients = [self._name(m.metadata.dst_node_id) for m in training]
+            self.capture.begin(round, list(dict.fromkeys(clients)), model, _settings(content))
+        else:
+            self.capture.aggregate(round, model)
+        return round
 
     def _note(self, round: int, messages: list[Message]) -> None:
         self._asked |= {m.metadata.message_id: (round, m) for m in messages}
@@ -172,8 +172,8 @@ class CapturedGrid(Grid):  # type: ignore[misc]
 
 def _with_messages(strategy: Any, recorder: Recorder, names: dict[int, str]) -> Any:
     """Wrap a strategy that sends messages: its rounds are told by its own methods."""
-    configure_train, configure_evaluate = strategy.configure_train, strategy.configure_evaluate
-    aggregate_train, aggregate_evaluate = strategy.aggregate_train, strategy.aggregate_evaluate
+    configure_train, aggregate_train = strategy.configure_train, strategy.aggregate_train
+    aggregate_evaluate = strategy.aggregate_evaluate
     asked: dict[int, list[Message]] = {}
 
     def name(node_id: int) -> str:
@@ -215,8 +215,8 @@ def _with_messages(strategy: Any, recorder: Recorder, names: dict[int, str]) -> 
         recorder.evaluated(server_round, metrics)
         return metrics
 
-    strategy.configure_train, strategy.configure_evaluate = configured, configure_evaluate
-    strategy.aggregate_train, strategy.aggregate_evaluate = aggregated, judged
+    strategy.configure_train, strategy.aggregate_train = configured, aggregated
+    strategy.aggregate_evaluate = judged
     strategy.capture = recorder
     return strategy
 

@@ -6,6 +6,7 @@ import hashlib
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import flwr
@@ -85,9 +86,8 @@ class _Sent:
     """One message that is under way or answered."""
 
     message: Message
-    answer: "concurrent.futures.Future[dict[str, Any]]"
-    task: "asyncio.Task[dict[str, Any]] | None" = None
     answered_s: float = 0.0  # wall time
+    answer: "concurrent.futures.Future[dict[str, Any]]" = field(init=False)
 
 
 class TierwiseGrid(Grid):  # type: ignore[misc]
@@ -226,9 +226,9 @@ class TierwiseGrid(Grid):  # type: ignore[misc]
             _, records, joined = lowered[id(content)]
             message_id = str(uuid.uuid4())
             message.metadata.__dict__["_message_id"] = message_id
-            sent = _Sent(message, concurrent.futures.Future())
+            sent = _Sent(message)
+            sent.answer = self._client.start(partial(self._answer, sent, records, joined))
             self._sent[message_id] = sent
-            self._client.call_soon(self._start, sent, records, joined)
             ids.append(message_id)
         return ids
 
@@ -265,28 +265,15 @@ class TierwiseGrid(Grid):  # type: ignore[misc]
         if metadata.ttl <= 0 or metadata.reply_to_message_id:
             raise InvalidArgument(f"message to node {metadata.dst_node_id}: expired, or a reply")
 
-    def _start(self, sent: _Sent, records: list[Any], joined: Any) -> None:
-        """Begin a call; runs on the client's loop."""
-        if sent.answer.cancelled():
-            sent.answer.set_running_or_notify_cancel()
-            return
-        sent.task = asyncio.get_running_loop().create_task(self._call(sent, records, joined))
-
-        def settle(task: "asyncio.Task[dict[str, Any]]") -> None:
+    async def _answer(self, sent: _Sent, records: list[Any], joined: Any) -> dict[str, Any]:
+        """Make a call, and note when it was over."""
+        try:
+            return await self._call(sent.message, records, joined)
+        finally:
             sent.answered_s = wall_s()
-            if not sent.answer.set_running_or_notify_cancel():
-                return
-            if task.cancelled():
-                sent.answer.set_exception(concurrent.futures.CancelledError())
-            elif (error := task.exception()) is not None:
-                sent.answer.set_exception(error)
-            else:
-                sent.answer.set_result(task.result())
 
-        sent.task.add_done_callback(settle)
-
-    async def _call(self, sent: _Sent, records: list[Any], joined: Any) -> dict[str, Any]:
-        metadata = sent.message.metadata
+    async def _call(self, asked: Message, records: list[Any], joined: Any) -> dict[str, Any]:
+        metadata = asked.metadata
         participant = self.participants[metadata.dst_node_id]
         state, state_arrays = self._states.get(metadata.dst_node_id, ([], []))
         message = {"metadata": _plain(metadata), "records": records}
@@ -329,13 +316,8 @@ class TierwiseGrid(Grid):  # type: ignore[misc]
 
     def _forget(self, message_id: str) -> None:
         sent = self._sent.pop(message_id, None)
-        if sent is not None and sent.answer.cancel():
-            self._client.call_soon(_stop, sent)
-
-
-def _stop(sent: _Sent) -> None:
-    if sent.task is not None:
-        sent.task.cancel()
+        if sent is not None:
+            sent.answer.cancel()
 
 
 def _plain(metadata: Any) -> dict[str, Any]:

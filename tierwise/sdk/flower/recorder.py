@@ -19,6 +19,7 @@ from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
 
 from tierwise.errors import FailedPrecondition, RetryLater, TierwiseError
+from tierwise.functions.fl.client import shaped
 from tierwise.sdk.rounds import Rounds
 
 log = logging.getLogger("tierwise")
@@ -271,13 +272,10 @@ def arrays(rounds: Rounds, round: int, kind: str = "aggregate", client: str = ""
     of_rounds = [o for o in rounds.list() if o["kind"] == "metadata" and not o["client"]]
     first = min((o["round"] for o in of_rounds), default=0)
     layout = rounds.get(first, "metadata")[LAYOUT]
+    parts = shaped(vector, [tuple(shape) for _, shape, _ in layout])
     record = ArrayRecord()
-    start = 0
-    for name, shape, dtype in layout:
-        count = int(np.prod(shape, dtype=np.int64))
-        part = vector[start : start + count].reshape(shape).astype(np.dtype(dtype))
-        record[name] = Array(part)
-        start += count
+    for (name, _, dtype), part in zip(layout, parts, strict=True):
+        record[name] = Array(part.astype(np.dtype(dtype), copy=False))
     return record
 
 
@@ -295,16 +293,16 @@ def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return facts that metadata can hold."""
     found: dict[str, Any] = {}
     for name, value in facts.items():
-        if isinstance(value, bool | str | list):
-            found[name] = value
-        elif isinstance(value, int | float):  # NumPy's are among them
-            found[name] = int(value) if isinstance(value, int) else float(value)
+        held = value.item() if isinstance(value, np.generic) else value
+        if isinstance(held, bool | str | list | int | float):
+            found[name] = held
     return found
 
 
 def _evaluated(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Return evaluation metrics apart from those of training, but for the accuracy."""
-    found = {f"evaluate-{name}": value for name, value in _plain(metrics).items()}
-    if "accuracy" in metrics:
-        found["accuracy"] = metrics["accuracy"]
+    plain = _plain(metrics)
+    found = {f"evaluate-{name}": value for name, value in plain.items()}
+    if "accuracy" in plain:
+        found["accuracy"] = plain["accuracy"]
     return found

@@ -9,10 +9,12 @@ from tierwise.functions.fl import personalisation, scheduling
 from tierwise.functions.fl.geometry import Float, distances_squared, median, shares
 from tierwise.functions.fl.question import (
     Answer,
+    History,
     Question,
     by_client,
     check_any,
     check_choice,
+    check_held,
     check_range,
     column,
     generator,
@@ -21,8 +23,6 @@ from tierwise.functions.fl.question import (
     row_of,
 )
 from tierwise.functions.fl.statistics import RoundStatistics
-
-History = Sequence[RoundStatistics]
 
 
 def accuracy_weights(
@@ -202,8 +202,7 @@ def _latest(history: History, names: Sequence[str]) -> tuple[list[str], Float, l
 
     Clients that never sent one of them are left out.
     """
-    if not history:
-        raise ValueError("no round is held of this job: ask again after the first one")
+    check_held(history)
     found: dict[str, tuple[int, list[float]]] = {}
     is_known = dict.fromkeys(names, False)
     for statistics in history:

@@ -61,13 +61,12 @@ def facts(statistics: RoundStatistics) -> Answer:
 def metrics(statistics: RoundStatistics, *, only: str = "") -> Answer:
     """Return every column's mean, weighted mean, spread and extremes."""
     names = [only] if only else [*statistics.columns, *_own(statistics)]
-    weights = shares(statistics.example_counts)
     found = {}
     for name in names:
         values = column(statistics, name)
         rows = np.flatnonzero(np.isfinite(values))
         if len(rows):
-            found[name] = _summary(statistics, values[rows], rows, weights)
+            found[name] = _summary(statistics, values[rows], rows)
         elif only:
             known_rows(values, name, statistics)
     return {"round": statistics.round, "columns": found}
@@ -152,7 +151,7 @@ def mean_of(statistics: RoundStatistics, name: str) -> float | None:
     rows = np.flatnonzero(np.isfinite(values))
     if len(rows) == 0:
         return None
-    return float(shares(statistics.example_counts[rows]) @ values[rows])
+    return _weighted(statistics, values[rows], rows)
 
 
 def check_goal(goal: str) -> float:
@@ -161,14 +160,12 @@ def check_goal(goal: str) -> float:
     return 1.0 if goal == "max" else -1.0
 
 
-def _summary(
-    statistics: RoundStatistics, values: Float, rows: np.ndarray[Any, Any], weights: Float
-) -> Answer:
+def _summary(statistics: RoundStatistics, values: Float, rows: np.ndarray[Any, Any]) -> Answer:
     least, most = int(values.argmin()), int(values.argmax())
     return {
         "count": len(rows),
         "mean": float(values.mean()),
-        "weighted_mean": float(shares(weights[rows]) @ values),
+        "weighted_mean": _weighted(statistics, values, rows),
         "median": median(values),
         "std": float(values.std()),
         "min": float(values[least]),
@@ -176,6 +173,10 @@ def _summary(
         "max": float(values[most]),
         "max_client": statistics.clients[rows[most]],
     }
+
+
+def _weighted(statistics: RoundStatistics, values: Float, rows: np.ndarray[Any, Any]) -> float:
+    return float(shares(statistics.example_counts[rows]) @ values)
 
 
 def _own(statistics: RoundStatistics) -> list[str]:

@@ -8,12 +8,14 @@ import numpy as np
 
 from tierwise.functions.fl import filtering, provenance, reputation
 from tierwise.functions.fl.answers.facts import check_goal, mean_of, plain
-from tierwise.functions.fl.geometry import Float, cosines_with, shares
+from tierwise.functions.fl.geometry import Float, cosines_with_sum, shares
 from tierwise.functions.fl.question import (
     Answer,
+    History,
     Question,
     by_client,
     check_choice,
+    check_held,
     check_range,
     column,
     named,
@@ -21,27 +23,24 @@ from tierwise.functions.fl.question import (
 )
 from tierwise.functions.fl.statistics import RoundStatistics
 
-History = Sequence[RoundStatistics]
 METHODS = ("beta", "smoothed")
 
 
 def client_history(history: History, *, client: str) -> Answer:
     """Return a client's length, cosine with the round's mean, weight and numbers, by round."""
-    _check_any(history)
+    check_held(history)
     rounds: list[Answer] = []
     for statistics in history:
         if client in statistics.clients:
             row = statistics.clients.index(client)
             weights = shares(statistics.example_counts)
-            dots = statistics.gram @ weights
-            length = float(np.sqrt(max(float(weights @ dots), 0.0)))
-            cosine = cosines_with(dots[row : row + 1], statistics.norms[row : row + 1], length)
+            cosines = cosines_with_sum(statistics.gram, weights, statistics.norms)
             rounds.append(
                 {
                     "round": statistics.round,
                     "state": "in",
                     "norm": float(statistics.norms[row]),
-                    "cosine_with_mean": float(cosine[0]),
+                    "cosine_with_mean": float(cosines[row]),
                     "weight": float(weights[row]),
                     "arrival_s": number(float(statistics.arrival_s[row])),
                     "columns": {
@@ -74,7 +73,7 @@ def reputations(
     keep: float = 0.8,
 ) -> Answer:
     """Return trust in each client: by the cosine filter's verdicts, or by cosines themselves."""
-    _check_any(history)
+    check_held(history)
     check_choice("method", method, METHODS)
     check_range("forgetting", forgetting, 1e-6, 1.0)
     check_range("prior", prior, 1e-6, 1e6)
@@ -115,7 +114,7 @@ def proof(
 
     `breaks` names rounds that did not start from what the round before ended with.
     """
-    _check_any(history)
+    check_held(history)
     some = [statistics for statistics in history if statistics.round >= since]
     if not some or some[0].round != since:
         first = some[0].round if some else history[0].round
@@ -133,7 +132,8 @@ def proof(
         )
         for statistics in some
     ]
-    links = provenance.chain(records, start)
+    chain = provenance.chain(records, start)
+    links = dict(zip((record.round for record in records), chain, strict=True))
     breaks = [
         after.round
         for before, after in pairwise(some)
@@ -142,12 +142,12 @@ def proof(
         and after.round == before.round + 1
         and after.base_digest != before.aggregate_digest
     ]
-    differs = provenance.first_difference(records, wanted, start)
+    differs = provenance.first_difference(links, wanted)
     return {
-        "head": links[-1],
+        "head": chain[-1],
         "links": [
-            {"round": record.round, "link": each, "updates": len(record.updates)}
-            for record, each in zip(records, links, strict=True)
+            {"round": record.round, "link": links[record.round], "updates": len(record.updates)}
+            for record in records
         ],
         "breaks": breaks,
         "is_as_expected": None if not wanted else differs is None,
@@ -157,7 +157,7 @@ def proof(
 
 def best_round(history: History, *, metric: str, goal: str = "max") -> Answer:
     """Return the round with the best value of a metric, and the value of each."""
-    _check_any(history)
+    check_held(history)
     sign = check_goal(goal)
     known = [(each, value) for each in history if (value := mean_of(each, metric)) is not None]
     if not known:
@@ -176,7 +176,7 @@ def settings(history: History, *, key: str, metric: str, goal: str = "max") -> A
 
     The hyper-parameter is a column of the clients' metadata, else of the round's.
     """
-    _check_any(history)
+    check_held(history)
     sign = check_goal(goal)
     groups: dict[Any, list[tuple[float, float, int]]] = {}
     for statistics in history:
@@ -208,7 +208,7 @@ def settings(history: History, *, key: str, metric: str, goal: str = "max") -> A
 
 def resources(history: History, *, columns: Sequence[str] = ("duration_s",)) -> Answer:
     """Return what each client has sent and spent over rounds: updates, bytes, sums of columns."""
-    _check_any(history)
+    check_held(history)
     if isinstance(columns, str) or not all(isinstance(name, str) for name in columns):
         raise ValueError('`columns` is a list of names, such as ["duration_s", "energy_j"]')
     totals: dict[str, dict[str, float]] = {}
@@ -265,11 +265,6 @@ def _links(expected: Any) -> dict[int, str]:
         return {int(number): str(link) for number, link in expected.items()}
     except (AttributeError, TypeError, ValueError):
         raise ValueError("`expected` is a dict of links by round, as `links` lists them") from None
-
-
-def _check_any(history: History) -> None:
-    if not history:
-        raise ValueError("no round is held of this job: ask again after the first one")
 
 
 def _no_metric(history: History, metric: str) -> str:

@@ -8,6 +8,7 @@ from tierwise.functions.fl.geometry import (
     Index,
     Mask,
     cosines_with,
+    cosines_with_sum,
     distances_squared,
     embedding,
     median,
@@ -43,12 +44,11 @@ def similarity(
         return {"client": client, "cosines": by_client(clients, cosines[row])}
     count = len(clients)
     weights = shares(statistics.example_counts)
-    dots = statistics.gram @ weights
-    length = float(np.sqrt(max(float(weights @ dots), 0.0)))
+    with_mean = cosines_with_sum(statistics.gram, weights, statistics.norms)
     others = (cosines.sum(axis=1) - 1.0) / max(count - 1, 1)
     answer: Answer = {
         "with_others": by_client(clients, others if count > 1 else np.full(1, np.nan)),
-        "with_mean": by_client(clients, cosines_with(dots, statistics.norms, length)),
+        "with_mean": by_client(clients, with_mean),
         "mean": number(float(others.mean())) if count > 1 else None,
     }
     if np.isfinite(statistics.aggregate_norm):

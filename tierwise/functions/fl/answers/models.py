@@ -18,13 +18,9 @@ from tierwise.functions.fl.answers.inputs import (
     rows_in,
     vector_of,
 )
+from tierwise.functions.fl.blocks import mean
 from tierwise.functions.fl.geometry import Index, shares
-from tierwise.functions.fl.networks import (
-    Array,
-    parts,
-    probabilities,
-    scored,
-)
+from tierwise.functions.fl.networks import Array, parts, probabilities, scored
 from tierwise.functions.fl.question import (
     Answer,
     Question,
@@ -187,20 +183,19 @@ def combined(matrix: Array | None, *, facts: Facts, weights: dict[str, float]) -
     """Return a weighted mean of clients' models, as its vector: what weights were asked for."""
     rows, names = rows_in(matrix, facts)
     assert matrix is not None
-    place = dict(zip(names, rows, strict=True))
+    place = dict(zip(names, rows.tolist(), strict=True))
     if not isinstance(weights, dict) or not weights:
         raise ValueError("`weights` is a dict by client, as the questions on weights answer it")
     unknown = [name for name in weights if name not in place]
     if unknown:
         raise ValueError(f"the round has no model of {unknown[0]!r}; it has {named(names)}")
-    total = np.zeros(len(matrix))
     for name, weight in weights.items():
         if not isinstance(weight, (int, float)) or not 0.0 <= weight < np.inf:
             raise ValueError(f"the weight of {name!r} must be a number of 0 or more")
-        total[place[name]] = weight
-    if total.sum() <= 0.0:
+    used = sorted((place[name], weight) for name, weight in weights.items() if weight > 0.0)
+    if not used:
         raise ValueError("all weights are 0: at least one client must count")
-    return {"vector": personalisation.combined(matrix, total / total.sum())}
+    return {"vector": mean(matrix, [row for row, _ in used], [weight for _, weight in used])}
 
 
 def ditto(
