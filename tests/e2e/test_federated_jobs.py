@@ -2,8 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,20 +14,8 @@ from tierwise.sdk.operator import Operator
 from tierwise.v1 import cache_pb2
 
 CONFIG: dict[str, Any] = {"steps": 10, "rate": 0.5}
+TIERS = "1c,1f,2e"
 NODES = ("cloud-1", "fog-1", "edge-1", "edge-2")
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tierwise.LocalCluster]:
-    folder: Path = tmp_path_factory.mktemp("cluster")
-    with tierwise.LocalCluster(folder, "1c,1f,2e", policy="ect", emulate=False) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(cluster: tierwise.LocalCluster) -> Iterator[tierwise.Client]:
-    with tierwise.Client(cluster.context) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")
