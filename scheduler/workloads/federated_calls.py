@@ -24,6 +24,7 @@ from tierwise.domain.federated import (
     RoundState,
     UpdateRecord,
     UpdateState,
+    model_part,
 )
 from tierwise.domain.ids import NodeId, RequestId
 
@@ -49,13 +50,9 @@ class Calls:
         )
 
     def model(self, round_number: int) -> ObjectKey:
-        """Return the name of the model that a round has ended with.
-
-        What asynchronous clients send goes to the round in which they began, so that one must not
-        have ended while they are at work: its model is a part until then, see `close`.
-        """
-        is_part = self._spec.strategy.name == "fedbuff" and round_number > 0
-        return self.key(round_number, ObjectKind.AGGREGATE, "model" if is_part else "")
+        """Return the name of the model that a round has ended with; `close` copies a part."""
+        part = model_part(self._spec.strategy.name, round_number)
+        return self.key(round_number, ObjectKind.AGGREGATE, part)
 
     def call_id(self, round_number: int, *purpose: str) -> RequestId:
         """Return the id of a call."""

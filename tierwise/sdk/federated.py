@@ -15,6 +15,7 @@ from tierwise.domain.federated import (
     Pace,
     Strategy,
     Topology,
+    model_part,
 )
 from tierwise.domain.ids import FunctionId, NodeId
 from tierwise.errors import (
@@ -273,9 +274,9 @@ class FederatedJob:
         request = federated_pb2.GetJobRequest(namespace=self.namespace, job=self.name)
         job = (await self._ask("GetJob", request)).job
         number = job.base_round if number < 0 else number
-        is_part = job.spec.strategy.name == "fedbuff" and number > 0
+        part = model_part(job.spec.strategy.name, number)
         root = Rounds(self._app.client(), self.name, self.namespace, node=job.root)
-        vector = await root.get.aio(number, "aggregate", "model" if is_part else "")
+        vector = await root.get.aio(number, "aggregate", part)
         return shaped(vector, self._shapes)
 
     # -- inside ---------------------------------------------------------------------------------
