@@ -8,8 +8,7 @@ done by its driver.
 
 import asyncio
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +16,7 @@ import structlog
 
 from scheduler.catalogue import FunctionCatalogue
 from scheduler.federated_driver import ENDED_MAX, OPEN, JobDriver, Surroundings
+from scheduler.listeners import Listeners
 from scheduler.store import federated as table
 from scheduler.workloads.federated import planner_of
 from scheduler.workloads.federated_events import Event, ResumeAsked, RoundOpened, StopAsked
@@ -69,7 +69,7 @@ class Federation(federated_pb2_grpc.FederatedServiceServicer):
         self._drivers: dict[_Name, JobDriver] = {}
         self._tasks: dict[_Name, asyncio.Task[None]] = {}
         self._changing = asyncio.Lock()  # jobs are created, stopped and resumed one at a time
-        self._listeners: dict[_Name, set[asyncio.Event]] = {}
+        self._listeners = Listeners[_Name]()
         around.sessions.on_round_opened = self._round_opened
 
     async def resume(self) -> None:
@@ -146,7 +146,7 @@ class Federation(federated_pb2_grpc.FederatedServiceServicer):
         name = _name(request.namespace, request.job)
         seen = -1  # the newest round whose end was told
         last = None
-        with self._listening(name) as changed:
+        with self._listeners.listening(name) as changed:
             while True:
                 changed.clear()
                 row, rounds = await self._watched(name, seen)
@@ -214,7 +214,7 @@ class Federation(federated_pb2_grpc.FederatedServiceServicer):
         )
         driver = JobDriver(row, planner, self._around, newest)
         name = (row.namespace, row.job)
-        driver.on_changed = lambda: self._notify(name)
+        driver.on_changed = lambda: self._listeners.notify(name)
         self._drivers[name] = driver
 
         async def run() -> None:
@@ -224,7 +224,7 @@ class Federation(federated_pb2_grpc.FederatedServiceServicer):
                 if self._drivers.get(name) is driver:
                     del self._drivers[name]
                     self._tasks.pop(name, None)
-                self._notify(name)
+                self._listeners.notify(name)
 
         self._tasks[name] = self._group.create_task(run())
 
@@ -284,22 +284,6 @@ class Federation(federated_pb2_grpc.FederatedServiceServicer):
                 f"{RUNNING_MAX} federated jobs are running; wait until one has ended",
                 retry_after_s=10.0,
             )
-
-    @contextmanager
-    def _listening(self, name: _Name) -> Iterator[asyncio.Event]:
-        changed = asyncio.Event()
-        listeners = self._listeners.setdefault(name, set())
-        listeners.add(changed)
-        try:
-            yield changed
-        finally:
-            listeners.discard(changed)
-            if not listeners:
-                self._listeners.pop(name, None)
-
-    def _notify(self, name: _Name) -> None:
-        for changed in self._listeners.get(name, ()):
-            changed.set()
 
 
 def _job(row: table.JobRow) -> federated_pb2.FederatedJob:

@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any, assert_never
 
 import structlog
@@ -26,8 +25,8 @@ from scheduler.workloads.federated_events import (
     Cancel,
     Command,
     Event,
-    Input,
     OpenRound,
+    Output,
     Save,
     Submit,
     Ticked,
@@ -37,9 +36,9 @@ from tierwise.clock import monotonic_s, wall_s
 from tierwise.domain.federated import JobState, RoundRecord, RoundState
 from tierwise.domain.ids import RequestId
 from tierwise.errors import NotFound, TierwiseError
+from tierwise.sdk.cached import CachedArray, CachedResult
 from tierwise.v1 import cache_pb2, types_pb2, work_pb2
 from tierwise.wire import payload
-from tierwise.wire.convert_cache import key_to_pb
 from tierwise.wire.memfd import ATTACHMENTS_MAX
 
 log = structlog.get_logger()
@@ -59,21 +58,6 @@ class Surroundings:
     window: WorkWindow
     dispatcher: Dispatcher
     sessions: Sessions
-
-
-@dataclass(frozen=True, slots=True)
-class _Ref:
-    """An input as it stands in the arguments; see payload.py."""
-
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return 4 * prod(self.shape)
-
-    @property
-    def __tierwise_ref__(self) -> tuple[str, tuple[int, ...]]:
-        return "<f4", self.shape
 
 
 _Asked = tuple[Event, "asyncio.Future[None] | None"]
@@ -105,11 +89,6 @@ class JobDriver:
         self._around = around
         self._inbox: asyncio.Queue[_Asked] = asyncio.Queue(INBOX_MAX)
         self._waiting: dict[RequestId, asyncio.Task[None]] = {}
-
-    @property
-    def uid(self) -> str:
-        """Return what tells the job from others that had its name before."""
-        return self.row.uid
 
     def rounds_since(self, seen: int) -> list[RoundRecord]:
         """Return the rounds that have ended after the one that was `seen`, and the one under way.
@@ -208,7 +187,7 @@ class JobDriver:
 
     async def _save(self, command: Save) -> None:
         """Write, however long that takes: nothing that follows may be done before."""
-        store, uid, now_unix_s = self._around.store, self.uid, wall_s()
+        store, uid, now_unix_s = self._around.store, self.row.uid, wall_s()
 
         def write(connection: Any) -> float:
             return table.save(connection, store, uid, command.progress, command.record, now_unix_s)
@@ -268,12 +247,11 @@ class JobDriver:
 
 def _submission(call: Call) -> work_pb2.Submission:
     """Return a call as durable work."""
-    detached: list[Any] = []
-    arrays = [_Ref(each.shape) for each in call.inputs]
+    arrays = [CachedArray(each.key, each.shape, each.node_id or "") for each in call.inputs]
     blob = payload.encode(
         ((arrays, dict(call.arguments)), {}),
         "arguments",
-        detached=detached,
+        detached=[],
         detach_max=ATTACHMENTS_MAX,
         only_refs=True,
     )
@@ -283,20 +261,19 @@ def _submission(call: Call) -> work_pb2.Submission:
         arguments=[blob],
         node_id=call.node_id,
         timeout_s=call.timeout_s,
-        inputs=[_input(each) for each in call.inputs],
+        inputs=[each.to_pb() for each in arrays],
+        output=None if call.output is None else _sink(call.output),
     )
-    if call.output is not None:
-        output = call.output
-        invocation.output.key.CopyFrom(key_to_pb(output.key))
-        invocation.output.node_id = output.node_id
-        invocation.output.encoding = output.encoding
-        if output.relative_to is not None:
-            invocation.output.relative_to.CopyFrom(key_to_pb(output.relative_to))
     return work_pb2.Submission(invocation=invocation)
 
 
-def _input(each: Input) -> cache_pb2.ObjectRef:
-    return cache_pb2.ObjectRef(key=key_to_pb(each.key), node_id=each.node_id or "")
+def _sink(output: Output) -> cache_pb2.ObjectSink:
+    return CachedResult(
+        key=output.key,
+        node=output.node_id,
+        encoding=output.encoding,
+        relative_to=output.relative_to,
+    ).to_pb()
 
 
 def _ended(call_id: RequestId, blob: bytes | None) -> CallEnded:

@@ -137,8 +137,8 @@ class Sessions(node_pb2_grpc.NodeServiceServicer):
 
     def open_round(
         self, node_id: NodeId, manifest: RoundManifest, base_node: NodeId | None = None
-    ) -> bool:
-        """Have a node's cache open a round; return whether the node is connected.
+    ) -> None:
+        """Have a node's cache open a round, if the node is connected.
 
         `on_round_opened` hears what became of it. Idempotent: send it again after a lost session.
         `base_node` has the base, if that is known.
@@ -146,7 +146,6 @@ class Sessions(node_pb2_grpc.NodeServiceServicer):
         pb = manifest_to_pb(manifest)
         pb.base_node = base_node or ""
         self._send(node_id, node_pb2.SessionResponse(open_round=pb))
-        return node_id in self._sessions
 
     def acknowledge(self, node_id: NodeId, request_id: str, lease: int) -> None:
         """Tell a node that a result is on disk here, or counts no more."""

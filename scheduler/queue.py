@@ -2,8 +2,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from sqlalchemy import Row
 
 from scheduler.budgets import Budgets
 from scheduler.catalogue import FunctionCatalogue
+from scheduler.listeners import Listeners
 from scheduler.store import work as table
 from scheduler.store.store import Store
 from scheduler.window import WorkWindow, submission
@@ -74,8 +74,8 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
         self._budgets = budgets
         self._queue_max = queue_max
         self._being_stored_count = 0
-        self._listeners: dict[str, set[asyncio.Event]] = {}
-        window.on_changed = self._notify
+        self._listeners = Listeners[str]()
+        window.on_changed = self._listeners.notify
 
     async def Submit(
         self, request: work_pb2.SubmitRequest, context: Any
@@ -117,7 +117,7 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
         self, request: work_pb2.WatchRequest, context: Any
     ) -> None:
         last = None
-        with self._listening(request.request_id) as changed:
+        with self._listeners.listening(request.request_id) as changed:
             while True:
                 changed.clear()
                 row = await self._store.read(lambda c: table.get(c, request.request_id))
@@ -165,7 +165,7 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
             return table.get(connection, request_id)
 
         row = await self._store.write(revive, on_stored=self._window.revived)
-        self._notify(request_id)
+        self._listeners.notify(request_id)
         return work_pb2.RedriveResponse(work=_work(row))
 
     # -- inside ---------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
         self, request_id: str, wait_s: float | None = None
     ) -> tuple[Row[Any], bytes | None]:
         """Return the row and result, waiting up to `wait_s` for the end; None: for ever."""
-        with self._listening(request_id) as changed:
+        with self._listeners.listening(request_id) as changed:
             try:
                 async with asyncio.timeout(wait_s or None):
                     while True:
@@ -265,22 +265,6 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
                         await changed.wait()
             except TimeoutError:
                 return await self._store.read(lambda c: table.get_with_result(c, request_id))
-
-    @contextmanager
-    def _listening(self, request_id: str) -> Iterator[asyncio.Event]:
-        changed = asyncio.Event()
-        listeners = self._listeners.setdefault(request_id, set())
-        listeners.add(changed)
-        try:
-            yield changed
-        finally:
-            listeners.discard(changed)
-            if not listeners:
-                self._listeners.pop(request_id, None)
-
-    def _notify(self, request_id: str) -> None:
-        for changed in self._listeners.get(request_id, ()):
-            changed.set()
 
 
 def _work(row: Row[Any]) -> work_pb2.Work:

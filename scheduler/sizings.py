@@ -22,13 +22,13 @@ from tierwise.domain.function import FunctionSpec
 from tierwise.domain.ids import FunctionId
 from tierwise.domain.outcome import Outcome, OutcomeState
 from tierwise.domain.sizing import MEMORY_MIB_MAX, RETRY_FACTOR, Sizing
-from tierwise.errors import FailedPrecondition, InvalidArgument, NotFound
+from tierwise.errors import FailedPrecondition, FunctionOutOfMemory, InvalidArgument, NotFound
 from tierwise.v1 import advisor_pb2, advisor_pb2_grpc, types_pb2
 from tierwise.wire import checks, convert
 
 log = structlog.get_logger()
 
-OUT_OF_MEMORY = "function_out_of_memory"
+OUT_OF_MEMORY = FunctionOutOfMemory.code
 FIT_INTERVAL_S = 1.0
 FITS_PER_ROUND_MAX = 20
 CODES_MAX = 500  # functions that are learnt about

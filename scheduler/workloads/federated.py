@@ -125,8 +125,8 @@ class RoundPlanner(JobPlanner):
             self._attendance.answered(client, answer.elapsed_s)
         else:
             self._attendance.failed(client, running.record.round)
-        is_enough = len(running.counted()) >= running.record.wanted_count
-        if is_enough or not running.unanswered():
+        is_enough = running.count(UpdateState.COUNTED) >= running.record.wanted_count
+        if is_enough or not running.count(UpdateState.ASKED):
             self._time_is_over(running, now_s, out)
 
     def _time_is_over(self, running: Running, now_s: float, out: list[Command]) -> None:

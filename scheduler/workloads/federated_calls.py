@@ -11,6 +11,7 @@ so that a scheduler that was started again finds the calls that it had made.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from math import ceil
 
 from scheduler.workloads.federated_events import Call, Input, Output
 from tierwise.domain.cache import ObjectKey, ObjectKind, RoundClient, RoundManifest
@@ -23,6 +24,7 @@ from tierwise.domain.federated import (
     RoundState,
     UpdateRecord,
     UpdateState,
+    model_part,
 )
 from tierwise.domain.ids import NodeId, RequestId
 
@@ -38,6 +40,7 @@ class Calls:
     def __init__(self, spec: JobSpec, uid: str) -> None:
         self._spec = spec
         self._uid = uid
+        self._data = {each.client: each.data for each in spec.clients}
 
     def key(self, round_number: int, kind: ObjectKind, client: str = "") -> ObjectKey:
         """Return the name of one object of the job."""
@@ -47,13 +50,9 @@ class Calls:
         )
 
     def model(self, round_number: int) -> ObjectKey:
-        """Return the name of the model that a round has ended with.
-
-        What asynchronous clients send goes to the round in which they began, so that one must not
-        have ended while they are at work: its model is a part until then, see `close`.
-        """
-        is_part = self._spec.strategy.name == "fedbuff" and round_number > 0
-        return self.key(round_number, ObjectKind.AGGREGATE, "model" if is_part else "")
+        """Return the name of the model that a round has ended with; `close` copies a part."""
+        part = model_part(self._spec.strategy.name, round_number)
+        return self.key(round_number, ObjectKind.AGGREGATE, part)
 
     def call_id(self, round_number: int, *purpose: str) -> RequestId:
         """Return the id of a call."""
@@ -75,11 +74,9 @@ class Calls:
             ),
         )
 
-    def client(self, record: RoundRecord, update: UpdateRecord) -> Call:
-        """Return the call of one client: the model in, its update to its aggregator."""
+    def client(self, update: UpdateRecord, site: NodeId) -> Call:
+        """Return the call of one client: the model in, its update to `site`, its aggregator."""
         spec = self._spec
-        asked = next(each for each in spec.clients if each.client == update.client)
-        site = next(s.node_id for s in record.aggregators if update.client in s.clients)
         base = self.model(update.base_round)  # its aggregator has it, to take differences from
         config = dict(spec.config)
         if spec.strategy.name == "fedprox":
@@ -93,7 +90,7 @@ class Calls:
                 "client": update.client,
                 "round": update.asked_round,
                 "config": config,
-                "data": asked.data,
+                "data": self._data[update.client],
             },
             output=Output(
                 key=self.key(update.asked_round, ObjectKind.UPDATE, update.client),
@@ -115,19 +112,16 @@ class Calls:
         if [site.node_id for site in sites] == [root]:
             stages = [[self._merge(record, sites[0], mean_key, "merge")]]
         else:
+            names = [f"part.{number}" for number in range(len(sites))]
+            keys = [self.key(record.round, ObjectKind.AGGREGATE, name) for name in names]
             parts = [
-                self._merge(
-                    record,
-                    site,
-                    self.key(record.round, ObjectKind.AGGREGATE, f"part.{number}"),
-                    f"part.{number}",
-                )
-                for number, site in enumerate(sites)
+                self._merge(record, site, key, name)
+                for site, key, name in zip(sites, keys, names, strict=True)
             ]
             combine = self._fold(
                 self.call_id(record.round, "combine"),
                 root,
-                [self._vector(_output(part).key, root) for part in parts],
+                [self._vector(key, root) for key in keys],
                 {"step": "combine", "weights": [sum(_weights(record, s)[1]) for s in sites]},
                 Output(key=mean_key, node_id=root),
                 record,
@@ -313,7 +307,7 @@ class Calls:
 
 def krum_bad_count(update_count: int, bad_share: float) -> int:
     """Return how many bad clients Krum reckons with: as many as are said, fewer if few came."""
-    return max(0, min(-int(-bad_share * update_count // 1), update_count - 3))
+    return max(0, min(ceil(bad_share * update_count), update_count - 3))
 
 
 def robust_quorum(spec: JobSpec) -> int:
@@ -359,8 +353,3 @@ def _weights(record: RoundRecord, site: AggregatorRecord) -> tuple[list[int], We
     rows = [row for row, client in enumerate(site.clients) if client in known]
     is_counting = any(known.values())
     return rows, [known[site.clients[row]] if is_counting else 1.0 for row in rows]
-
-
-def _output(call: Call) -> Output:
-    assert call.output is not None
-    return call.output

@@ -172,16 +172,16 @@ class JobPlanner(ABC):
 
     def _open(
         self, record: RoundRecord, now_s: float, ends_at_s: float, out: list[Command]
-    ) -> Running:
+    ) -> None:
         self._running = running = Running(
             record=record,
             updates={each.client: each for each in record.updates},
             opened_at_s=now_s,
             ends_at_s=ends_at_s,
             unopened={site.node_id for site in record.aggregators},
+            sites={client: site.node_id for site in record.aggregators for client in site.clients},
         )
         self._tell_sites(running, now_s, out)
-        return running
 
     def _tell_sites(self, running: Running, now_s: float, out: list[Command]) -> None:
         """Tell aggregators of the round, those that have not answered again after a while."""
@@ -390,7 +390,7 @@ class JobPlanner(ABC):
     ) -> None:
         """Submit the calls of clients that are not known to be under way."""
         for update in updates:
-            call = self._calls.client(running.record, update)
+            call = self._calls.client(update, running.sites[update.client])
             if call.call_id not in self._busy:
                 self._busy[call.call_id] = update.client, now_s
                 out.append(Submit(call=call))

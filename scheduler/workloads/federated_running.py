@@ -17,6 +17,7 @@ class Running:
     ends_at_s: float
     opened_at_s: float
     unopened: set[NodeId]
+    sites: dict[str, NodeId]  # where each client's update goes
     told_at_s: float | None = None
     stages: list[Stage] = field(default_factory=list)
     pending: set[RequestId] = field(default_factory=set)
@@ -27,6 +28,10 @@ class Running:
     def is_collecting(self) -> bool:
         """Return whether updates are waited for."""
         return self.record.state is RoundState.COLLECTING
+
+    def count(self, state: UpdateState) -> int:
+        """Return how many updates are in a state; asked after every answer."""
+        return [each.state for each in self.updates.values()].count(state)
 
     def counted(self) -> list[UpdateRecord]:
         """Return the updates that count so far."""

@@ -1,4 +1,4 @@
-"""One local cluster of real processes for each test module."""
+"""One local cluster of real processes for each test module, of its TIERS if it names them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +10,12 @@ from tierwise.sdk.operator import Operator
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tierwise.LocalCluster]:
+def cluster(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tierwise.LocalCluster]:
     folder: Path = tmp_path_factory.mktemp("cluster")
-    with tierwise.LocalCluster(folder, "1c,1f,1e", policy="ect", emulate=False) as running:
+    tiers = getattr(request.module, "TIERS", "1c,1f,1e")
+    with tierwise.LocalCluster(folder, tiers, policy="ect", emulate=False) as running:
         yield running
 
 

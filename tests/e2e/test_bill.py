@@ -6,23 +6,21 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import tierwise
+from tests.e2e.waiting import until
 from tierwise.errors import BudgetExceeded
 from tierwise.sdk.operator import Operator
 
-PATIENCE_S = 30.0
 app = tierwise.App("shop")
 
 
 @app.function(memory="128MiB", keep_alive="2s", deadline="5s")
 def work(cpu_s: float) -> None:
-    import time
 
     ends_s = time.process_time() + cpu_s
     while time.process_time() < ends_s:
@@ -32,15 +30,6 @@ def work(cpu_s: float) -> None:
 @app.function(memory="64MiB", keep_alive="60s")
 def other(text: str) -> int:
     return len(text)
-
-
-def until(found: Callable[[], Any]) -> Any:
-    """Return what `found` returns once that is true; agents report with their heartbeats."""
-    ends_s = time.monotonic() + PATIENCE_S
-    while not (value := found()):
-        assert time.monotonic() < ends_s
-        time.sleep(0.05)
-    return value
 
 
 def beats(ask: Operator) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import tierwise
+from tests.e2e.waiting import until
 
 COUNT = 400_000
 BASE = np.linspace(0.0, 1.0, COUNT, dtype=np.float32)
@@ -113,10 +114,7 @@ def test_calls_prefer_the_node_that_holds_what_they_read(
     far = app.function(total.code, name="far-total", memory="128MiB")
     assert far.remote(remote.ref(0, "matrix")) == 16 * COUNT
     operator = Operator(client)
-    ends_s = time.monotonic() + 20
-    while not (calls := operator.calls("far-total")):
-        assert time.monotonic() < ends_s
-        time.sleep(0.1)
+    calls = until(lambda: operator.calls("far-total"), 20.0)
     assert calls[0]["outcome"]["node_id"] == "cloud-1"  # though edge-1 took the call
 
 

@@ -2,8 +2,6 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,24 +9,13 @@ import pytest
 
 import tierwise
 from tests.e2e import digits_builders as digits
+from tests.e2e.waiting import until
 from tierwise.sdk.operator import Operator
 from tierwise.v1 import cache_pb2
 
 CONFIG: dict[str, Any] = {"steps": 10, "rate": 0.5}
+TIERS = "1c,1f,2e"
 NODES = ("cloud-1", "fog-1", "edge-1", "edge-2")
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tierwise.LocalCluster]:
-    folder: Path = tmp_path_factory.mktemp("cluster")
-    with tierwise.LocalCluster(folder, "1c,1f,2e", policy="ect", emulate=False) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(cluster: tierwise.LocalCluster) -> Iterator[tierwise.Client]:
-    with tierwise.Client(cluster.context) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")
@@ -131,13 +118,13 @@ def test_a_kill_9_in_the_middle_changes_nothing_of_the_result(
 ) -> None:
     job = job_of(client, files, f"crash-{victims[0]}", rounds=6, config={"pause_s": 0.2})
     job.start()
-    _until(lambda: len(rounds_of(job)) >= 3)
+    until(lambda: len(rounds_of(job)) >= 3, 60.0)
     for victim in victims:
         cluster.kill(victim)
     time.sleep(0.3)
     for victim in victims:
         cluster.restart(victim)
-    _until(lambda: _state(job) != "running", 90.0)
+    until(lambda: _state(job) != "running", 90.0)
     found = job.state()
     assert found["job"]["state"] == "succeeded", found["job"]["message"]
     done = [round_ for round_ in found["rounds"] if round_["state"] == "done"]
@@ -162,9 +149,9 @@ def test_an_aggregator_on_the_way_may_die_in_the_middle(
         deadline="20s",
     )
     job.start()
-    _until(lambda: len(rounds_of(job)) >= 3)
+    until(lambda: len(rounds_of(job)) >= 3, 60.0)
     cluster.kill("fog-1")
-    _until(lambda: _state(job) != "running", 90.0)
+    until(lambda: _state(job) != "running", 90.0)
     found = job.state()
     cluster.restart("fog-1")
     assert found["job"]["state"] == "succeeded", found["job"]["message"]
@@ -182,13 +169,6 @@ def _state(job: tierwise.FederatedJob) -> str:
         return str(job.state()["job"]["state"])
     except tierwise.Unavailable:
         return "running"
-
-
-def _until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    ends_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < ends_s, "the condition did not come true"
-        time.sleep(0.05)
 
 
 def test_multi_krum_bears_a_fifth_of_clients_that_flip_signs(
@@ -264,7 +244,7 @@ def test_a_job_is_stopped_resumed_and_given_more_rounds(
 ) -> None:
     job = job_of(client, files, "pausing", rounds=20, config={"pause_s": 0.1})
     job.start()
-    _until(lambda: job.state()["job"]["done_count"] >= 2)
+    until(lambda: job.state()["job"]["done_count"] >= 2, 60.0)
     stopped = job.stop()
     assert stopped["state"] == "stopped"
     done = stopped["done_count"]

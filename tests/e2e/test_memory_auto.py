@@ -1,7 +1,6 @@
 """memory="auto" on live agents: learnt from calls, retried at double, recommended with evidence."""
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 import tierwise
+from tests.e2e.waiting import until
 from tierwise.cli.main import app as cli
 from tierwise.sdk.operator import Operator
 
-PATIENCE_S = 30.0
 app = tierwise.App("memory")
 
 
@@ -57,14 +56,6 @@ def command(
     yield run
 
 
-def until(check: Callable[[], Any], what: str) -> Any:
-    ends_s = time.monotonic() + PATIENCE_S
-    while not (found := check()):
-        assert time.monotonic() < ends_s, f"never: {what}"
-        time.sleep(0.1)  # the cluster is another process: there is nothing to wait on
-    return found
-
-
 def outcomes(ask: Operator, name: str, count: int) -> list[dict[str, Any]]:
     """Return the records of a function, newest first, when there are so many."""
 
@@ -72,7 +63,7 @@ def outcomes(ask: Operator, name: str, count: int) -> list[dict[str, Any]]:
         calls = [c["outcome"] for c in ask.calls(f"default/{name}", limit=500)]
         return calls if len(calls) >= count else []
 
-    return list(until(enough, f"{count} records of {name}"))
+    return list(until(enough, what=f"{count} records of {name}"))
 
 
 def test_each_call_comes_to_get_what_its_input_needs(ask: Operator) -> None:
@@ -94,9 +85,9 @@ def test_each_call_comes_to_get_what_its_input_needs(ask: Operator) -> None:
             calls = [c["outcome"] for c in ask.calls("default/hold", limit=500)]
             return [o["memory_mib"] for o in calls if o["request_id"] not in known]
 
-        return int(until(latest, "the record of the call")[0])
+        return int(until(latest, what="the record of the call")[0])
 
-    until(lambda: allotted(2) < 64, "a small call that gets little")
+    until(lambda: allotted(2) < 64, what="a small call that gets little")
     assert 70 <= allotted(70) <= 140
     assert 300 <= allotted(300) <= 600  # three times as large as any before, and it ran
 

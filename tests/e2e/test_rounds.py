@@ -2,8 +2,7 @@
 
 import asyncio
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 import tierwise
+from tests.e2e.waiting import eventually
 from tierwise.cli.main import app
 from tierwise.config import ClientConfig, dump
 from tierwise.domain.cache import Durability
@@ -74,17 +74,6 @@ def known_everywhere(rounds: tierwise.Rounds, number: int) -> None:
     for node in ("fog-1", "cloud-1"):
         other = tierwise.Rounds(rounds.client(), rounds.job, node=node)
         eventually(lambda other=other: other.info(number, "aggregate"))
-
-
-def eventually(ask: Callable[[], Any], timeout_s: float = 20.0) -> Any:
-    ends_s = time.monotonic() + timeout_s
-    while True:
-        try:
-            return ask()
-        except (tierwise.NotFound, tierwise.FailedPrecondition, tierwise.Unavailable):
-            if time.monotonic() > ends_s:
-                raise
-            time.sleep(0.05)
 
 
 def test_what_one_node_holds_is_read_and_asked_at_every_node(filled: tierwise.Rounds) -> None:

@@ -59,6 +59,7 @@ def run(
     Ctrl-C stops showing; the job goes on.
     """
     from tierwise.sdk.client import Client
+    from tierwise.sdk.operator import Operator
 
     job = _job_of(target)
     with Client() as client:
@@ -71,12 +72,12 @@ def run(
             say(f"{job.name} has done all its rounds before; --fresh begins anew")
         if not detach and started["state"] == "running":
             started = _follow(job.watch(), job.name, int(started["spec"]["round_count"]))
-    if output is Format.NAME:
-        print(job.name)
-    elif output is Format.TABLE and not as_json:
-        _print_rounds(job.name, job.namespace)
-    else:
-        show_value(started, _format(output, as_json))
+        if output is Format.NAME:
+            print(job.name)
+        elif output is Format.TABLE and not as_json:
+            _print_records(Operator(client).federated_job(job.name, job.namespace), output)
+        else:
+            show_value(started, _format(output, as_json))
     if started["state"] == "failed":
         raise TierwiseError(f"the federated job {job.name} failed: {started['message']}")
 
@@ -209,11 +210,6 @@ def _words(job: Record, round_: Record | None) -> str:
             round_["wanted_count"]
         )
     return f"{name}: round {round_['round']} {round_['state']} {_metrics(round_)}".rstrip()
-
-
-def _print_rounds(job: str, namespace: str) -> None:
-    with operator() as ask:
-        _print_records(ask.federated_job(job, namespace), Format.TABLE)
 
 
 def _print_records(found: Record, form: Format) -> None:

@@ -7,6 +7,7 @@ import typer
 from tierwise.cli.common import operator
 from tierwise.cli.output import Format, Output, Record, age, ms, print_table, show, show_value, usd
 from tierwise.clock import wall_s
+from tierwise.domain.cache import ObjectKey, ObjectKind
 from tierwise.errors import InvalidArgument, NotFound
 
 KINDS = ("nodes", "functions", "calls", "policies", "work", "objects", "tokens")
@@ -156,8 +157,9 @@ def delete(
 
 def object_name(record: Record) -> str:
     """Return the key of an object as one word."""
-    parts = [record["namespace"], record["job"], f"{record['round']:06d}", record["kind"]]
-    return "/".join([*parts, record["client"]] if record["client"] else parts)
+    kind = ObjectKind(record["kind"])
+    named = {name: record[name] for name in ("namespace", "job", "round", "client")}
+    return str(ObjectKey(kind=kind, **named))
 
 
 def environment_words(environments: list[Record]) -> str:

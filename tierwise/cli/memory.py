@@ -221,7 +221,7 @@ def _print(found: Record) -> None:
 
 
 def _formula(terms: Sequence[Record]) -> str:
-    """Return a growth as people write it: 5.8 + 1.5e-05·n²."""
+    """Return a growth as people write it: 5.8 + 1.5e-05·n^2."""
     parts = []
     for term in terms:
         factors = [

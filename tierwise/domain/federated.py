@@ -31,6 +31,15 @@ STRATEGIES: Mapping[str, Mapping[str, float]] = {
 ROBUST = frozenset(("median", "trimmed-mean", "multi-krum"))  # they must see all updates at once
 
 
+def model_part(strategy: str, round_number: int) -> str:
+    """Return which part of a round's aggregates is its model; empty: the one that ends it.
+
+    What asynchronous clients send goes to the round in which they began, so that one must not have
+    ended while they are at work: its model is a part until then.
+    """
+    return "model" if strategy == "fedbuff" and round_number > 0 else ""
+
+
 class JobState(IntEnum):
     """Where a federated job stands."""
 

@@ -30,19 +30,20 @@ def place(view: ClusterView, wanted: Round) -> Plan | NotPlaced:
     Raises:
         ValueError: There is no client, or the view does not know the node of one.
     """
-    found = Problem.of(view, wanted)
-    if isinstance(found, NotPlaced):
-        return found
-    problem = found
+    problem = Problem.of(view, wanted)
+    return problem if isinstance(problem, NotPlaced) else problem.plan(search(problem))
+
+
+def search(problem: Problem) -> Association:
+    """Return the best association that the search comes to."""
     starts = [problem.all_to(row) for row in range(problem.count)]
     costs = [problem.cost_s(start) for start in starts]
-    nearest = problem.nearest()
     best = starts[int(np.argmin(costs))]
-    for start in (best, nearest):
+    for start in (best, problem.nearest()):
         improved = _improve(problem, start)
         if problem.cost_s(improved) < problem.cost_s(best) - GAIN_S_MIN:
             best = improved
-    return problem.plan(best, problem.cost_s(nearest))
+    return best
 
 
 def optimum(view: ClusterView, wanted: Round) -> Plan | NotPlaced:
@@ -51,10 +52,9 @@ def optimum(view: ClusterView, wanted: Round) -> Plan | NotPlaced:
     Raises:
         ValueError: As `place`, or there are more than OPTIMUM_MAX associations.
     """
-    found = Problem.of(view, wanted)
-    if isinstance(found, NotPlaced):
-        return found
-    problem = found
+    problem = Problem.of(view, wanted)
+    if isinstance(problem, NotPlaced):
+        return problem
     limit = min(wanted.aggregators_max, problem.count)
     if problem.count ** len(wanted.clients) > OPTIMUM_MAX:
         raise ValueError(
@@ -66,7 +66,7 @@ def optimum(view: ClusterView, wanted: Round) -> Plan | NotPlaced:
         if len(set(rows)) <= limit
     )
     best = min(every, key=problem.cost_s)
-    return problem.plan(best, problem.cost_s(problem.nearest()))
+    return problem.plan(best)
 
 
 def _improve(problem: Problem, start: Association) -> Association:

@@ -9,13 +9,13 @@ margin. No round after the ROUNDS_MAXth is reckoned with, for by then the cluste
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tierwise.domain.decision import NotPlaced
 from tierwise.domain.ids import NodeId
 from tierwise.domain.view import ClusterView
-from tierwise.placement.federated import place
-from tierwise.placement.federated_round import Association, Plan, Problem, Round
+from tierwise.placement.federated import search
+from tierwise.placement.federated_round import Association, Problem, Round
 
 ROUNDS_MAX = 20
 MARGIN = 1.5
@@ -52,26 +52,22 @@ def revise(
         rounds_left: How many rounds the job has to go, this one included.
 
     Raises:
-        ValueError: As `place`.
+        ValueError: As `Problem.of`.
     """
-    warm = _all_warm(view, wanted)
-    plan = place(warm, wanted)
-    if isinstance(plan, NotPlaced):
-        return plan
-    steady, real = Problem.of(warm, wanted), Problem.of(view, wanted)
-    assert isinstance(steady, Problem) and isinstance(real, Problem)  # or there were no plan
-    names = _aggregators(wanted, plan)
-    best = steady.association(names)
-    assert best is not None
-    before = steady.association(current) if current else None
+    problem = Problem.of(view, wanted, are_warm=True)
+    if isinstance(problem, NotPlaced):
+        return problem
+    best = search(problem)
+    names, best_s = problem.nodes(best), problem.cost_s(best)
+    before = problem.association(current) if current else None
     if before is None:  # the first time, or one of them is gone
-        return Revision(aggregators=names, cost_s=plan.cost_s, is_moved=bool(current))
-    before_s = steady.cost_s(before)
-    gain_s = before_s - plan.cost_s
-    price_s = sum(real.arrival_s(row) for row in _rows(best) - _rows(before))
+        return Revision(aggregators=names, cost_s=best_s, is_moved=bool(current))
+    before_s = problem.cost_s(before)
+    gain_s = before_s - best_s
+    price_s = sum(problem.arrival_s(row) for row in _rows(best) - _rows(before))
     if gain_s * min(rounds_left, ROUNDS_MAX) > price_s * MARGIN and tuple(current) != names:
         return Revision(
-            aggregators=names, cost_s=plan.cost_s, is_moved=True, gain_s=gain_s, price_s=price_s
+            aggregators=names, cost_s=best_s, is_moved=True, gain_s=gain_s, price_s=price_s
         )
     return Revision(
         aggregators=tuple(current),
@@ -84,21 +80,3 @@ def revise(
 
 def _rows(association: Association) -> set[int]:
     return set(association.tolist())
-
-
-def _aggregators(wanted: Round, plan: Plan) -> tuple[NodeId, ...]:
-    """Return the aggregator of each client; clients of one node are alike."""
-    takers: dict[NodeId, list[NodeId]] = {}
-    for aggregator in plan.aggregators:
-        for client in aggregator.clients:
-            takers.setdefault(client, []).append(aggregator.node_id)
-    return tuple(takers[client.node_id].pop(0) for client in wanted.clients)
-
-
-def _all_warm(view: ClusterView, wanted: Round) -> ClusterView:
-    function = wanted.aggregate.function_id
-    rows = []
-    for row in view.nodes:
-        warm = {**row.reading.warm, function: max(1, row.reading.warm.get(function, 0))}
-        rows.append(replace(row, reading=replace(row.reading, warm=warm)))
-    return replace(view, nodes=tuple(rows))

@@ -105,8 +105,19 @@ class Problem:
     """A round in arrays: n clients, m candidates (rows), the root among them."""
 
     @classmethod
-    def of(cls, view: ClusterView, wanted: Round) -> "Problem | NotPlaced":
-        """Return the problem, or why nothing may aggregate."""
+    def of(
+        cls, view: ClusterView, wanted: Round, *, are_warm: bool = False
+    ) -> "Problem | NotPlaced":
+        """Return the problem, or why nothing may aggregate.
+
+        Args:
+            view: The cluster.
+            wanted: The round.
+            are_warm: Reckon as if every candidate had a warm instance, as in every later round.
+
+        Raises:
+            ValueError: There is no client, or the view does not know the node of one.
+        """
         if not wanted.clients or wanted.aggregators_max < 1:
             raise ValueError("a round has at least one client, and one aggregator")
         request = Request(
@@ -118,7 +129,7 @@ class Problem:
         candidates, masked = feasible(view, request)
         if all(row.node.node_id != wanted.root for row in candidates):
             return NotPlaced(reasons=tuple(masked) or ((wanted.root, Reason.NODE_UNREACHABLE),))
-        return cls(view, wanted, candidates, masked)
+        return cls(view, wanted, candidates, masked, are_warm)
 
     def __init__(
         self,
@@ -126,6 +137,7 @@ class Problem:
         wanted: Round,
         candidates: Sequence[NodeView],
         masked: Sequence[tuple[NodeId, Reason]],
+        are_warm: bool,
     ) -> None:
         self._wanted = wanted
         prices = self._prices = view.prices
@@ -157,7 +169,7 @@ class Problem:
             ]
         )
         waits_s = [predict_wait_s(row, view.now_s, Priority.NORMAL) for row in candidates]
-        self._available_s = np.array(waits_s) + self._cold_s
+        self._available_s = np.array(waits_s) + (0.0 if are_warm else self._cold_s)
         self._run_s = np.array([profile.run_s / node.speed for node in nodes])  # of one update
         self._ready_s = np.array([client.ready_s for client in wanted.clients])
         self._bytes = np.array([float(client.update_bytes) for client in wanted.clients])
@@ -206,6 +218,10 @@ class Problem:
         if not all(node_id in known for node_id in aggregators):
             return None
         return np.array([known[node_id] for node_id in aggregators], dtype=np.intp)
+
+    def nodes(self, association: Association) -> tuple[NodeId, ...]:
+        """Return the aggregator of each client by name."""
+        return tuple(self._rows[row].node.node_id for row in association.tolist())
 
     def arrival_s(self, row: int) -> float:
         """Return what it takes to bring the model from the root to a candidate that may be cold."""
@@ -310,7 +326,7 @@ class Problem:
                 yield _moved(association, mine.tolist(), other)
                 yield self.nearest([*rest, other])
 
-    def plan(self, association: Association, nearest_cost_s: float) -> Plan:
+    def plan(self, association: Association) -> Plan:
         """Return an association for people and for whoever carries it out."""
         ended_s, money_usd = self.outlook(association)
         used = [int(row) for row in np.unique(association)]
@@ -345,7 +361,7 @@ class Problem:
             cost_s=ended_s + DEFAULT_OBJECTIVE.per_usd_s * money_usd,
             candidates=tuple(sorted(alone, key=lambda each: each.cost_s)),
             masked=self._masked,
-            nearest_cost_s=nearest_cost_s,
+            nearest_cost_s=self.cost_s(self.nearest()),
         )
 
     def _latest(self, association: Association, row: int) -> list[int]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from tierwise.domain.cache import Durability, ObjectKey
 from tierwise.v1 import cache_pb2
-from tierwise.wire.convert_cache import info_from_pb, key_from_pb, key_to_pb
+from tierwise.wire.convert_cache import info_from_pb, key_to_pb
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class CachedResult:
 def plain(info: cache_pb2.ObjectInfo) -> dict[str, Any]:
     """Return what is known of an object as plain values, as lists and JSON show it."""
     found = info_from_pb(info)
-    key = key_from_pb(info.key)
+    key = found.key
     return {
         "namespace": key.namespace,
         "job": key.job,

@@ -1,11 +1,10 @@
 """Federated training as its author writes it: what a client does, where the clients are."""
 
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import grpc
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,6 +15,7 @@ from tierwise.domain.federated import (
     Pace,
     Strategy,
     Topology,
+    model_part,
 )
 from tierwise.domain.ids import FunctionId, NodeId
 from tierwise.errors import (
@@ -32,10 +32,10 @@ from tierwise.sdk.client import Client
 from tierwise.sdk.operator import Record, record
 from tierwise.sdk.rounds import Rounds
 from tierwise.sdk.verb import Verb
+from tierwise.sdk.watching import WatchVerb
 from tierwise.v1 import federated_pb2
 from tierwise.wire import payload
 from tierwise.wire.convert_federated import job_spec_from_pb, job_spec_to_pb
-from tierwise.wire.errors import error_from_rpc
 
 WATCH_TIMEOUT_S = 7 * 86_400.0
 BASE_MIB = 192  # of an aggregator, besides what it computes with
@@ -187,7 +187,12 @@ class FederatedJob:
         self.stop = Verb(app.client, self._stop)
         self.resume = Verb(app.client, self._resume)
         self.arrays = Verb(app.client, self._arrays)
-        self.watch = WatchVerb(app.client, namespace, name)
+        watched = federated_pb2.WatchJobRequest(namespace=namespace, job=name)
+        self.watch: WatchVerb[Record] = WatchVerb(  # `job` and its newest `round`
+            app.client,
+            lambda connection: connection.federated.WatchJob(watched, timeout=WATCH_TIMEOUT_S),
+            record,
+        )
 
     @property
     def rounds(self) -> Rounds:
@@ -269,9 +274,9 @@ class FederatedJob:
         request = federated_pb2.GetJobRequest(namespace=self.namespace, job=self.name)
         job = (await self._ask("GetJob", request)).job
         number = job.base_round if number < 0 else number
-        is_part = job.spec.strategy.name == "fedbuff" and number > 0
+        part = model_part(job.spec.strategy.name, number)
         root = Rounds(self._app.client(), self.name, self.namespace, node=job.root)
-        vector = await root.get.aio(number, "aggregate", "model" if is_part else "")
+        vector = await root.get.aio(number, "aggregate", part)
         return shaped(vector, self._shapes)
 
     # -- inside ---------------------------------------------------------------------------------
@@ -327,52 +332,6 @@ class FederatedJob:
     async def _ask(self, method: str, request: Any) -> Any:
         connection = self._app.client().connection()
         return await connection.ask(getattr(connection.federated, method), request)
-
-
-class WatchVerb:
-    """`.watch()` as an iterator, `.watch.aio()` as an asynchronous one."""
-
-    def __init__(self, client: Callable[[], Client], namespace: str, job: str) -> None:
-        self._client = client
-        self._request = federated_pb2.WatchJobRequest(namespace=namespace, job=job)
-
-    def __call__(self) -> Iterator[Record]:
-        """Yield `job` and its newest `round` at every change, until the job has ended."""
-        client = self._client()
-        changes = self.aio()
-
-        async def following() -> Record | None:
-            return await anext(changes, None)
-
-        try:
-            while (change := client.run(following)) is not None:
-                yield change
-        finally:
-            client.run(lambda: _close(changes))
-
-    async def aio(self) -> AsyncIterator[Record]:
-        """Yield as `__call__` does, without blocking the loop.
-
-        Raises:
-            NotFound: There is no such job.
-            Unavailable: The scheduler went away; the job goes on when it is back.
-        """
-        call = (
-            self._client().connection().federated.WatchJob(self._request, timeout=WATCH_TIMEOUT_S)
-        )
-        try:
-            async for response in call:
-                yield record(response)
-        except grpc.RpcError as error:
-            raise error_from_rpc(error) from None
-        finally:
-            call.cancel()
-
-
-async def _close(changes: AsyncIterator[Record]) -> None:
-    close = getattr(changes, "aclose", None)
-    if close is not None:
-        await close()
 
 
 def _numbers(config: Mapping[str, Any]) -> dict[str, float]:

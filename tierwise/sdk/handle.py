@@ -1,18 +1,16 @@
 """Durable work from its submitter's side."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-import grpc
 
 from tierwise.clock import monotonic_s
 from tierwise.errors import Cancelled, DeadlineExceeded, TierwiseError, Unavailable
 from tierwise.sdk.verb import Verb
+from tierwise.sdk.watching import WatchVerb
 from tierwise.v1 import types_pb2, work_pb2
 from tierwise.wire import payload
-from tierwise.wire.errors import error_from_item, error_from_rpc
+from tierwise.wire.errors import error_from_item
 
 if TYPE_CHECKING:
     from tierwise.sdk.client import Client
@@ -45,7 +43,12 @@ class Handle:
         self.result = Verb(self._get_client, self._result)
         self.state = Verb(self._get_client, self._state)
         self.cancel = Verb(self._get_client, self._cancel)
-        self.watch = WatchVerb(client, request_id)
+        watched = work_pb2.WatchRequest(request_id=request_id)
+        self.watch: WatchVerb[Progress] = WatchVerb(
+            self._get_client,
+            lambda connection: connection.work.Watch(watched, timeout=WATCH_TIMEOUT_S),
+            lambda response: _progress(response.work),
+        )
 
     def __repr__(self) -> str:
         return f"Handle({self.request_id!r})"
@@ -105,49 +108,6 @@ class Handle:
         connection = self._client.connection()
         request = work_pb2.GetResultRequest(request_id=self.request_id, wait_s=wait_s)
         return await connection.ask(connection.work.GetResult, request, wait_s + 10.0)
-
-
-class WatchVerb:
-    """`.watch()` as an iterator, `.watch.aio()` as an asynchronous one."""
-
-    def __init__(self, client: "Client", request_id: str) -> None:
-        self._client = client
-        self._request_id = request_id
-
-    def __call__(self) -> Iterator[Progress]:
-        """Yield every change of state until the work has ended."""
-        changes = self.aio()
-
-        async def following() -> Progress | None:
-            return await anext(changes, None)
-
-        try:
-            while (progress := self._client.run(following)) is not None:
-                yield progress
-        finally:
-            self._client.run(lambda: _close(changes))
-
-    async def aio(self) -> AsyncIterator[Progress]:
-        """Yield as `__call__` does, without blocking the loop.
-
-        Raises:
-            TierwiseError: There is no such work, or the scheduler went away.
-        """
-        request = work_pb2.WatchRequest(request_id=self._request_id)
-        call = self._client.connection().work.Watch(request, timeout=WATCH_TIMEOUT_S)
-        try:
-            async for response in call:
-                yield _progress(response.work)
-        except grpc.RpcError as error:
-            raise error_from_rpc(error) from None
-        finally:
-            call.cancel()
-
-
-async def _close(changes: AsyncIterator[Progress]) -> None:
-    close = getattr(changes, "aclose", None)
-    if close is not None:
-        await close()
 
 
 def _progress(work: work_pb2.Work) -> Progress:

@@ -18,16 +18,14 @@ from tierwise.domain.federated import (
 from tierwise.domain.ids import FunctionId, NodeId
 from tierwise.errors import InvalidArgument
 from tierwise.v1 import federated_pb2
-from tierwise.wire import checks, payload
+from tierwise.wire import checks, encodings, payload
+from tierwise.wire.convert_cache import CLIENTS_MAX, REPLICAS_MAX
 
-CLIENTS_MAX = 10_000
 ROUNDS_MAX = 100_000
 PARAMETERS_MAX = 1 << 33
 CONFIG_BYTES_MAX = 1 << 20
 DEADLINE_S_MAX = 86_400.0
 AGGREGATORS_MAX = 64
-REPLICAS_MAX = 8
-ENCODINGS = ("", "auto", "fp16", "int8")
 
 
 def job_spec_to_pb(spec: JobSpec) -> federated_pb2.FederatedJobSpec:
@@ -102,7 +100,7 @@ def job_spec_from_pb(pb: federated_pb2.FederatedJobSpec) -> JobSpec:
         raise InvalidArgument(
             f"strategy {strategy.name} needs every update in one place: use it without a hierarchy"
         )
-    if pb.encoding not in ENCODINGS:
+    if pb.encoding not in (*encodings.ENCODINGS, encodings.AUTO):
         raise InvalidArgument(
             f"encoding {checks.shown(pb.encoding)}: leave it empty, or use auto, fp16 or int8"
         )
