@@ -259,6 +259,9 @@ def _correlation(a: Array, b: Array) -> float:
 def _grow(table: Array, values: Array, floor: float) -> _Grown:
     """Choose terms one by one: each must lower the error on held-out samples, and not be negative.
 
+    The first is the constant. Where it would be negative beside another it is zero: values a little
+    below a line through zero grow by that line, not by a steeper power that leaves the constant be.
+
     Errors are relative to the value, or to `floor` if that is larger: what is below it matters not.
     """
     weights = 1.0 / np.maximum(values, floor)
@@ -272,17 +275,26 @@ def _grow(table: Array, values: Array, floor: float) -> _Grown:
     error = float(trials.errors(np.array([chosen]))[0])
     while len(chosen) < min(TERMS_MAX, len(candidates)):
         rest = [c for c in range(len(candidates)) if c not in chosen]
-        errors = trials.errors(np.array([[*chosen, c] for c in rest]))
-        best = int(np.argmin(errors))
-        if not errors[best] < error * (1.0 - GAIN_MIN):
+        bases = _with_and_without_constant(chosen)
+        tried = [np.array([[*base, c] for c in rest]) for base in bases]
+        errors = [trials.errors(sets) for sets in tried]
+        best = min(range(len(tried)), key=lambda i: float(errors[i].min()))
+        row = int(np.argmin(errors[best]))
+        if not errors[best][row] < error * (1.0 - GAIN_MIN):
             break
-        error = float(errors[best])
-        chosen.append(rest[best])
-    shapes = tuple(candidates[c] for c in chosen)
-    solved = _solve(_design(table, shapes), values, weights)
-    if solved is None:  # all samples together want a negative weight: the constant does it
-        return _Grown(((),), np.array([float(np.average(values, weights=weights))]))
-    return _Grown(shapes, solved)
+        error = float(errors[best][row])
+        chosen = tried[best][row].tolist()
+    for columns_used in filter(None, _with_and_without_constant(chosen)):
+        shapes = tuple(candidates[c] for c in columns_used)
+        solved = _solve(_design(table, shapes), values, weights)
+        if solved is not None:
+            return _Grown(shapes, solved)
+    # All samples together want a negative weight: the constant does it.
+    return _Grown(((),), np.array([float(np.average(values, weights=weights))]))
+
+
+def _with_and_without_constant(chosen: list[int]) -> list[list[int]]:
+    return [chosen, chosen[1:]] if chosen[0] == 0 else [chosen]
 
 
 class _Trials:

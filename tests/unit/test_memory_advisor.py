@@ -55,6 +55,15 @@ def test_memory_of_inputs_twice_as_large_as_any_seen_is_foretold(law: str) -> No
         assert need <= allotted <= 1.25 * need + STEP_MIB
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_peaks_a_little_below_a_line_through_zero_grow_by_that_line(seed: int) -> None:
+    sizing = fit(samples(lambda n, k: n - 0.5, 40, seed=seed, noise=0.002, low=2, high=60))
+    assert sizing is not None
+    allotted = sizing.memory_mib({"n": 300.0, "k": 1.0, "bytes": 20.0, "arrays": 0.0})
+    assert allotted is not None
+    assert 300 <= allotted <= 1.25 * 300 + STEP_MIB
+
+
 def test_the_margin_covers_as_many_new_calls_as_was_asked_for() -> None:
     asked = 0.1
     shares = []
