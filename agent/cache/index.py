@@ -110,6 +110,11 @@ class Round:
         return (ObjectKind.AGGREGATE, "") in self.entries
 
     @property
+    def has_every_update(self) -> bool:
+        """Return whether every client that it expects has sent an update which counts."""
+        return bool(self.row_of) and len(self.updates()) == len(self.row_of)
+
+    @property
     def row_bytes(self) -> int:
         """Return the size of each vector."""
         return 4 * self.manifest.parameter_count

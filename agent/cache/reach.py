@@ -63,7 +63,7 @@ class Reach:
             TierwiseError: As the store says.
         """
         base = manifest.base
-        if base is not None and self._store.info(base) is None:
+        if base is not None and not self._store.has(base):
             try:
                 await self._bring(base, manifest.owner, base_node)
             except NotFound:
@@ -79,7 +79,7 @@ class Reach:
             file, info = await self._peers.get(near, base, CLUSTER)
         else:
             file, info = await self.read(base, CLUSTER)
-        if self._store.info(base) is not None:
+        if self._store.has(base):
             return  # it has come back from the store, or from a copy
         if self._store.manifest(base.namespace, base.job, base.round) is None:
             bare = RoundManifest(

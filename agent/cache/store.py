@@ -234,6 +234,11 @@ class CacheStore:
         found = self._index.round(namespace, job, round_number)
         return found.manifest if found else None
 
+    def is_done(self, namespace: str, job: str, round_number: int) -> bool:
+        """Return whether a round has ended or has every update that it expects."""
+        found = self._index.round(namespace, job, round_number)
+        return found is not None and (found.has_ended or found.has_every_update)
+
     def receive(self, head: IncomingHead, writer_uri: str) -> Incoming:
         """Begin to take an object.
 
@@ -310,6 +315,10 @@ class CacheStore:
         if found is None or found.newest_ended < 0:
             return None
         return found.rounds[found.newest_ended].key(ObjectKind.AGGREGATE)
+
+    def has(self, key: ObjectKey) -> bool:
+        """Return whether there is an entry of an object, quarantined or not."""
+        return self._index.entry(key) is not None
 
     def info(self, key: ObjectKey) -> ObjectInfo | None:
         """Return one object's entry, quarantined or not."""
