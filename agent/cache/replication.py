@@ -120,11 +120,14 @@ class Replicator:
                 self._copied.pop(key, None)
 
     async def run_forever(self) -> None:
-        """Look over what is held, now and then, for what has no copy yet."""
+        """Look over the rounds that others should hold, now and then, for what has no copy yet."""
         while True:
-            for info in self._store.list():
-                if not info.quarantined:
-                    self._add(info)
+            for manifest in self._store.manifests():
+                if copies_of(manifest, self._here):
+                    for info in self._store.list_round(manifest):
+                        if not info.quarantined:
+                            self._add(info)
+                    await asyncio.sleep(0)  # there may be many
             await asyncio.sleep(REPAIR_S)
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -234,6 +234,11 @@ class CacheStore:
         found = self._index.round(namespace, job, round_number)
         return found.manifest if found else None
 
+    def manifests(self) -> Sequence[RoundManifest]:
+        """Return how each round was opened, of all jobs."""
+        jobs = self._index.jobs.values()
+        return [round_.manifest for job in jobs for round_ in job.rounds.values()]
+
     def is_done(self, namespace: str, job: str, round_number: int) -> bool:
         """Return whether a round has ended or has every update that it expects."""
         found = self._index.round(namespace, job, round_number)
@@ -327,8 +332,15 @@ class CacheStore:
 
     def list(self, namespace: str = "", job: str = "") -> Sequence[ObjectInfo]:
         """Return entries in the order of their keys, quarantined ones among them."""
-        entries = sorted(self._index.entries(namespace, job), key=lambda entry: entry.key)
-        return [self._reading.info(entry) for entry in entries]
+        return self._listed(self._index.entries(namespace, job))
+
+    def list_round(self, manifest: RoundManifest) -> Sequence[ObjectInfo]:
+        """Return the entries of one round, as `list`."""
+        found = self._index.round(manifest.namespace, manifest.job, manifest.round)
+        return self._listed(found.entries.values()) if found else []
+
+    def _listed(self, entries: Iterable[Entry]) -> Sequence[ObjectInfo]:
+        return [self._reading.info(e) for e in sorted(entries, key=lambda entry: entry.key)]
 
     def discard(self, key: ObjectKey) -> None:
         """Forget an object whose bytes are gone, so that a copy of it can be taken."""
