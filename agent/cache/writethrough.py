@@ -62,7 +62,6 @@ class WriteThrough:
         self._storing = asyncio.Lock()
         self._unknown: OrderedDict[tuple[str, str], float] = OrderedDict()
         self.failure = ""  # why the store did not take what came last
-        self.is_copy_local = archive.shares_disk(folder.root)
 
     def add(self, entry: Entry) -> None:
         """Let an object be stored, if it is this node's to store."""
@@ -153,10 +152,6 @@ class WriteThrough:
         except BaseException:
             draft.drop()
             raise
-
-    async def mark(self, entry: Entry) -> None:
-        """Note that an object is on this disk again."""
-        await self._journal.append(Marked(key=entry.key, is_on_disk=True))
 
     async def take_up(self, namespace: str, job: str, number: int = -1) -> bool:
         """Learn of a job, or one round of it, from the store; return whether anything came.
