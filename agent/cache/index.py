@@ -23,6 +23,8 @@ from tierwise.wire.memfd import Memfd
 
 HELD_JOBS_MAX, HELD_ROUNDS_MAX = 256, 64
 
+RoundName = tuple[str, str, int]  # namespace, job, number
+
 
 @dataclass(slots=True, eq=False)
 class Entry:
@@ -103,6 +105,11 @@ class Round:
     entries: dict[tuple[ObjectKind, str], Entry] = field(default_factory=dict)
     matrix: Matrix | None = None
     user_count: int = 0  # who writes or reads rows of the matrix now: it must not go
+
+    @property
+    def name(self) -> RoundName:
+        """Return the namespace and job it is of, and its number."""
+        return self.manifest.namespace, self.manifest.job, self.manifest.round
 
     @property
     def has_ended(self) -> bool:
