@@ -19,9 +19,8 @@ from tierwise.domain.cache import (
     RoundManifest,
 )
 from tierwise.wire import payload
+from tierwise.wire.convert_cache import HELD_JOBS_MAX, HELD_ROUNDS_MAX
 from tierwise.wire.memfd import Memfd
-
-HELD_JOBS_MAX, HELD_ROUNDS_MAX = 256, 64
 
 RoundName = tuple[str, str, int]  # namespace, job, number
 
