@@ -5,7 +5,7 @@ What this node does not hold it gets, or passes on, once: to the node that the i
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -241,10 +241,8 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
             view, info = await self._store.view(key)
         else:
             view, info = await self._own.sound(key, self._store.view)
-        yield cache_pb2.GetResponse(head=_head_of(info))
-        if not request.is_head_only:
-            for start in range(0, view.nbytes, CHUNK_BYTES):
-                yield cache_pb2.GetResponse(chunk=bytes(view[start : start + CHUNK_BYTES]))
+        for answer in _answers(view, info, request.is_head_only):
+            yield answer
 
     async def _pass_through(
         self, key: ObjectKey, caller: Caller, is_head_only: bool
@@ -269,10 +267,8 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
             view, info = await self._store.view(key)
         except NotFound as error:
             raise failure or error from None
-        yield cache_pb2.GetResponse(head=_head_of(info))
-        if not is_head_only:
-            for start in range(0, view.nbytes, CHUNK_BYTES):
-                yield cache_pb2.GetResponse(chunk=bytes(view[start : start + CHUNK_BYTES]))
+        for answer in _answers(view, info, is_head_only):
+            yield answer
 
     # -- reading about them ---------------------------------------------------------------------
 
@@ -353,6 +349,16 @@ async def _decoded(decoder: Decoder, chunks: AsyncIterator[bytes]) -> AsyncItera
     yield decoder.finish()
 
 
+def _answers(
+    view: memoryview, info: ObjectInfo, is_head_only: bool
+) -> Iterator[cache_pb2.GetResponse]:
+    """Yield what a Get of an object that is here answers: its head, then its bytes."""
+    yield cache_pb2.GetResponse(head=_head_of(info))
+    if not is_head_only:
+        for start in range(0, view.nbytes, CHUNK_BYTES):
+            yield cache_pb2.GetResponse(chunk=bytes(view[start : start + CHUNK_BYTES]))
+
+
 def _head_of(info: ObjectInfo) -> cache_pb2.ObjectHead:
     """Return the head of an answer."""
     metadata = dict(info.metadata or {})
@@ -360,7 +366,7 @@ def _head_of(info: ObjectInfo) -> cache_pb2.ObjectHead:
         key=key_to_pb(info.key),
         size_bytes=info.size_bytes,
         digest=info.digest,
-        metadata=metadata_to_bytes(metadata) if metadata else b"",
+        metadata=metadata_to_bytes(metadata or None),
         durability=cache_pb2.Durability.ValueType(info.durability),
         row_count=len(metadata.get("clients", ())) if "is_in" in metadata else 0,  # type: ignore[arg-type]
     )
