@@ -40,7 +40,6 @@ CONNECT_TIMEOUT_S = 3.0  # a node that is gone must not hold up who could ask an
 
 @dataclass(slots=True)
 class _Peer:
-    node_id: NodeId
     address: str
     channel: grpc.aio.Channel
     stub: Any  # CacheServiceStub; its types are those of blocking calls
@@ -212,7 +211,7 @@ class CachePeers:
         channel = secure_channel(node.address, self.credentials, node_dns_name(node_id))
         stub = cache_pb2_grpc.CacheServiceStub(channel)
         way = link_class(self.machine.node.tier, node.tier)
-        peer = _Peer(node_id, node.address, channel, stub, Channel(link), Channel(link), way)
+        peer = _Peer(node.address, channel, stub, Channel(link), Channel(link), way)
         self._peers[node_id] = peer
         return peer
 

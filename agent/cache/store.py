@@ -424,5 +424,4 @@ class CacheStore:
 
     async def _prepare(self, round_: Round, matrix: Matrix) -> None:
         loop = asyncio.get_running_loop()
-        wanted = lambda: round_.matrix is matrix  # noqa: E731
-        await loop.run_in_executor(self._executor, matrix.prepare, wanted)
+        await loop.run_in_executor(self._executor, matrix.prepare, lambda: round_.matrix is matrix)
