@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import structlog
 
-from agent.cache.holders import HolderIndex
 from agent.cache.overview import Caller, Overview
 from agent.cache.own import OwnRounds
 from agent.cache.peers import CachePeers
@@ -59,7 +58,6 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
         self,
         store: CacheStore,
         own: OwnRounds,
-        index: HolderIndex,
         peers: CachePeers,
         reach: Reach,
         rights: Rights,
@@ -73,7 +71,6 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
         Args:
             store: This node's.
             own: The rounds that are this node's.
-            index: Who holds what this node does not.
             peers: The way there.
             reach: Reads what lies elsewhere, and opens rounds.
             rights: Who may touch what.
@@ -84,7 +81,6 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
         """
         self._store = store
         self._own = own
-        self._index = index
         self._peers = peers
         self._reach = reach
         self._rights = rights
@@ -109,7 +105,7 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
                 owner=(manifest.owner or owner) if is_admin else caller.uri,
                 home=self._here,
             )
-            elsewhere = self._elsewhere(manifest.namespace, manifest.job, manifest.round)
+            elsewhere = self._reach.elsewhere(manifest.namespace, manifest.job, manifest.round)
             if elsewhere:
                 return await self._open_at(elsewhere[0], manifest)
         await self.open(manifest)
@@ -150,7 +146,7 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
         if not caller.is_node:
             head.is_replica = False
             head.writer = caller.uri
-            elsewhere = self._elsewhere(key.namespace, key.job, key.round)
+            elsewhere = self._reach.elsewhere(key.namespace, key.job, key.round)
             if elsewhere:
                 return await self._pass_on(elsewhere, head, _chunks(request_iterator))
         return await self._take(head, key, caller, _chunks(request_iterator))
@@ -288,12 +284,6 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
         response = await self._overview.forget(request, Caller(context, request.caller))
         self._on_opened()
         return response
-
-    def _elsewhere(self, namespace: str, job: str, number: int) -> list[NodeId]:
-        """Return which nodes hold a round that this one does not."""
-        if self._own.manifest(namespace, job, number) is not None:
-            return []
-        return self._index.holders(namespace, job, number)
 
 
 class _Started:

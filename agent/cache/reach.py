@@ -110,6 +110,12 @@ class Reach:
             elsewhere.insert(0, near)
         return found + elsewhere
 
+    def elsewhere(self, namespace: str, job: str, number: int) -> list[NodeId]:
+        """Return which nodes hold a round that this one does not, the best first."""
+        if self._own.manifest(namespace, job, number) is not None:
+            return []
+        return self._index.holders(namespace, job, number)
+
     # -- reading --------------------------------------------------------------------------------
 
     async def read(self, key: ObjectKey, caller: str, *, near: NodeId = ANYWHERE) -> Found:

@@ -71,7 +71,6 @@ class CacheRoom:
         self.ingress = CacheIngress(
             self._store,
             self._own,
-            self._index,
             peers,
             self._reach,
             rights,
