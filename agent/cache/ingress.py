@@ -33,6 +33,7 @@ from tierwise.wire import checks
 from tierwise.wire.compression import Decoder
 from tierwise.wire.convert_cache import (
     CHUNK_BYTES,
+    DIGEST_ALGORITHM,
     durability_from_pb,
     info_to_pb,
     key_from_pb,
@@ -161,7 +162,7 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
         incoming = IncomingHead(
             key=key,
             size_bytes=checks.integer(head.size_bytes, "size_bytes", 0, SIZE_MAX),
-            digest=checks.digest(head.digest, "digest"),
+            digest=checks.digest(head.digest, "digest", DIGEST_ALGORITHM),
             metadata=metadata_from_bytes(head.metadata),
             durability=durability_from_pb(head.durability),
             is_replica=head.is_replica,
