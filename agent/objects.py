@@ -223,15 +223,7 @@ class CallObjects:
             )
         except TierwiseError as error:
             item = _failed(error)
-        return RunReport(
-            items=(item,),
-            run_s=report.run_s,
-            peak_memory_mib=report.peak_memory_mib,
-            cpu_s=report.cpu_s,
-            log=report.log,
-            instance_alive=report.instance_alive,
-            refused_calls=report.refused_calls,
-        )
+        return replace(report, items=(item,))
 
     async def _put(self, sink: cache_pb2.ObjectSink, item: ItemResult) -> ItemResult:
         key = key_from_pb(sink.key)

@@ -4,15 +4,14 @@ import re
 
 from agent.cache.index import Index, Round
 from tierwise.domain.cache import IncomingHead, ObjectKey, ObjectKind, RoundManifest
-from tierwise.domain.ids import is_name
 from tierwise.errors import FailedPrecondition, InvalidArgument, Overloaded, PermissionDenied
+from tierwise.wire import checks
+from tierwise.wire.convert_cache import METADATA_BYTES_MAX, REPLICAS_MAX
 
 CLIENTS_MAX = 1000  # per round and node: statistics take K² numbers, and K² · P / 2 products
 PARAMETERS_MAX = 2**31
 ROUND_MAX = 10**6 - 1
-METADATA_BYTES_MAX = 256 << 10
 OBJECTS_MAX = 200_000
-REPLICAS_MAX = 8
 MISFIT_FACTOR = 4  # how many times its size a wrong update may be, to be told so
 
 _CLIENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@=+-]{0,127}")
@@ -26,9 +25,9 @@ def check_manifest(manifest: RoundManifest, index: Index) -> None:
         PermissionDenied: The job belongs to another owner.
         FailedPrecondition: A later round has ended.
     """
-    check_name(manifest.namespace, "namespace")
-    check_name(manifest.job, "job")
-    _check_round(manifest.round)
+    checks.name(manifest.namespace, "namespace")
+    checks.name(manifest.job, "job")
+    checks.integer(manifest.round, "round", 0, ROUND_MAX)
     clients = [each.client for each in manifest.clients]
     if len(clients) > CLIENTS_MAX:
         raise InvalidArgument(
@@ -39,14 +38,10 @@ def check_manifest(manifest: RoundManifest, index: Index) -> None:
         raise InvalidArgument("clients: each may be named once")
     for client in clients:
         _check_client(client)
-    if not 1 <= manifest.parameter_count <= PARAMETERS_MAX:
-        raise InvalidArgument(
-            f"parameter_count = {manifest.parameter_count}: from 1 to {PARAMETERS_MAX}"
-        )
+    checks.integer(manifest.parameter_count, "parameter_count", 1, PARAMETERS_MAX)
     if not 0.0 <= manifest.distance_max < float("inf"):
         raise InvalidArgument(f"distance_max = {manifest.distance_max}: 0 or more, and finite")
-    if len(manifest.replica_nodes) > REPLICAS_MAX:
-        raise InvalidArgument(f"replica_nodes: at most {REPLICAS_MAX}")
+    checks.at_most(manifest.replica_nodes, "replica_nodes", REPLICAS_MAX)
     if manifest.base is not None:
         _check_base(manifest, manifest.base)
     job = index.jobs.get((manifest.namespace, manifest.job))
@@ -121,21 +116,6 @@ def check_count(index: Index) -> None:
             f"the cache lists {OBJECTS_MAX} objects, as many as it may: forget jobs",
             retry_after_s=60.0,
         )
-
-
-def check_name(text: str, field: str) -> None:
-    """Check the name of a namespace or job.
-
-    Raises:
-        InvalidArgument: It is none.
-    """
-    if not is_name(text):
-        raise InvalidArgument(f"{field} = {text[:80]!r}: use a-z, 0-9, '-', '.', '_', at most 63")
-
-
-def _check_round(number: int) -> None:
-    if not 0 <= number <= ROUND_MAX:
-        raise InvalidArgument(f"round = {number}: from 0 to {ROUND_MAX}")
 
 
 def _check_client(client: str) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from agent.cache.index import Entry, Round
+from agent.cache.index import Entry, Round, RoundName
 from agent.cache.tasks import Tasks
 from tierwise.domain.cache import ObjectKind
 from tierwise.files import write_atomically
@@ -86,11 +86,11 @@ class Counting:
         self._folder = folder
         self._executor = executor
         self._tasks = tasks
-        self._following: set[tuple[str, str, int]] = set()
+        self._following: set[RoundName] = set()
         self._vectors = vectors
         self._bases = bases
         self._on_saved = on_saved
-        self._counts: OrderedDict[tuple[str, str, int], _Count] = OrderedDict()
+        self._counts: OrderedDict[RoundName, _Count] = OrderedDict()
 
     async def of(self, round_: Round) -> RoundStatistics:
         """Return what is known of a round, all its updates counted."""
@@ -104,7 +104,7 @@ class Counting:
 
     def changed(self, round_: Round) -> None:
         """Note that something of a round changed."""
-        if (count := self._counts.get(_name(round_))) is not None:
+        if (count := self._counts.get(round_.name)) is not None:
             count.snapshot = None
 
     async def catch_up(self, round_: Round) -> None:
@@ -136,7 +136,7 @@ class Counting:
 
     def follow(self, round_: Round) -> None:
         """Count what has come, soon, with nobody waiting."""
-        name = _name(round_)
+        name = round_.name
         if name not in self._following:
             self._following.add(name)
             self._tasks.start_unattended(self._follow(round_))
@@ -146,7 +146,7 @@ class Counting:
             while round_.updates() and self._is_behind(round_):
                 await self.catch_up(round_)
         finally:
-            self._following.discard(_name(round_))
+            self._following.discard(round_.name)
 
     def forget(self, namespace: str, job: str, rounds: Iterable[Round]) -> None:
         """Drop a job's statistics, and their files. May block, briefly."""
@@ -159,7 +159,7 @@ class Counting:
         return len(self._count(round_).digests) < len(round_.updates())
 
     def _count(self, round_: Round) -> _Count:
-        name = _name(round_)
+        name = round_.name
         count = self._counts.get(name)
         if count is None:
             count = self._counts[name] = self._restored(round_)
@@ -213,7 +213,7 @@ class Counting:
         return _Count(running)
 
     def _path(self, round_: Round) -> Path:
-        return file_of(self._folder, _name(round_))
+        return file_of(self._folder, round_.name)
 
     def _bound(self) -> None:
         total = sum(count.nbytes for count in self._counts.values())
@@ -225,8 +225,8 @@ class Counting:
                 del self._counts[name]
 
 
-def file_of(folder: Path, name: tuple[str, str, int]) -> Path:
-    """Return where the statistics of a round (namespace, job, number) are kept."""
+def file_of(folder: Path, name: RoundName) -> Path:
+    """Return where the statistics of a round are kept."""
     return folder / hashlib.blake2b(repr(name).encode(), digest_size=16).hexdigest()
 
 
@@ -308,8 +308,3 @@ def _number(value: object) -> float:
         return float(value) if _is(value) else float("nan")  # type: ignore[arg-type]
     except OverflowError:
         return float("nan")
-
-
-def _name(round_: Round) -> tuple[str, str, int]:
-    manifest = round_.manifest
-    return manifest.namespace, manifest.job, manifest.round

@@ -8,10 +8,11 @@ import asyncio
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import Executor
+from heapq import nlargest
 from pathlib import Path
 
 from agent.cache.folder import Draft, Folder
-from agent.cache.index import Entry, Index
+from agent.cache.index import Entry, Index, RoundName
 from agent.cache.journal import Journal, Marked
 from agent.cache.policies import CachePolicy
 from agent.cache.tasks import Tasks
@@ -120,12 +121,13 @@ class Disk:
         return self._index.namespace_bytes(namespace) + self._claims[namespace]
 
     def _evict(self, namespace: str | None, need_bytes: int) -> None:
+        bases = self._bases()
         held = {
             entry.key: entry
             for entry in self._index.entries(namespace or "")
             if entry.is_stored and entry.has_file and not entry.reader_count
         }
-        held = {key: entry for key, entry in held.items() if not self._is_base(key)}
+        held = {key: entry for key, entry in held.items() if not _is_among(bases, key)}
         sizes = {key: entry.size_bytes for key, entry in held.items()}
         victims: list[Entry] = [
             held[key] for key in self._policy.victims(sizes, need_bytes) if key in held
@@ -135,12 +137,18 @@ class Disk:
             marks = [Marked(key=entry.key, is_on_disk=False) for entry in victims]
             self._tasks.start_unattended(self._journal.append(*marks))
 
-    def _is_base(self, key: ObjectKey) -> bool:
-        if key.kind is not ObjectKind.AGGREGATE:
-            return False
-        job = self._index.jobs[key.namespace, key.job]
-        ended = sorted(number for number, round_ in job.rounds.items() if round_.has_ended)
-        return key.round in ended[-BASES_KEPT:]
+    def _bases(self) -> set[RoundName]:
+        """Return the rounds whose aggregates stay: of each job the newest that have ended."""
+        found: set[RoundName] = set()
+        for job in self._index.jobs.values():
+            ended = [round_ for round_ in job.rounds.values() if round_.has_ended]
+            newest = nlargest(BASES_KEPT, ended, key=lambda round_: round_.manifest.round)
+            found.update(round_.name for round_ in newest)
+        return found
+
+
+def _is_among(bases: set[RoundName], key: ObjectKey) -> bool:
+    return key.kind is ObjectKind.AGGREGATE and (key.namespace, key.job, key.round) in bases
 
 
 def _delete(paths: list[Path]) -> None:

@@ -17,7 +17,7 @@ class HolderIndex:
 
     def __init__(self, here: NodeId) -> None:
         self._here = here
-        self._held: dict[NodeId, tuple[HeldRounds, ...]] = {}
+        self._held: dict[NodeId, dict[tuple[str, str], HeldRounds]] = {}  # by namespace and job
         self._states: dict[NodeId, NodeState] = {}
 
     def received(self, view: ViewReceived) -> None:
@@ -26,7 +26,7 @@ class HolderIndex:
             node_id = peer.node.node_id
             self._states[node_id] = peer.state
             if peer.held is not None and node_id != self._here:
-                self._held[node_id] = peer.held
+                self._held[node_id] = {(held.namespace, held.job): held for held in peer.held}
         if view.is_full:
             named = {peer.node.node_id for peer in view.peers}
             for node_id in [known for known in self._states if known not in named]:
@@ -76,6 +76,5 @@ class HolderIndex:
 
     def _of_job(self, namespace: str, job: str) -> Iterator[tuple[NodeId, HeldRounds]]:
         for node_id, rows in self._held.items():
-            for held in rows:
-                if held.namespace == namespace and held.job == job:
-                    yield node_id, held
+            if (held := rows.get((namespace, job))) is not None:
+                yield node_id, held

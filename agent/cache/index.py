@@ -19,9 +19,10 @@ from tierwise.domain.cache import (
     RoundManifest,
 )
 from tierwise.wire import payload
+from tierwise.wire.convert_cache import HELD_JOBS_MAX, HELD_ROUNDS_MAX
 from tierwise.wire.memfd import Memfd
 
-HELD_JOBS_MAX, HELD_ROUNDS_MAX = 256, 64
+RoundName = tuple[str, str, int]  # namespace, job, number
 
 
 @dataclass(slots=True, eq=False)
@@ -105,9 +106,19 @@ class Round:
     user_count: int = 0  # who writes or reads rows of the matrix now: it must not go
 
     @property
+    def name(self) -> RoundName:
+        """Return the namespace and job it is of, and its number."""
+        return self.manifest.namespace, self.manifest.job, self.manifest.round
+
+    @property
     def has_ended(self) -> bool:
         """Return whether its aggregate is in."""
         return (ObjectKind.AGGREGATE, "") in self.entries
+
+    @property
+    def has_every_update(self) -> bool:
+        """Return whether every client that it expects has sent an update which counts."""
+        return bool(self.row_of) and len(self.updates()) == len(self.row_of)
 
     @property
     def row_bytes(self) -> int:

@@ -5,14 +5,13 @@ What this node does not hold it gets, or passes on, once: to the node that the i
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import structlog
 
-from agent.cache.holders import HolderIndex
 from agent.cache.overview import Caller, Overview
 from agent.cache.own import OwnRounds
 from agent.cache.peers import CachePeers
@@ -34,6 +33,7 @@ from tierwise.wire import checks
 from tierwise.wire.compression import Decoder
 from tierwise.wire.convert_cache import (
     CHUNK_BYTES,
+    DIGEST_ALGORITHM,
     durability_from_pb,
     info_to_pb,
     key_from_pb,
@@ -59,7 +59,6 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
         self,
         store: CacheStore,
         own: OwnRounds,
-        index: HolderIndex,
         peers: CachePeers,
         reach: Reach,
         rights: Rights,
@@ -73,7 +72,6 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
         Args:
             store: This node's.
             own: The rounds that are this node's.
-            index: Who holds what this node does not.
             peers: The way there.
             reach: Reads what lies elsewhere, and opens rounds.
             rights: Who may touch what.
@@ -84,7 +82,6 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
         """
         self._store = store
         self._own = own
-        self._index = index
         self._peers = peers
         self._reach = reach
         self._rights = rights
@@ -109,7 +106,7 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
                 owner=(manifest.owner or owner) if is_admin else caller.uri,
                 home=self._here,
             )
-            elsewhere = self._elsewhere(manifest.namespace, manifest.job, manifest.round)
+            elsewhere = self._reach.elsewhere(manifest.namespace, manifest.job, manifest.round)
             if elsewhere:
                 return await self._open_at(elsewhere[0], manifest)
         await self.open(manifest)
@@ -150,7 +147,7 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
         if not caller.is_node:
             head.is_replica = False
             head.writer = caller.uri
-            elsewhere = self._elsewhere(key.namespace, key.job, key.round)
+            elsewhere = self._reach.elsewhere(key.namespace, key.job, key.round)
             if elsewhere:
                 return await self._pass_on(elsewhere, head, _chunks(request_iterator))
         return await self._take(head, key, caller, _chunks(request_iterator))
@@ -165,7 +162,7 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
         incoming = IncomingHead(
             key=key,
             size_bytes=checks.integer(head.size_bytes, "size_bytes", 0, SIZE_MAX),
-            digest=checks.digest(head.digest, "digest"),
+            digest=checks.digest(head.digest, "digest", DIGEST_ALGORITHM),
             metadata=metadata_from_bytes(head.metadata),
             durability=durability_from_pb(head.durability),
             is_replica=head.is_replica,
@@ -241,10 +238,8 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
             view, info = await self._store.view(key)
         else:
             view, info = await self._own.sound(key, self._store.view)
-        yield cache_pb2.GetResponse(head=_head_of(info))
-        if not request.is_head_only:
-            for start in range(0, view.nbytes, CHUNK_BYTES):
-                yield cache_pb2.GetResponse(chunk=bytes(view[start : start + CHUNK_BYTES]))
+        for answer in _answers(view, info, request.is_head_only):
+            yield answer
 
     async def _pass_through(
         self, key: ObjectKey, caller: Caller, is_head_only: bool
@@ -269,10 +264,8 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
             view, info = await self._store.view(key)
         except NotFound as error:
             raise failure or error from None
-        yield cache_pb2.GetResponse(head=_head_of(info))
-        if not is_head_only:
-            for start in range(0, view.nbytes, CHUNK_BYTES):
-                yield cache_pb2.GetResponse(chunk=bytes(view[start : start + CHUNK_BYTES]))
+        for answer in _answers(view, info, is_head_only):
+            yield answer
 
     # -- reading about them ---------------------------------------------------------------------
 
@@ -292,12 +285,6 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
         response = await self._overview.forget(request, Caller(context, request.caller))
         self._on_opened()
         return response
-
-    def _elsewhere(self, namespace: str, job: str, number: int) -> list[NodeId]:
-        """Return which nodes hold a round that this one does not."""
-        if self._own.manifest(namespace, job, number) is not None:
-            return []
-        return self._index.holders(namespace, job, number)
 
 
 class _Started:
@@ -353,6 +340,16 @@ async def _decoded(decoder: Decoder, chunks: AsyncIterator[bytes]) -> AsyncItera
     yield decoder.finish()
 
 
+def _answers(
+    view: memoryview, info: ObjectInfo, is_head_only: bool
+) -> Iterator[cache_pb2.GetResponse]:
+    """Yield what a Get of an object that is here answers: its head, then its bytes."""
+    yield cache_pb2.GetResponse(head=_head_of(info))
+    if not is_head_only:
+        for start in range(0, view.nbytes, CHUNK_BYTES):
+            yield cache_pb2.GetResponse(chunk=bytes(view[start : start + CHUNK_BYTES]))
+
+
 def _head_of(info: ObjectInfo) -> cache_pb2.ObjectHead:
     """Return the head of an answer."""
     metadata = dict(info.metadata or {})
@@ -360,7 +357,7 @@ def _head_of(info: ObjectInfo) -> cache_pb2.ObjectHead:
         key=key_to_pb(info.key),
         size_bytes=info.size_bytes,
         digest=info.digest,
-        metadata=metadata_to_bytes(metadata) if metadata else b"",
+        metadata=metadata_to_bytes(metadata or None),
         durability=cache_pb2.Durability.ValueType(info.durability),
         row_count=len(metadata.get("clients", ())) if "is_in" in metadata else 0,  # type: ignore[arg-type]
     )

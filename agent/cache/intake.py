@@ -1,5 +1,6 @@
 """How an object comes in: room for it, its bytes, the verdict, the disk, the journal."""
 
+import asyncio
 import math
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
@@ -137,15 +138,14 @@ class Intake:
             if isinstance(error, OSError):
                 raise Overloaded(f"there is no room for {head.key}: {error}") from None
             raise
-        measured = head.key.kind is not ObjectKind.METADATA and not misfit
         incoming = Incoming(
             head,
             target,
             draft,
             self._executor,
-            finish=lambda one, digest: self._tasks.start(self._settle(one, digest)),
+            finish=self._finish,
             on_end=self._ended,
-            distance=(lambda: self._distance(head, round_)) if measured else lambda: None,
+            distance=lambda: self._distance(head, round_, misfit),
             misfit=misfit,
         )
         self._claims[incoming] = claims
@@ -164,9 +164,14 @@ class Intake:
         claims.memory_bytes = head.size_bytes
         return Sheet(head.size_bytes)
 
-    def _distance(self, head: IncomingHead, round_: Round) -> Distance:
+    def _distance(self, head: IncomingHead, round_: Round, misfit: str) -> Distance | None:
+        if misfit or head.key.kind is ObjectKind.METADATA:
+            return None
         # An aggregate is only looked through for numbers that are none.
         return Distance(self._base(round_) if head.key.kind is ObjectKind.UPDATE else None)
+
+    def _finish(self, incoming: Incoming, digest: str) -> "asyncio.Future[ObjectInfo]":
+        return self._tasks.start(self._settle(incoming, digest))
 
     async def _settle(self, incoming: Incoming, digest: str) -> ObjectInfo:
         """Take a complete object in: the verdict, memory, disk, journal."""
@@ -282,7 +287,7 @@ class Intake:
             Nowhere(),
             None,
             self._executor,
-            finish=lambda one, digest: self._tasks.start(self._settle(one, digest)),
+            finish=self._finish,
             on_end=self._ended,
             known=known,
             held=held,

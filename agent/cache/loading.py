@@ -18,7 +18,7 @@ from agent.cache.arena import Sheet
 from agent.cache.disk import Disk
 from agent.cache.folder import DIGEST_BYTES
 from agent.cache.index import Entry, Index
-from agent.cache.journal import Journal
+from agent.cache.journal import Journal, Marked
 from agent.cache.writethrough import WriteThrough
 from tierwise.domain.cache import ObjectKey
 from tierwise.errors import NotFound, Overloaded, Unavailable
@@ -114,7 +114,7 @@ class Loader:
             self._disk.release(namespace, entry.size_bytes)
         self._index.mark_on_disk(entry, True)
         entry.is_checked = True
-        await self._write_through.mark(entry)
+        await self._journal.append(Marked(key=entry.key, is_on_disk=True))
 
     def _digest(self, digest: str) -> str:
         found = hashlib.blake2b(digest_size=DIGEST_BYTES)

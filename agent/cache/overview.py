@@ -151,8 +151,7 @@ class Overview:
     def _elsewhere(self, namespace: str, job: str, number: int) -> Sequence[NodeId]:
         """Return which other nodes know the answer; none if this one does."""
         if number >= 0:
-            is_here = self._own.manifest(namespace, job, number) is not None
-            return [] if is_here else self._index.holders(namespace, job, number)
+            return self._reach.elsewhere(namespace, job, number)
         elsewhere = self._index.newest(namespace, job)
         if elsewhere is None or elsewhere[:2] <= self._own.newest(namespace, job):
             return []

@@ -6,7 +6,7 @@ that hold the round, when somebody reads it.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -41,10 +41,12 @@ class OwnRounds:
         self._peers = peers
         self._here = node_id
 
-    def manifests(self, namespace: str, job: str) -> list[RoundManifest]:
-        """Return the rounds of a job that this node holds, ascending."""
-        numbers = self._store.rounds(namespace, job)
-        return [each for n in numbers if (each := self.manifest(namespace, job, n)) is not None]
+    def manifests(self, namespace: str, job: str) -> Iterator[RoundManifest]:
+        """Yield the rounds of a job that this node holds, the newest first."""
+        for number in reversed(self._store.rounds(namespace, job)):
+            found = self.manifest(namespace, job, number)
+            if found is not None:
+                yield found
 
     def manifest(self, namespace: str, job: str, number: int) -> RoundManifest | None:
         """Return a round that this node took, or has copies of; None if it is other nodes'."""
@@ -58,33 +60,19 @@ class OwnRounds:
         """Return whether this node should hold an object, or happens to: as a base."""
         if self.manifest(key.namespace, key.job, key.round) is not None:
             return True
-        return self._store.info(key) is not None
+        return self._store.has(key)
 
     def newest(self, namespace: str, job: str) -> tuple[int, int]:
         """Return the newest round here that has ended or has every update, and the newest of all.
 
         −1 stands for none.
         """
-        manifests = self.manifests(namespace, job)
-        done = next((m.round for m in reversed(manifests) if self._is_done(m)), -1)
-        return done, manifests[-1].round if manifests else -1
-
-    def _is_done(self, manifest: RoundManifest) -> bool:
-        key = ObjectKey(
-            namespace=manifest.namespace,
-            job=manifest.job,
-            round=manifest.round,
-            kind=ObjectKind.AGGREGATE,
-        )
-        if self._store.info(key) is not None:
-            return True
-        updates = (
-            self._store.info(replace(key, kind=ObjectKind.UPDATE, client=each.client))
-            for each in manifest.clients
-        )
-        return bool(manifest.clients) and all(
-            info is not None and not info.quarantined for info in updates
-        )
+        newest = -1
+        for manifest in self.manifests(namespace, job):
+            newest = max(newest, manifest.round)
+            if self._store.is_done(namespace, job, manifest.round):
+                return manifest.round, newest
+        return -1, newest
 
     async def take(self, head: IncomingHead, writer: str, pieces: AsyncIterator[Any]) -> ObjectInfo:
         """Take an object into this node's cache, piece by piece.
@@ -120,7 +108,7 @@ class OwnRounds:
             NotFound: It is not here, nor at the nodes with copies.
             Unavailable: It is in the object store, which does not answer, and nowhere else.
         """
-        if key.kind is not ObjectKind.MATRIX and self._store.info(key) is None:
+        if key.kind is not ObjectKind.MATRIX and not self._store.has(key):
             await self._refill([key])
         try:
             return await use(key)
@@ -140,7 +128,7 @@ class OwnRounds:
             try:
                 await self._store.view(each)
             except (NotFound, Unavailable):
-                if self._store.info(each) is not None:
+                if self._store.has(each):
                     yield each
 
     async def _refill(self, keys: Sequence[ObjectKey]) -> bool:

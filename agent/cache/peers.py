@@ -5,13 +5,14 @@ They are apart from the streams of calls, which must not wait behind large objec
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 import numpy as np
 
+from agent.cache.tasks import Tasks
 from agent.machine import NodeMachine
 from tierwise.clock import monotonic_s
 from tierwise.domain.cache import ObjectInfo, ObjectKey
@@ -39,7 +40,6 @@ CONNECT_TIMEOUT_S = 3.0  # a node that is gone must not hold up who could ask an
 
 @dataclass(slots=True)
 class _Peer:
-    node_id: NodeId
     address: str
     channel: grpc.aio.Channel
     stub: Any  # CacheServiceStub; its types are those of blocking calls
@@ -58,6 +58,7 @@ class CachePeers:
     seed: int = 0
     moved_bytes: dict[str, int] = field(default_factory=dict)  # by link class, both directions
     _peers: dict[NodeId, _Peer] = field(default_factory=dict)
+    _closing: Tasks = field(default_factory=Tasks)
     _rng: np.random.Generator = field(init=False)
 
     def __post_init__(self) -> None:
@@ -181,6 +182,7 @@ class CachePeers:
         peers, self._peers = list(self._peers.values()), {}
         for peer in peers:
             await peer.channel.close()
+        await self._closing.close()
 
     async def _ready(self, node_id: NodeId) -> _Peer:
         """Return the connection to a node once it stands.
@@ -205,13 +207,11 @@ class CachePeers:
             peer.out.link = peer.back.link = link
             return peer
         if peer is not None:
-            old = peer.channel
-            closing = asyncio.get_running_loop().create_task(old.close(), name="cache-peer-close")
-            closing.add_done_callback(_forget)
+            self._closing.start_unattended(peer.channel.close())
         channel = secure_channel(node.address, self.credentials, node_dns_name(node_id))
         stub = cache_pb2_grpc.CacheServiceStub(channel)
         way = link_class(self.machine.node.tier, node.tier)
-        peer = _Peer(node_id, node.address, channel, stub, Channel(link), Channel(link), way)
+        peer = _Peer(node.address, channel, stub, Channel(link), Channel(link), way)
         self._peers[node_id] = peer
         return peer
 
@@ -224,9 +224,6 @@ class CachePeers:
 
     def _delay_s(self, channel: Channel, size_bytes: int) -> float:
         return channel.delay_s(size_bytes, monotonic_s(), float(self._rng.random()))
-
-
-_forget: Callable[[Any], None] = lambda task: task.exception()  # noqa: E731
 
 
 def info_from_head(head: cache_pb2.ObjectHead, key: ObjectKey, node_id: NodeId) -> ObjectInfo:

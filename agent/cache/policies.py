@@ -15,7 +15,7 @@ newest rounds. Rivals are in `rivals.py`. Pure: no clock, no chance.
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from tierwise.domain.cache import ObjectKey, ObjectKind
@@ -81,6 +81,12 @@ def first_of(
     return chosen
 
 
+def bound(known: OrderedDict[Any, Any], count_max: int) -> None:
+    """Forget what was noted first, beyond so many."""
+    while len(known) > count_max:
+        known.popitem(last=False)
+
+
 @dataclass(slots=True)
 class ClientHistory:
     """One client of a job."""
@@ -128,7 +134,7 @@ class JobHistory:
             self.clients[key.client] = client
             if not client.rounds or key.round > client.rounds[-1]:
                 client.rounds.append(key.round)
-            _bound(self.clients, CLIENTS_MAX)
+            bound(self.clients, CLIENTS_MAX)
 
     def is_newest(self, key: ObjectKey) -> bool:
         """Return whether nothing newer of its kind, or client, has come."""
@@ -168,7 +174,7 @@ class JobHistory:
                 if step != "newest":  # a walk over older rounds goes on where it was
                     self.matrix_round = key.round
                 if step == "next" and key.round < self.newest_round:
-                    return [_at(key, key.round + 1)]
+                    return [replace(key, round=key.round + 1)]
             case "P3":
                 if client := self.clients.get(key.client):
                     return self._history(key, client)
@@ -188,7 +194,7 @@ class JobHistory:
             )
         # A history slides: how far back it goes is what was read of late.
         client.depth = max(client.position(key.round) + 1.0, client.depth * FORGETTING)
-        return [_at(key, number) for number in client.ahead(key.round)]
+        return [replace(key, round=number) for number in client.ahead(key.round)]
 
     def watch_share(self, client: ClientHistory) -> float:
         """Return how likely a history that is read next is this client's.
@@ -326,7 +332,7 @@ class Tailored:
         name = (key.namespace, key.job)
         if name not in self._jobs:
             self._jobs[name] = JobHistory()
-            _bound(self._jobs, JOBS_MAX)
+            bound(self._jobs, JOBS_MAX)
         return self._jobs[name]
 
 
@@ -358,7 +364,7 @@ class Adaptive(Tailored):
         for each in counts:
             counts[each] *= FORGETTING
         counts[kind] += 1.0
-        _bound(self._mixes, JOBS_MAX)
+        bound(self._mixes, JOBS_MAX)
 
     def _weights(self, name: tuple[str, str]) -> Mapping[str, float]:
         return self._mix(name)
@@ -367,18 +373,3 @@ class Adaptive(Tailored):
         counts = self._mixes.get(name) or dict.fromkeys(RATES, 1.0)
         total = sum(counts.values())
         return {kind: max(count / total, SHARE_MIN) for kind, count in counts.items()}
-
-
-def _at(key: ObjectKey, round_number: int) -> ObjectKey:
-    return ObjectKey(
-        namespace=key.namespace,
-        job=key.job,
-        round=round_number,
-        kind=key.kind,
-        client=key.client,
-    )
-
-
-def _bound(known: OrderedDict[Any, Any], count_max: int) -> None:
-    while len(known) > count_max:
-        known.popitem(last=False)

@@ -14,6 +14,7 @@ from agent.cache.own import OwnRounds
 from agent.cache.peers import CachePeers
 from agent.cache.rights import CLUSTER, Rights
 from agent.cache.store import CacheStore
+from agent.cache.tasks import Tasks
 from tierwise.clock import monotonic_s
 from tierwise.domain.cache import ObjectInfo, ObjectKey, ObjectKind, RoundManifest
 from tierwise.domain.ids import NodeId
@@ -50,6 +51,7 @@ class Reach:
         self._here = node_id
         self._fetched_bytes_max = store.reading().memory_bytes_max // FETCHED_SHARE
         self._fetched: OrderedDict[tuple[ObjectKey, str], tuple[Found, float]] = OrderedDict()
+        self._tasks = Tasks()
         self._fetching: dict[tuple[ObjectKey, str], asyncio.Task[Found]] = {}
 
     async def open(self, manifest: RoundManifest, *, base_node: NodeId = ANYWHERE) -> None:
@@ -63,7 +65,7 @@ class Reach:
             TierwiseError: As the store says.
         """
         base = manifest.base
-        if base is not None and self._store.info(base) is None:
+        if base is not None and not self._store.has(base):
             try:
                 await self._bring(base, manifest.owner, base_node)
             except NotFound:
@@ -79,7 +81,7 @@ class Reach:
             file, info = await self._peers.get(near, base, CLUSTER)
         else:
             file, info = await self.read(base, CLUSTER)
-        if self._store.info(base) is not None:
+        if self._store.has(base):
             return  # it has come back from the store, or from a copy
         if self._store.manifest(base.namespace, base.job, base.round) is None:
             bare = RoundManifest(
@@ -110,6 +112,12 @@ class Reach:
             elsewhere.insert(0, near)
         return found + elsewhere
 
+    def elsewhere(self, namespace: str, job: str, number: int) -> list[NodeId]:
+        """Return which nodes hold a round that this one does not, the best first."""
+        if self._own.manifest(namespace, job, number) is not None:
+            return []
+        return self._index.holders(namespace, job, number)
+
     # -- reading --------------------------------------------------------------------------------
 
     async def read(self, key: ObjectKey, caller: str, *, near: NodeId = ANYWHERE) -> Found:
@@ -134,9 +142,9 @@ class Reach:
             return kept[0]
         task = self._fetching.get((key, caller))
         if task is None:
-            task = asyncio.get_running_loop().create_task(self._fetch(key, caller, near))
+            task = self._tasks.start(self._fetch(key, caller, near))
             self._fetching[key, caller] = task
-            task.add_done_callback(lambda done: self._has_fetched(key, caller, done))
+            task.add_done_callback(lambda _: self._fetching.pop((key, caller)))
         return await asyncio.shield(task)
 
     async def _fetch(self, key: ObjectKey, caller: str, near: NodeId) -> Found:
@@ -155,11 +163,6 @@ class Reach:
             return await self._store.read(key)  # the object store may have it
         except NotFound:
             raise failure or _nowhere(key) from None
-
-    def _has_fetched(self, key: ObjectKey, caller: str, done: asyncio.Task[Found]) -> None:
-        del self._fetching[key, caller]
-        if not done.cancelled():
-            done.exception()  # who still waits hears it
 
     def _keep(self, key: ObjectKey, caller: str, found: Found) -> None:
         self._fetched[key, caller] = found, monotonic_s() + FETCHED_KEPT_S

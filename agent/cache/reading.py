@@ -353,6 +353,4 @@ class Reading:
 
 
 def _is_done(round_: Round) -> bool:
-    if not round_.row_of:
-        return False
-    return round_.has_ended or len(round_.updates()) == len(round_.row_of)
+    return bool(round_.row_of) and (round_.has_ended or round_.has_every_update)

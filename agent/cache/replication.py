@@ -7,13 +7,12 @@ up, or lost with a restart.
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import structlog
 
-from agent.cache.own import copies_of
+from agent.cache.own import copies_of, pieces
 from agent.cache.peers import CachePeers
 from agent.cache.store import CacheStore
 from tierwise.domain.cache import Durability, IncomingHead, ObjectInfo, ObjectKey, ObjectKind
@@ -28,7 +27,6 @@ from tierwise.errors import (
 )
 from tierwise.v1 import cache_pb2
 from tierwise.wire.convert_cache import (
-    CHUNK_BYTES,
     key_to_pb,
     manifest_to_pb,
     metadata_to_bytes,
@@ -120,11 +118,14 @@ class Replicator:
                 self._copied.pop(key, None)
 
     async def run_forever(self) -> None:
-        """Look over what is held, now and then, for what has no copy yet."""
+        """Look over the rounds that others should hold, now and then, for what has no copy yet."""
         while True:
-            for info in self._store.list():
-                if not info.quarantined:
-                    self._add(info)
+            for manifest in self._store.manifests():
+                if copies_of(manifest, self._here):
+                    for info in self._store.list_round(manifest):
+                        if not info.quarantined:
+                            self._add(info)
+                    await asyncio.sleep(0)  # there may be many
             await asyncio.sleep(REPAIR_S)
 
     def close(self) -> None:
@@ -187,24 +188,19 @@ class Replicator:
             key=key_to_pb(key),
             size_bytes=info.size_bytes,
             digest=info.digest,
-            metadata=metadata_to_bytes(dict(info.metadata)) if info.metadata else b"",
+            metadata=metadata_to_bytes(info.metadata or None),
             is_replica=True,
         )
         try:
-            await self._peers.put(node_id, head, _chunks(view))
+            await self._peers.put(node_id, head, pieces(view))
         except (FailedPrecondition, InvalidArgument, NotFound):
             # It may not know the round yet: say so and try once more.
             opened = manifest_to_pb(replace(manifest, home=manifest.home or self._here))
             await self._peers.ask(node_id, "OpenRound", cache_pb2.OpenRoundRequest(manifest=opened))
-            await self._peers.put(node_id, head, _chunks(view))
+            await self._peers.put(node_id, head, pieces(view))
         except AlreadyExists:
             log.warning("copy.differs", key=str(key), node_id=node_id)
             return
         self._store.mark_replicated(key, [node_id])
         for event in self._copied.get(key, ()):
             event.set()
-
-
-async def _chunks(view: memoryview) -> AsyncIterator[Any]:
-    for start in range(0, view.nbytes, CHUNK_BYTES):
-        yield view[start : start + CHUNK_BYTES]

@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 
 from agent.cache.arena import Matrix
-from agent.cache.index import Entry, Round
+from agent.cache.index import Entry, Round, RoundName
 from agent.cache.policies import CachePolicy
 from tierwise.domain.cache import Durability, ObjectKey, ObjectKind
 from tierwise.errors import Overloaded, PayloadTooLarge
@@ -31,7 +31,7 @@ class Residency:
         self.wishes: deque[ObjectKey] = deque(maxlen=WISHES_MAX)
         self.copies: weakref.WeakValueDictionary[ObjectKey, Memfd] = weakref.WeakValueDictionary()
         self._claims: Counter[str] = Counter()  # bytes by namespace, not yet a file
-        self._matrices: dict[tuple[str, str, int], Round] = {}
+        self._matrices: dict[RoundName, Round] = {}
         self._files: dict[ObjectKey, Entry] = {}
         self._lent: list[tuple[str, int, list[weakref.ref[object]]]] = []
 
@@ -96,8 +96,7 @@ class Residency:
     def place(self, round_: Round, matrix: Matrix) -> None:
         """Give a round its matrix; the claim for it must be released."""
         round_.matrix = matrix
-        manifest = round_.manifest
-        self._matrices[manifest.namespace, manifest.job, manifest.round] = round_
+        self._matrices[round_.name] = round_
 
     def keep(self, entry: Entry, file: Memfd) -> None:
         """Give an object its file; the claim for it must be released."""
@@ -114,10 +113,9 @@ class Residency:
     def drop_matrix(self, round_: Round) -> None:
         """Let go of a round's matrix."""
         matrix, round_.matrix = round_.matrix, None
-        manifest = round_.manifest
-        self._matrices.pop((manifest.namespace, manifest.job, manifest.round), None)
+        self._matrices.pop(round_.name, None)
         if matrix is not None:
-            self._lend(manifest.namespace, matrix.nbytes, [matrix.file, matrix.mapping])
+            self._lend(round_.manifest.namespace, matrix.nbytes, [matrix.file, matrix.mapping])
 
     def forget(self, namespace: str, job: str) -> None:
         """Let go of a job."""
@@ -205,11 +203,11 @@ class Residency:
         self._lent.append((namespace, size_bytes, [weakref.ref(owner) for owner in owners]))
 
 
-def _name(key: ObjectKey) -> tuple[str, str, int]:
+def _name(key: ObjectKey) -> RoundName:
     return key.namespace, key.job, key.round
 
 
-def _has(victims: set[ObjectKey], name: tuple[str, str, int]) -> bool:
+def _has(victims: set[ObjectKey], name: RoundName) -> bool:
     return any(
         _name(key) == name and key.kind in (ObjectKind.UPDATE, ObjectKind.MATRIX) for key in victims
     )

@@ -5,7 +5,7 @@ is named in a round as the writer of a client may put that client's update and r
 Nodes act for somebody and say for whom; the empty name is the cluster itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from tierwise.domain.cache import ObjectKey, ObjectKind, RoundManifest
 from tierwise.errors import PermissionDenied, Unauthenticated
@@ -19,13 +19,13 @@ class Rights:
 
     def __init__(
         self,
-        manifests: Callable[[str, str], list[RoundManifest]],
+        manifests: Callable[[str, str], Iterable[RoundManifest]],
         owner_elsewhere: Callable[[str, str], str],
     ) -> None:
         """Answer by what is known here.
 
         Args:
-            manifests: Gives the rounds of a job that this node holds, ascending.
+            manifests: Gives the rounds of a job that this node holds, the newest first.
             owner_elsewhere: Gives whose job it is by the word of other nodes; empty: unknown.
         """
         self._manifests = manifests
@@ -33,8 +33,9 @@ class Rights:
 
     def owner(self, namespace: str, job: str) -> str:
         """Return whose job it is; empty if nobody is known to have opened it."""
-        held = self._manifests(namespace, job)
-        return held[-1].owner if held else self._owner_elsewhere(namespace, job)
+        for manifest in self._manifests(namespace, job):
+            return manifest.owner
+        return self._owner_elsewhere(namespace, job)
 
     def is_owner(self, caller: str, namespace: str, job: str) -> bool:
         """Return whether a job is the caller's, or nobody's yet."""
@@ -61,7 +62,7 @@ class Rights:
         """
         if self.is_owner(caller, key.namespace, key.job):
             return
-        for manifest in reversed(self._manifests(key.namespace, key.job)):
+        for manifest in self._manifests(key.namespace, key.job):
             own = [each.client for each in manifest.clients if each.writer == caller]
             if own and (key.kind is ObjectKind.AGGREGATE or key.client in own):
                 return

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from agent.cache.policies import Adaptive, CachePolicy, Tailored, first_of
+from agent.cache.policies import Adaptive, CachePolicy, Tailored, bound, first_of
 from tierwise.domain.cache import ObjectKey, ObjectKind
 
 REMEMBERED_MAX = 100_000  # keys, held or not
@@ -46,7 +46,7 @@ class Classic:
             self._came.pop(key, None)  # it comes anew
         self._use(key)
         self._reads[key] = self._reads.pop(key, 0) + 1
-        _bound(self._reads)
+        bound(self._reads, REMEMBERED_MAX)
         return ()
 
     def is_admitted(self, key: ObjectKey) -> bool:
@@ -82,8 +82,8 @@ class Classic:
         self._used.pop(key, None)
         self._used[key] = self._number
         self._came.setdefault(key, self._number)
-        _bound(self._used)
-        _bound(self._came)
+        bound(self._used, REMEMBERED_MAX)
+        bound(self._came, REMEMBERED_MAX)
 
 
 def policy(name: str) -> CachePolicy:
@@ -115,8 +115,3 @@ def _names(key: ObjectKey) -> tuple[ObjectKey, ...]:
     if key.kind is not ObjectKind.UPDATE:
         return (key,)
     return key, replace(key, kind=ObjectKind.MATRIX, client="")
-
-
-def _bound(known: OrderedDict[ObjectKey, int]) -> None:
-    while len(known) > REMEMBERED_MAX:
-        known.popitem(last=False)

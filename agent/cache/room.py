@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from agent.cache.holders import HolderIndex
@@ -70,7 +71,6 @@ class CacheRoom:
         self.ingress = CacheIngress(
             self._store,
             self._own,
-            self._index,
             peers,
             self._reach,
             rights,
@@ -125,7 +125,8 @@ class CacheRoom:
 
     def _told(self, held: HeldRounds) -> HeldRounds:
         """Add what only this layer knows; a round that is open and empty is held, too."""
-        manifests = self._own.manifests(held.namespace, held.job)[-HELD_ROUNDS_MAX:]
+        newest = islice(self._own.manifests(held.namespace, held.job), HELD_ROUNDS_MAX)
+        manifests = list(newest)[::-1]
         return replace(
             held,
             rounds=tuple(manifest.round for manifest in manifests),

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -234,6 +234,16 @@ class CacheStore:
         found = self._index.round(namespace, job, round_number)
         return found.manifest if found else None
 
+    def manifests(self) -> Sequence[RoundManifest]:
+        """Return how each round was opened, of all jobs."""
+        jobs = self._index.jobs.values()
+        return [round_.manifest for job in jobs for round_ in job.rounds.values()]
+
+    def is_done(self, namespace: str, job: str, round_number: int) -> bool:
+        """Return whether a round has ended or has every update that it expects."""
+        found = self._index.round(namespace, job, round_number)
+        return found is not None and (found.has_ended or found.has_every_update)
+
     def receive(self, head: IncomingHead, writer_uri: str) -> Incoming:
         """Begin to take an object.
 
@@ -311,6 +321,10 @@ class CacheStore:
             return None
         return found.rounds[found.newest_ended].key(ObjectKind.AGGREGATE)
 
+    def has(self, key: ObjectKey) -> bool:
+        """Return whether there is an entry of an object, quarantined or not."""
+        return self._index.entry(key) is not None
+
     def info(self, key: ObjectKey) -> ObjectInfo | None:
         """Return one object's entry, quarantined or not."""
         entry = self._index.entry(key)
@@ -318,8 +332,15 @@ class CacheStore:
 
     def list(self, namespace: str = "", job: str = "") -> Sequence[ObjectInfo]:
         """Return entries in the order of their keys, quarantined ones among them."""
-        entries = sorted(self._index.entries(namespace, job), key=lambda entry: entry.key)
-        return [self._reading.info(entry) for entry in entries]
+        return self._listed(self._index.entries(namespace, job))
+
+    def list_round(self, manifest: RoundManifest) -> Sequence[ObjectInfo]:
+        """Return the entries of one round, as `list`."""
+        found = self._index.round(manifest.namespace, manifest.job, manifest.round)
+        return self._listed(found.entries.values()) if found else []
+
+    def _listed(self, entries: Iterable[Entry]) -> Sequence[ObjectInfo]:
+        return [self._reading.info(e) for e in sorted(entries, key=lambda entry: entry.key)]
 
     def discard(self, key: ObjectKey) -> None:
         """Forget an object whose bytes are gone, so that a copy of it can be taken."""
@@ -403,5 +424,4 @@ class CacheStore:
 
     async def _prepare(self, round_: Round, matrix: Matrix) -> None:
         loop = asyncio.get_running_loop()
-        wanted = lambda: round_.matrix is matrix  # noqa: E731
-        await loop.run_in_executor(self._executor, matrix.prepare, wanted)
+        await loop.run_in_executor(self._executor, matrix.prepare, lambda: round_.matrix is matrix)

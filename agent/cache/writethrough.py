@@ -17,7 +17,7 @@ import structlog
 
 from agent.cache.archive import Archive
 from agent.cache.folder import DIGEST_BYTES, Draft, Folder
-from agent.cache.index import Entry, Index, Round
+from agent.cache.index import Entry, Index, Round, RoundName
 from agent.cache.journal import Journal, Marked, Opened, Put, framed, records_in
 from tierwise.clock import monotonic_s
 from tierwise.domain.cache import Durability, ObjectKey, ObjectKind
@@ -34,8 +34,6 @@ UNKNOWN_S = 10.0  # how long the store is not asked again for a job that it did 
 UNKNOWN_MAX = 1024
 ROUNDS_AT_ONCE_MAX = 64  # taken up of a job that only the store knows
 
-Name = tuple[str, str, int]  # namespace, job, round
-
 
 class WriteThrough:
     """Brings objects to the store, and rounds back."""
@@ -47,7 +45,7 @@ class WriteThrough:
         journal: Journal,
         archive: Archive,
         node_id: str,
-        statistics_of: Callable[[Name], Path],
+        statistics_of: Callable[[RoundName], Path],
     ) -> None:
         self._index = index
         self._folder = folder
@@ -55,14 +53,13 @@ class WriteThrough:
         self._archive = archive
         self._node_id = node_id or "node"
         self._statistics_of = statistics_of
-        self._counted: OrderedDict[Name, None] = OrderedDict()
+        self._counted: OrderedDict[RoundName, None] = OrderedDict()
         self._waiting: OrderedDict[ObjectKey, None] = OrderedDict()
         self._is_wanted = asyncio.Event()
         self._stored = asyncio.Condition()
         self._storing = asyncio.Lock()
         self._unknown: OrderedDict[tuple[str, str], float] = OrderedDict()
         self.failure = ""  # why the store did not take what came last
-        self.is_copy_local = archive.shares_disk(folder.root)
 
     def add(self, entry: Entry) -> None:
         """Let an object be stored, if it is this node's to store."""
@@ -72,7 +69,7 @@ class WriteThrough:
 
     def add_statistics(self, round_: Round) -> None:
         """Let a round's statistics be stored beside it."""
-        self._counted[_name(round_)] = None
+        self._counted[round_.name] = None
         self._is_wanted.set()
 
     async def run_forever(self) -> None:
@@ -153,10 +150,6 @@ class WriteThrough:
         except BaseException:
             draft.drop()
             raise
-
-    async def mark(self, entry: Entry) -> None:
-        """Note that an object is on this disk again."""
-        await self._journal.append(Marked(key=entry.key, is_on_disk=True))
 
     async def take_up(self, namespace: str, job: str, number: int = -1) -> bool:
         """Learn of a job, or one round of it, from the store; return whether anything came.
@@ -256,11 +249,11 @@ class WriteThrough:
                         is_stored=True,
                     )
                 )
-        path = f"{_prefix(_name(round_))}/index/{self._node_id}"
+        path = f"{_prefix(round_.name)}/index/{self._node_id}"
         content = framed([Opened(round_.manifest, round_.opened_unix_s), *puts])
         await self._archive.put(path, content)
 
-    async def _store_statistics(self, name: Name) -> None:
+    async def _store_statistics(self, name: RoundName) -> None:
         self._counted.pop(name, None)
         round_ = self._index.round(*name)
         path = self._statistics_of(name)
@@ -291,11 +284,6 @@ class WriteThrough:
         return self._index.entry(record.key) is None
 
 
-def _name(round_: Round) -> Name:
-    manifest = round_.manifest
-    return manifest.namespace, manifest.job, manifest.round
-
-
-def _prefix(name: Name) -> str:
+def _prefix(name: RoundName) -> str:
     namespace, job, number = name
     return f"{namespace}/{job}/{number:06d}"

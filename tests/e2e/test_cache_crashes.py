@@ -30,8 +30,12 @@ def eventually(ask: Callable[[], Any], timeout_s: float = 30.0) -> Any:
             time.sleep(0.05)
 
 
-def durabilities(rounds: tierwise.Rounds) -> set[str]:
-    return {row["durability"] for row in rounds.list()}
+def wait_for_copies(rounds: tierwise.Rounds) -> None:
+    """Return when two nodes have every object of a job."""
+    ends_s = time.monotonic() + 20
+    while not all(len(row["node_ids"]) == 2 for row in rounds.list()):
+        assert time.monotonic() < ends_s
+        time.sleep(0.05)
 
 
 def filled(client: tierwise.Client, job: str, **options: Any) -> tierwise.Rounds:
@@ -50,10 +54,7 @@ def test_a_copy_answers_while_the_holder_is_dead_and_the_disk_when_it_is_back(
     rounds = filled(client, "crash", replica_nodes=["fog-1"])
     info = rounds.put_update(1, "a", update(0), durability="replicated")
     assert info.durability >= Durability.REPLICATED
-    ends_s = time.monotonic() + 20
-    while not all(len(row["node_ids"]) == 2 for row in rounds.list()):
-        assert time.monotonic() < ends_s
-        time.sleep(0.05)
+    wait_for_copies(rounds)
     before = rounds.ask("similarity", round=1)
     cluster.kill("edge-1")
     elsewhere = tierwise.Rounds(client, "crash", node="cloud-1")
@@ -98,10 +99,7 @@ def test_what_a_node_has_lost_comes_back_from_a_copy(
 ) -> None:
     rounds = filled(client, "refill", replica_nodes=["fog-1"])
     rounds.put_update(1, "c", update(2), durability="replicated")
-    ends_s = time.monotonic() + 20
-    while not all(len(row["node_ids"]) == 2 for row in rounds.list()):
-        assert time.monotonic() < ends_s
-        time.sleep(0.05)
+    wait_for_copies(rounds)
     cluster.kill("edge-1")
     folder = cluster.state / "agents/edge-1"
     shutil.rmtree(folder / "store", ignore_errors=True)

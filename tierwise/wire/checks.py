@@ -74,10 +74,10 @@ def text(value: str, field: str, length_max: int = TEXT_LENGTH_MAX) -> str:
     return value
 
 
-def digest(value: str, field: str) -> str:
-    """Return `value` if it is a SHA-256 in hex, or empty."""
+def digest(value: str, field: str, algorithm: str = "SHA-256") -> str:
+    """Return `value` if it is a digest of 256 bits in hex, or empty."""
     if value and _DIGEST.fullmatch(value) is None:
-        raise InvalidArgument(f"{field} {shown(value)}: use the SHA-256, 64 hex digits")
+        raise InvalidArgument(f"{field} {shown(value)}: use the {algorithm}, 64 hex digits")
     return value
 
 

@@ -20,6 +20,7 @@ from tierwise.wire.memfd import ATTACHMENTS_MAX
 # Of a Put or Get. On loopback with mTLS 512 KiB and 1 MiB are equally fast, 650 to 750 MB/s, and
 # 64 KiB a third of that: benchmarks/bench_cache_chunks.py.
 CHUNK_BYTES = 512 << 10
+DIGEST_ALGORITHM = "BLAKE2b-256"  # of objects
 ROUND_MAX = 2**31 - 1
 CLIENTS_MAX = 10_000
 CLIENT_LENGTH_MAX = 128
@@ -193,7 +194,7 @@ def info_from_pb(pb: cache_pb2.ObjectInfo) -> ObjectInfo:
     return ObjectInfo(
         key=key_from_pb(pb.key),
         size_bytes=checks.integer(pb.size_bytes, "size_bytes", 0, 2**62),
-        digest=checks.digest(pb.digest, "digest"),
+        digest=checks.digest(pb.digest, "digest", DIGEST_ALGORITHM),
         durability=durability_from_pb(pb.durability),
         node_ids=tuple(checks.name(node, "node_ids") for node in pb.node_ids),
         is_in_memory=pb.is_in_memory,
