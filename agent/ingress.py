@@ -35,6 +35,7 @@ log = structlog.get_logger()
 
 STREAM_IN_FLIGHT_MAX = 8192
 ITEMS_MAX = 4096
+LANES_MAX = 8  # of one stream
 BATCH_RESULTS_MAX = 256
 BATCH_BYTES_MAX = 4 << 20
 _Request = invocation_pb2.InvokeStreamRequest
@@ -108,27 +109,34 @@ class Ingress(invocation_pb2_grpc.InvocationServiceServicer):
             open_ids.discard(result.request_id)
             replies.put(result)
 
-        lane: Handover | None = None
-
-        def replied_short(result: types_pb2.InvocationResult) -> None:
-            open_ids.discard(result.request_id)
-            is_small = sum(len(item.value) for item in result.items) < SHORT_BYTES_MAX
-            answer = invocation_pb2.InvokeStreamResponse(results=[result])
-            if not (lane is not None and is_small and lane.post(answer.SerializeToString())):
-                replies.put(result)
-
-        def came_short(message: bytes) -> None:
-            try:
-                take(_Request.FromString(message), replied_short)
-            except DecodeError:
-                log.warning("channel.sent_nonsense", caller=caller.name)
+        lanes: list[Handover] = []  # the first is the client's loop's, the others are threads'
 
         def bind(channel_id: bytes) -> None:
-            nonlocal lane
             lane = self._door.find(channel_id)
-            if lane is not None and not caller.is_node:
-                lane.on_message = came_short
-                lane.post(BOUND)
+            if lane is None or caller.is_node or len(lanes) == LANES_MAX:
+                return
+            is_first = not lanes
+            lanes.append(lane)
+
+            def replied_short(result: types_pb2.InvocationResult) -> None:
+                open_ids.discard(result.request_id)
+                answer = invocation_pb2.InvokeStreamResponse(results=[result])
+                if not is_first:
+                    if not lane.post_large(answer.SerializeToString()):
+                        lane.shut_down()  # who waits there asks again another way
+                    return
+                is_small = sum(len(item.value) for item in result.items) < SHORT_BYTES_MAX
+                if not (is_small and lane.post(answer.SerializeToString())):
+                    replies.put(result)
+
+            def came_short(message: bytes) -> None:
+                try:
+                    take(_Request.FromString(message), replied_short)
+                except DecodeError:
+                    log.warning("channel.sent_nonsense", caller=caller.name)
+
+            lane.on_message = came_short
+            lane.post(BOUND)
 
         def take(
             message: invocation_pb2.InvokeStreamRequest,
@@ -160,8 +168,10 @@ class Ingress(invocation_pb2_grpc.InvocationServiceServicer):
                 await replies.flushed(lambda: not open_ids)  # the caller has said all
             finally:
                 writer.cancel()
-                if lane is not None:
+                for lane in lanes[:1]:
                     lane.on_message = _ignore
+                for lane in lanes[1:]:
+                    lane.shut_down()
                 for request_id in list(open_ids):
                     self._shell.cancel(request_id)
 

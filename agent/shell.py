@@ -529,10 +529,10 @@ class Shell:
             log=call.log,
             reading=None if reading is None else convert.reading_to_pb(reading),
         )
-        if outcome.reason is None:  # a refusal is no answer: the request may come back
-            self._answers.put(result, monotonic_s())
         for on_reply in call.on_reply:
             on_reply(result)
+        if outcome.reason is None:  # a refusal is no answer: the request may come back
+            self._answers.put(result, monotonic_s())
         self._memory.freed(sum(map(len, call.arguments)) + _size_bytes(result))
         # They may be large; what its report needs stays.
         call.arguments = call.items = call.attachments = ()

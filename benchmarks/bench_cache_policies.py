@@ -1,8 +1,10 @@
-"""Which policy keeps what a federated job's questions read? (simulated)
+"""Which policy keeps in memory what a federated job's questions read?
 
-The policies are the cache's own; the memory is a dict. Every policy sees the same seeded trace:
-rounds of 10 out of 250 clients come in, each followed by a mixed load of questions of FLStore's
-classes. Reads that find their bytes in memory count by bytes. `python -m benchmarks.bench_cache_policies`
+    python -m benchmarks.bench_cache_policies [--seeds N] [--kept-rounds N]
+
+Simulated: the policies are the cache's own, the memory is a dict. Every policy sees the same seeded
+trace: rounds of 10 out of 250 clients come in, each followed by questions of FLStore's classes.
+What is read and found in memory counts by its bytes.
 """
 
 import argparse

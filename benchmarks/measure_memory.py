@@ -17,8 +17,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from agent.runtime.environments import HOST
 from agent.runtime.runtime import ItemKind, RunReport, Runtime
 from benchmarks.functions.inputs import WORKLOADS, inputs
@@ -60,18 +58,17 @@ class Bench:
         path.write_bytes(blob)
         self._count += 1
         name = f"i{self._count}"
-        known = set(psutil.Process().children(recursive=True))
         started_s = precise_s()
         await self._runtime.start(
             name, code_digest=digest, code_path=path, environment=HOST, memory_mib=memory_mib
         )
         cold_s = precise_s() - started_s
-        new = [p.pid for p in psutil.Process().children(recursive=True) if p not in known]
-        before_s = _cpu_s(new[-1])
+        pid = self._runtime.workers()[name].pid
+        before_s = _cpu_s(pid)
         done: asyncio.Future[RunReport] = asyncio.get_running_loop().create_future()
         self._runtime.run(name, [encoded], timeout_s=300.0, on_done=done.set_result)
         report = await done
-        cpu_s = _cpu_s(new[-1]) - before_s if report.instance_alive else 0.0
+        cpu_s = _cpu_s(pid) - before_s if report.instance_alive else 0.0
         await self._runtime.stop(name)
         return report, cpu_s, cold_s
 

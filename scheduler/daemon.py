@@ -19,6 +19,8 @@ from scheduler.authority import Authority
 from scheduler.budgets import Budgets
 from scheduler.catalogue import FunctionCatalogue
 from scheduler.dispatch import Dispatcher
+from scheduler.federated import Federation
+from scheduler.federated_driver import Surroundings
 from scheduler.gateway import ClusterGateway, JoinGateway
 from scheduler.inventory import Sessions
 from scheduler.machine import ControlPlane
@@ -39,6 +41,7 @@ from tierwise.v1 import (
     budget_pb2_grpc,
     call_pb2_grpc,
     cluster_pb2_grpc,
+    federated_pb2_grpc,
     function_pb2_grpc,
     join_pb2_grpc,
     node_pb2,
@@ -74,6 +77,9 @@ _RIGHTS = {
     "AdvisorService": dict.fromkeys(("RecommendMemory", "ResizeFunction"), _PEOPLE),
     "CallService": dict.fromkeys(("ListCalls", "GetCall", "GetUsage"), _PEOPLE),
     "BudgetService": {"SetBudget": _ADMINS, "ListBudgets": _PEOPLE, "RemoveBudget": _ADMINS},
+    "FederatedService": dict.fromkeys(
+        ("CreateJob", "ListJobs", "GetJob", "WatchJob", "StopJob", "ResumeJob"), _PEOPLE
+    ),
     "NodeService": {"Session": {Role.NODE}},
     "PolicyService": {
         "PublishPolicy": _PEOPLE,
@@ -189,12 +195,15 @@ async def _serve(
 
     server = new_server([ErrorInterceptor(), AuthorizationInterceptor(ROLES, authority.is_revoked)])
     queue = WorkQueue(store, window, functions, budgets, queue_max=config.work_queue_max)
+    around = Surroundings(store, queue, window, dispatcher, sessions)
+    federation = Federation(around, functions, group)
     cluster = ClusterGateway(store, dispatcher, sessions, authority)
     function_pb2_grpc.add_FunctionServiceServicer_to_server(functions, server)
     work_pb2_grpc.add_WorkServiceServicer_to_server(queue, server)
     advisor_pb2_grpc.add_AdvisorServiceServicer_to_server(sizings, server)
     budget_pb2_grpc.add_BudgetServiceServicer_to_server(budgets, server)
     call_pb2_grpc.add_CallServiceServicer_to_server(telemetry, server)
+    federated_pb2_grpc.add_FederatedServiceServicer_to_server(federation, server)
     node_pb2_grpc.add_NodeServiceServicer_to_server(sessions, server)
     policy_pb2_grpc.add_PolicyServiceServicer_to_server(policies, server)
     cluster_pb2_grpc.add_ClusterServiceServicer_to_server(cluster, server)
@@ -215,6 +224,7 @@ async def _serve(
     write_atomically(state / "address", msgspec.toml.encode({"main": main, "join": join}))
     log.info("scheduler.started", address=main, join_address=join)
 
+    await federation.resume()
     background = [
         group.create_task(dispatcher.tick_forever()),
         group.create_task(sessions.broadcast_views_forever()),
@@ -227,6 +237,7 @@ async def _serve(
     await _stop_asked()
     for task in background:
         task.cancel()
+    federation.close()
     sessions.close()
     window.close()
     await join_server.stop(grace=0.2)

@@ -135,12 +135,16 @@ class Sessions(node_pb2_grpc.NodeServiceServicer):
         """Tell a node to drain, or to take work again."""
         self._send(node_id, node_pb2.SessionResponse(drain=node_pb2.Drain(is_on=is_on)))
 
-    def open_round(self, node_id: NodeId, manifest: RoundManifest) -> bool:
+    def open_round(
+        self, node_id: NodeId, manifest: RoundManifest, base_node: NodeId | None = None
+    ) -> bool:
         """Have a node's cache open a round; return whether the node is connected.
 
         `on_round_opened` hears what became of it. Idempotent: send it again after a lost session.
+        `base_node` has the base, if that is known.
         """
         pb = manifest_to_pb(manifest)
+        pb.base_node = base_node or ""
         self._send(node_id, node_pb2.SessionResponse(open_round=pb))
         return node_id in self._sessions
 

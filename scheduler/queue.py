@@ -80,10 +80,18 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
     async def Submit(
         self, request: work_pb2.SubmitRequest, context: Any
     ) -> work_pb2.SubmitResponse:
-        caller = peer_identity(context).uri
-        if not 0 < len(request.submissions) <= SUBMISSIONS_MAX:
+        accepted = await self.submit(request.submissions, peer_identity(context).uri)
+        return work_pb2.SubmitResponse(request_ids=accepted)
+
+    async def submit(self, submissions: Sequence[work_pb2.Submission], caller: str) -> list[str]:
+        """Accept work of somebody; return the id of each piece.
+
+        Raises:
+            TierwiseError: As the RPC says; nothing of it is stored then.
+        """
+        if not 0 < len(submissions) <= SUBMISSIONS_MAX:
             raise InvalidArgument(f"submit 1 to {SUBMISSIONS_MAX} pieces of work at a time")
-        prepared = [self._prepare(work, caller) for work in request.submissions]
+        prepared = [self._prepare(work, caller) for work in submissions]
         rows = [each.columns for each in prepared]
         blobs = [each.arguments for each in prepared]
         await self._check_budgets([each.submitted.request.spec for each in prepared], rows)
@@ -103,7 +111,7 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
             )
         finally:
             self._being_stored_count -= len(rows)
-        return work_pb2.SubmitResponse(request_ids=[request_id for request_id, _ in accepted])
+        return [request_id for request_id, _ in accepted]
 
     async def Watch(  # type: ignore[override]  # grpc.aio also takes coroutines that write
         self, request: work_pb2.WatchRequest, context: Any
@@ -124,7 +132,7 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
         self, request: work_pb2.GetResultRequest, context: Any
     ) -> work_pb2.GetResultResponse:
         wait_s = min(max(0.0, request.wait_s), WAIT_S_MAX)
-        row, result = await self._ended(request.request_id, wait_s)
+        row, result = await self.ended(request.request_id, wait_s)
         response = work_pb2.GetResultResponse(work=_work(row))
         if result is not None:
             response.result.MergeFromString(result)
@@ -136,7 +144,7 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
         row = await self._store.read(lambda c: table.get(c, request.request_id))
         if row.state in table.OPEN:
             await self._window.cancel(RequestId(request.request_id))
-            row, _ = await self._ended(request.request_id, CANCEL_WAIT_S)
+            row, _ = await self.ended(request.request_id, CANCEL_WAIT_S)
         return work_pb2.CancelResponse(work=_work(row))
 
     async def ListWork(
@@ -240,8 +248,10 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
                 retry_after_s=1.0,
             )
 
-    async def _ended(self, request_id: str, wait_s: float) -> tuple[Row[Any], bytes | None]:
-        """Return the row and result, waiting up to `wait_s` for the end."""
+    async def ended(
+        self, request_id: str, wait_s: float | None = None
+    ) -> tuple[Row[Any], bytes | None]:
+        """Return the row and result, waiting up to `wait_s` for the end; None: for ever."""
         with self._listening(request_id) as changed:
             try:
                 async with asyncio.timeout(wait_s or None):
@@ -250,7 +260,7 @@ class WorkQueue(work_pb2_grpc.WorkServiceServicer):
                         found = await self._store.read(
                             lambda c: table.get_with_result(c, request_id)
                         )
-                        if wait_s <= 0.0 or found[0].state not in table.OPEN:
+                        if wait_s == 0.0 or found[0].state not in table.OPEN:
                             return found
                         await changed.wait()
             except TimeoutError:

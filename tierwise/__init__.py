@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tierwise.sdk.app import App, Function
     from tierwise.sdk.cached import CachedArray
     from tierwise.sdk.client import Client, connect, handle
+    from tierwise.sdk.federated import FederatedJob
     from tierwise.sdk.handle import Handle
     from tierwise.sdk.local import LocalCluster
     from tierwise.sdk.rounds import Rounds
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 _ROOMS = {
     "tierwise.sdk.app": ("App", "Function"),
     "tierwise.sdk.client": ("Client", "connect", "handle"),
+    "tierwise.sdk.federated": ("FederatedJob",),
     "tierwise.sdk.handle": ("Handle",),
     "tierwise.sdk.cached": ("CachedArray",),
     "tierwise.sdk.local": ("LocalCluster",),
@@ -84,6 +86,7 @@ __all__ = [
     "Client",
     "DeadlineExceeded",
     "FailedPrecondition",
+    "FederatedJob",
     "Function",
     "FunctionDied",
     "FunctionError",

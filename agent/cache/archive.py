@@ -173,7 +173,7 @@ class Archive:
         except (NotFound, Unavailable, OSError):
             raise  # an OSError is the local disk's
         except Exception as error:  # obstore has a kind per cause; all mean: not now
-            text = str(error).partition("\n")[0][:300]
+            text = " ".join(str(error).split())[:400]
             raise Unavailable(f"the store refuses {path}: {text}") from None
 
 

@@ -115,14 +115,19 @@ class Counting:
             if any(row not in updates for row in count.digests):  # one was damaged
                 count.running, count.digests = RunningStatistics(len(round_.row_of)), {}
             if len(updates) > len(count.digests):
-                vectors = await self._vectors(round_)
-                bases = await self._bases(round_)
-                loop = asyncio.get_running_loop()
-                await loop.run_in_executor(
-                    self._executor, count.running.add, vectors, bases.base, bases.before
-                )
+                round_.user_count += 1
+                try:
+                    vectors = await self._vectors(round_)
+                    bases = await self._bases(round_)
+                    loop = asyncio.get_running_loop()
+                    await loop.run_in_executor(
+                        self._executor, count.running.add, vectors, bases.base, bases.before
+                    )
+                finally:
+                    round_.user_count -= 1
                 here = {round_.row_of[entry.key.client]: entry for entry in round_.updates()}
                 count.digests = {row: here[row].digest for row in vectors if row in here}
+                del vectors  # they keep what they are views of
                 count.base_digest = bases.digest
                 count.is_saved, count.snapshot = False, None
             if not count.is_saved:

@@ -123,8 +123,9 @@ class Disk:
         held = {
             entry.key: entry
             for entry in self._index.entries(namespace or "")
-            if entry.is_stored and entry.has_file and not self._is_base(entry.key)
+            if entry.is_stored and entry.has_file and not entry.reader_count
         }
+        held = {key: entry for key, entry in held.items() if not self._is_base(key)}
         sizes = {key: entry.size_bytes for key, entry in held.items()}
         victims: list[Entry] = [
             held[key] for key in self._policy.victims(sizes, need_bytes) if key in held

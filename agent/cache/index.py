@@ -33,6 +33,7 @@ class Entry:
         file: Its bytes in memory, unless they are a row of the round's matrix.
         is_on_disk: Whether a file holds it (METADATA: a record of the journal).
         is_journaled: Whether a restart would find it.
+        reader_count: How many read its file now, which must not go.
         is_checked: Whether this process has seen that the file holds what its name says.
     """
 
@@ -49,6 +50,7 @@ class Entry:
     node_ids: tuple[str, ...] = ()
     file: Memfd | None = None
     is_checked: bool = False
+    reader_count: int = 0
 
     @property
     def durability(self) -> Durability:
@@ -100,7 +102,7 @@ class Round:
     row_of: dict[str, int]
     entries: dict[tuple[ObjectKind, str], Entry] = field(default_factory=dict)
     matrix: Matrix | None = None
-    writer_count: int = 0  # rows of the matrix that are being written
+    user_count: int = 0  # who writes or reads rows of the matrix now: it must not go
 
     @property
     def has_ended(self) -> bool:

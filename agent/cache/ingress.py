@@ -16,7 +16,7 @@ from agent.cache.holders import HolderIndex
 from agent.cache.overview import Caller, Overview
 from agent.cache.own import OwnRounds
 from agent.cache.peers import CachePeers
-from agent.cache.reach import HOLDERS_TRIED_MAX, Reach
+from agent.cache.reach import ANYWHERE, HOLDERS_TRIED_MAX, Reach
 from agent.cache.replication import Replicator
 from agent.cache.rights import CLUSTER, Rights
 from agent.cache.store import CacheStore
@@ -115,10 +115,10 @@ class CacheIngress(cache_pb2_grpc.CacheServiceServicer):
         await self.open(manifest)
         return cache_pb2.OpenRoundResponse()
 
-    async def open(self, manifest: RoundManifest) -> None:
+    async def open(self, manifest: RoundManifest, *, base_node: NodeId = ANYWHERE) -> None:
         """Open a round here, for a user, the scheduler or the node that is its home."""
         known = self._own.manifest(manifest.namespace, manifest.job, manifest.round)
-        await self._reach.open(manifest)
+        await self._reach.open(manifest, base_node=base_node)
         if known is None:
             self._on_opened()
 

@@ -157,7 +157,7 @@ class Intake:
         is_row = head.key.kind is ObjectKind.UPDATE and not misfit and row is not None
         if is_row and round_.matrix is not None:
             assert row is not None
-            round_.writer_count += 1
+            round_.user_count += 1
             claims.round = round_
             return RowTarget(round_.matrix, row)
         self._residency.claim(claims.namespace, head.size_bytes)
@@ -300,7 +300,7 @@ class Intake:
         if claims.disk_bytes:
             self._disk.release(claims.namespace, claims.disk_bytes)
         if claims.round is not None:
-            claims.round.writer_count -= 1
+            claims.round.user_count -= 1
 
 
 def _blob(head: IncomingHead) -> bytes:

@@ -6,6 +6,7 @@ One that is damaged comes back from the store; if the store does not have it, it
 
 import asyncio
 import hashlib
+from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any
 
@@ -53,20 +54,17 @@ class Loader:
         """
         if entry.file is not None:
             await self._run(_copy, entry.file.view(), target)
-            return
-        await self.ready(entry)
-        await self._read(entry, self._disk.folder.read_into, entry.digest, target)
+        else:
+            await self._read(entry, lambda: self._disk.folder.read_into(entry.digest, target))
 
     async def onto(self, entry: Entry, sheet: Sheet) -> None:
         """Fill a sheet; raises as `into`."""
-        await self.ready(entry)
         path = self._disk.folder.path(entry.digest)
-        await self._read(entry, sheet.fill_from, path, entry.size_bytes)
+        await self._read(entry, lambda: sheet.fill_from(path, entry.size_bytes))
 
     async def mapped(self, entry: Entry) -> memoryview:
         """Return an object's file as memory; raises as `into`."""
-        await self.ready(entry)
-        found: memoryview = await self._read(entry, self._disk.folder.map, entry.digest)
+        found: memoryview = await self._read(entry, lambda: self._disk.folder.map(entry.digest))
         return found
 
     def vector(self, entry: Entry) -> NDArray[np.float32]:
@@ -128,13 +126,17 @@ class Loader:
             found.update(content[start : start + HASH_BYTES])
         return found.hexdigest()
 
-    async def _read(self, entry: Entry, function: Any, *arguments: Any) -> Any:
+    async def _read(self, entry: Entry, read: Callable[[], Any]) -> Any:
+        entry.reader_count += 1  # what is read does not go for room
         try:
-            return await self._run(function, *arguments)
+            await self.ready(entry)
+            return await self._run(read)
         except FileNotFoundError:
-            raise NotFound(f"{entry.key} was forgotten, or went to the store, meanwhile") from None
+            raise NotFound(f"{entry.key} was forgotten meanwhile") from None
         except OSError as error:
             raise Unavailable(f"{entry.key} cannot be read from this disk: {error}") from None
+        finally:
+            entry.reader_count -= 1
 
     async def _run(self, function: Any, *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(

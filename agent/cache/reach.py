@@ -52,8 +52,12 @@ class Reach:
         self._fetched: OrderedDict[tuple[ObjectKey, str], tuple[Found, float]] = OrderedDict()
         self._fetching: dict[tuple[ObjectKey, str], asyncio.Task[Found]] = {}
 
-    async def open(self, manifest: RoundManifest) -> None:
+    async def open(self, manifest: RoundManifest, *, base_node: NodeId = ANYWHERE) -> None:
         """Open a round here, with its base if that is another node's.
+
+        Args:
+            manifest: The round.
+            base_node: Where the base is, by the word of who opens the round.
 
         Raises:
             TierwiseError: As the store says.
@@ -61,14 +65,20 @@ class Reach:
         base = manifest.base
         if base is not None and self._store.info(base) is None:
             try:
-                await self._bring(base, manifest.owner)
+                await self._bring(base, manifest.owner, base_node)
             except NotFound:
                 log.warning("base.not_found", key=str(base))  # the store says what follows
         await self._store.open_round(manifest)
 
-    async def _bring(self, base: ObjectKey, owner: str) -> None:
-        """Copy a base from who has it; its round stays that node's."""
-        file, info = await self.read(base, CLUSTER)
+    async def _bring(self, base: ObjectKey, owner: str, near: NodeId) -> None:
+        """Copy a base from who has it; its round stays that node's.
+
+        This node may have taken part in that round, and not have what it ended with.
+        """
+        if near not in ("", self._here):
+            file, info = await self._peers.get(near, base, CLUSTER)
+        else:
+            file, info = await self.read(base, CLUSTER)
         if self._store.info(base) is not None:
             return  # it has come back from the store, or from a copy
         if self._store.manifest(base.namespace, base.job, base.round) is None:

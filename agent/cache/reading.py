@@ -252,7 +252,7 @@ class Reading:
 
     async def _fill(self, round_: Round, matrix: Matrix) -> None:
         """Bring the updates that count into their rows."""
-        round_.writer_count += 1  # it must not go while it is filled
+        round_.user_count += 1  # it must not go while it is filled
         try:
             while True:
                 left = [
@@ -272,7 +272,7 @@ class Reading:
                     if round_.matrix is matrix:
                         self._residency.drop(entry)
         finally:
-            round_.writer_count -= 1
+            round_.user_count -= 1
 
     async def _fetched(self, entry: Entry, *, is_kept: bool = False) -> Memfd:
         """Return an object as a file of its own, made of a row or read from the disk."""

@@ -65,10 +65,9 @@ class Residency:
             (namespace, self.quota_bytes, "quota_mib"),
             (None, self.bytes_max, "memory_mib"),
         ):
-            over = self.used_bytes(of) + size_bytes - limit
-            if over > 0:
-                self._evict(of, over)
-                over = self.used_bytes(of) + size_bytes - limit
+            while (over := self.used_bytes(of) + size_bytes - limit) > 0:
+                if not self._evict(of, over):  # what went may still be mapped: more has to go
+                    break
             if over > 0:
                 raise Overloaded(
                     f"the cache is full of what cannot go yet: {over >> 20} MiB too much for "
@@ -145,7 +144,8 @@ class Residency:
             if entry.durability >= Durability.DISK and not self.policy.is_admitted(entry.key):
                 self.drop(entry)
 
-    def _evict(self, namespace: str | None, need_bytes: int) -> None:
+    def _evict(self, namespace: str | None, need_bytes: int) -> bool:
+        """Drop what the policy says; return whether there was anything to drop."""
         held = dict(self._evictable(namespace))
         chosen = self.policy.victims(held, need_bytes)
         # Whatever a policy answers, the bound holds.
@@ -158,6 +158,7 @@ class Residency:
                 victims.append(key)
                 freed += held[key]
         self._drop_all(set(victims))
+        return bool(victims)
 
     def _drop_all(self, victims: set[ObjectKey]) -> None:
         for key in victims & self._files.keys():
@@ -182,7 +183,7 @@ class Residency:
                 yield key, entry.file.nbytes
 
     def _may_go(self, round_: Round) -> bool:
-        return not round_.writer_count and all(
+        return not round_.user_count and all(
             entry.durability >= Durability.DISK
             for entry in round_.updates()
             if round_.row(entry.key) is not None

@@ -1,4 +1,4 @@
-"""What a cache finds when it starts: its files, its machine."""
+"""What a cache finds when it starts: its files, its machine; and how short its journal is kept."""
 
 import contextlib
 import os
@@ -14,6 +14,7 @@ from agent.probe import Probe
 
 log = structlog.get_logger()
 
+JOURNAL_FACTOR, JOURNAL_RECORDS_MIN = 4, 2000  # rewritten when so much longer than needed
 NICENESS = 5  # of the thread that counts: answers and updates come first
 
 
@@ -36,6 +37,16 @@ def restore(index: Index, folder: Folder, journal: Journal) -> None:
                 index.remove(entry.key)
     if count := folder.sweep(index.digests()):
         log.info("cache.unacknowledged_deleted", count=count)
+
+
+async def compact(index: Index, journal: Journal) -> None:
+    """Rewrite the journal when it says much more than what is."""
+    needed = index.object_count + sum(len(job.rounds) for job in index.jobs.values())
+    if journal.record_count > max(JOURNAL_FACTOR * needed, JOURNAL_RECORDS_MIN):
+        try:
+            await journal.replace(index.records)
+        except OSError as error:
+            log.warning("cache.journal_not_compacted", cause=str(error))
 
 
 def step_back() -> None:

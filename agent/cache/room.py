@@ -120,7 +120,8 @@ class CacheRoom:
             TierwiseError: As the store says.
         """
         asked = manifest_from_pb(manifest)
-        await self.ingress.open(replace(asked, home=asked.home or self._here))
+        base_node = NodeId(manifest.base_node)
+        await self.ingress.open(replace(asked, home=asked.home or self._here), base_node=base_node)
 
     def _told(self, held: HeldRounds) -> HeldRounds:
         """Add what only this layer knows; a round that is open and empty is held, too."""

@@ -26,7 +26,7 @@ from agent.cache.journal import Forgot, Journal, Marked, Opened
 from agent.cache.loading import Loader
 from agent.cache.reading import Reading
 from agent.cache.residency import Residency
-from agent.cache.restoring import free_bytes, memory_bytes_of_machine, restore, step_back
+from agent.cache.restoring import compact, free_bytes, memory_bytes_of_machine, restore, step_back
 from agent.cache.rivals import policy
 from agent.cache.tasks import Tasks
 from agent.cache.writethrough import WriteThrough
@@ -55,7 +55,6 @@ log = structlog.get_logger()
 
 THREADS = 4
 TIDY_S = 1.0
-JOURNAL_FACTOR, JOURNAL_RECORDS_MIN = 4, 2000  # rewritten when so much longer than needed
 HISTORY_MAX = 256
 
 
@@ -70,12 +69,14 @@ class CacheStore:
         """Use `folder` (made if missing) for files; nothing is read before `recover`.
 
         Raises:
-            InvalidArgument: The policy or the store's URL means nothing to us.
+            InvalidArgument: A size is negative; the policy or URL means nothing to us.
         """
         try:
             chosen = policy(config.policy)
         except ValueError as error:
             raise InvalidArgument(f"[cache] policy: {error}") from None
+        if min(config.memory_mib, config.disk_mib, config.quota_mib) < 0:
+            raise InvalidArgument("[cache] memory_mib, disk_mib and quota_mib are 0 or more")
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._root = folder
         self._node_id = node_id
@@ -177,7 +178,7 @@ class CacheStore:
             while True:
                 self._residency.tidy()
                 await self._reading.fetch_ahead()
-                await self._compact()
+                await compact(self._index, self._journal)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(TIDY_S):
                         await self._reading.wished.wait()
@@ -404,11 +405,3 @@ class CacheStore:
         loop = asyncio.get_running_loop()
         wanted = lambda: round_.matrix is matrix  # noqa: E731
         await loop.run_in_executor(self._executor, matrix.prepare, wanted)
-
-    async def _compact(self) -> None:
-        needed = self._index.object_count + sum(len(j.rounds) for j in self._index.jobs.values())
-        if self._journal.record_count > max(JOURNAL_FACTOR * needed, JOURNAL_RECORDS_MIN):
-            try:
-                await self._journal.replace(self._index.records)
-            except OSError as error:
-                log.warning("cache.journal_not_compacted", cause=str(error))

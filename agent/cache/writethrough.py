@@ -59,6 +59,7 @@ class WriteThrough:
         self._waiting: OrderedDict[ObjectKey, None] = OrderedDict()
         self._is_wanted = asyncio.Event()
         self._stored = asyncio.Condition()
+        self._storing = asyncio.Lock()
         self._unknown: OrderedDict[tuple[str, str], float] = OrderedDict()
         self.failure = ""  # why the store did not take what came last
         self.is_copy_local = archive.shares_disk(folder.root)
@@ -85,10 +86,11 @@ class WriteThrough:
                 self._is_wanted.clear()
                 continue
             try:
-                if batch:
-                    await self._store(batch)
-                elif counted is not None:
-                    await self._store_statistics(counted)
+                async with self._storing:
+                    if batch:
+                        await self._store(batch)
+                    elif counted is not None:
+                        await self._store_statistics(counted)
                 wait_s, self.failure = WAIT_S_MIN, ""
             except (TierwiseError, OSError) as error:
                 if str(error) != self.failure:
@@ -192,7 +194,8 @@ class WriteThrough:
         Raises:
             Unavailable: The store does not answer.
         """
-        await self._archive.delete(await self._archive.paths(f"{namespace}/{job}/"))
+        async with self._storing:  # what is on its way would come after
+            await self._archive.delete(await self._archive.paths(f"{namespace}/{job}/"))
 
     def forget(self, namespace: str, job: str) -> None:
         """Store nothing more of a job."""
@@ -215,23 +218,26 @@ class WriteThrough:
                     await self._archive.put(str(entry.key), entry.blob)
 
         results = await asyncio.gather(*map(_one, entries), return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-        rounds = {(e.key.namespace, e.key.job, e.key.round) for e in entries}
+        sent = [e for e, result in zip(entries, results, strict=True) if result is None]
+        rounds = {(e.key.namespace, e.key.job, e.key.round) for e in sent}
         for name in sorted(rounds):
             round_ = self._index.round(*name)
             if round_ is not None:
-                await self._list(round_, {e.key for e in entries})
+                await self._list(round_, {e.key for e in sent})
         # A job may have been forgotten meanwhile, or an update replaced.
-        kept = [entry for entry in entries if self._index.entry(entry.key) is entry]
+        kept = [entry for entry in sent if self._index.entry(entry.key) is entry]
         for entry in kept:
             entry.is_stored = True
         if kept:
             await self._journal.append(*(Marked(key=e.key, is_stored=True) for e in kept))
+        failed = {e.key for e, result in zip(entries, results, strict=True) if result is not None}
         for key in keys:
-            self._waiting.pop(key, None)
+            if key not in failed:
+                self._waiting.pop(key, None)
         await self.announce()
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
 
     async def _list(self, round_: Round, new: set[ObjectKey]) -> None:
         """Store what a round holds: the manifest, and each object that is in the store."""

@@ -31,6 +31,7 @@ DEATH_WAIT_S = 1.0
 MORE_MEMORY = "raise memory= or send smaller inputs"
 IN_FILE = 0xFFFFFFFF  # see worker.py
 IN_FILE_BYTES_MIN = 1 << 20
+PEAK_SLACK_MIB = 1.0  # a peak below this may be the next batch's too: counting anew takes 15 µs
 EXIT_TIMEOUT_S = 2.0  # for a function's own exit()
 IMPORTS_MAX = 400
 _U32 = struct.Struct("<I")
@@ -140,6 +141,7 @@ class Worker:
         self._numbered: asyncio.Future[None] = self._loop.create_future()
         self._baseline_mib = 0.0
         self._used_mib = 0.0  # as last seen, of the running batch
+        self._is_peak_high = True  # the kernel should count anew before the next batch
         self._beside_mib = 0.0  # size of the files beside the running batch
         self._limit_mib = memory_mib  # of the running batch, within what the process started with
         self._refs_fd = -1
@@ -231,7 +233,10 @@ class Worker:
         assert self._on_done is None, "an instance runs one batch at a time"
         self._limit_mib = min(memory_mib or self._memory_mib, self._memory_mib)
         self._beside_mib = sum(file.nbytes for file in attachments) / 2**20
-        self._reset_peak()
+        self._used_mib = 0.0
+        if self._is_peak_high:
+            self._reset_peak()
+        self._is_peak_high = True
         self._on_done = on_done
         self._results = [None] * len(arguments)
         self._log.clear()
@@ -281,7 +286,6 @@ class Worker:
 
         Where it cannot, the peak is that of all batches so far: too high, never too low.
         """
-        self._used_mib = 0.0
         if self._refs_fd >= 0:
             with contextlib.suppress(OSError):
                 os.write(self._refs_fd, b"5")
@@ -399,6 +403,7 @@ class Worker:
         if self._zygote is not None:
             self._zygote.drain()  # each refusal was told before the function went on
         refused, self._refused = self._refused, Counter()
+        self._is_peak_high = peak_mib > PEAK_SLACK_MIB
         cpu_s = self._cpu_seen_s - self._cpu_s
         self._cpu_s = self._cpu_seen_s
         results, self._results = self._results, []  # they may be large, and the next may be far

@@ -7,11 +7,13 @@ Agent is a pidfd, data a JSON list of folders that functions may read.
 It holds one thread and one socket, so a fork is cheap and safe. Before it imports the modules that
 functions need it goes where they will run: behind private mounts, without the host's files. Over
 the control socket (SOCK_SEQPACKET, JSON) it is told to fork or kill instances, and tells when one
-has ended or was refused a system call. Told to branch, it forks a zygote like itself, with a
+has ended or was refused a system call. While nothing happens it makes spares, which become the next
+instances. Told to branch, it forks a zygote like itself, with a
 control socket of its own, that imports more modules: what some functions were seen to import never
 enters the root.
 """
 
+import contextlib
 import dataclasses
 import gc
 import importlib
@@ -27,7 +29,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 MESSAGE_MAX = 65536
-SEAL_FILES = ("sandbox", "seal", "cell", "dialing")
+SEAL_FILES = ("sandbox", "seal", "cell", "dialing", "spare")
 FDS_PER_FORK = 5  # socket, log pipe, progress page, code, and the way to the network if any
 
 
@@ -57,6 +59,7 @@ class Kit:
     seal: Any
     cell: Any
     dialing: Any
+    spare: Any
     payload: Any
     worker: Any
 
@@ -119,13 +122,19 @@ class Zygote:
         self._cells: dict[str, Any] = {}
         self._owners: dict[int, Any] = {}  # descriptor that is polled → its cell
         self._branches: dict[int, int] = {}  # pidfd → number
+        self._spares = kit.spare.Spares()
         self._poll = select.poll()
         self._poll.register(control, select.POLLIN)
 
     def serve(self) -> None:
         """Do what the agent says; return when it is gone, and everything below with it."""
         while True:
-            for descriptor, events in self._poll.poll():
+            size = self._spares.missing() if self._seal.has_root else None
+            ready = self._poll.poll(self._kit.spare.IDLE_MS if size is not None else None)
+            if size is not None and not ready:
+                with contextlib.suppress(OSError):  # then a start makes its own, and says why not
+                    self._spares.put(self._make(size, self._kit.spare.WORK))
+            for descriptor, events in ready:
                 if descriptor == self._control.fileno():
                     message, fds, _, _ = socket.recv_fds(self._control, MESSAGE_MAX, FDS_PER_FORK)
                     if not message:
@@ -153,23 +162,39 @@ class Zygote:
 
     def _fork(self, order: dict[str, Any], fds: list[int]) -> None:
         name = order["fork"]
-        cell = None
+        size = order["memory_mib"], order["cpus"]
+        spare = self._spares.take(size)
+        if spare is not None and not spare.give(order, fds):
+            self._spares.put(spare)  # until its end is heard of
+            spare = None
         try:
-            cell = self._kit.cell.Cell(
-                name, self._seal, memory_mib=order["memory_mib"], cpus=order["cpus"]
-            )
-            pid, first = self._seal.fork(self._own)
+            if spare is None:
+                spare = self._make(size, order["folder"])
+                spare.give(order, fds)  # if it has ended already, that is heard next
         except OSError as error:
-            if cell is not None:
-                cell.abandon()
             self._tell({"failed": name, "why": str(error)})
             return
+        self._cells[name] = spare.cell
+        self._tell({"forked": name}, (spare.cell.pidfd,))
+
+    def _make(self, size: tuple[int, float], folder: str) -> Any:
+        """Return a new process that seals itself and waits for its order.
+
+        Raises:
+            OSError: There can be no more processes, groups or namespaces.
+        """
+        spare = self._kit.spare.Spare(size, self._seal)
+        try:
+            pid, first = self._seal.fork(self._own)
+        except OSError:
+            spare.cell.abandon()
+            spare.close()
+            raise
         if pid == 0:
-            become_instance(order, fds, self._own, self._seal, cell, self._kit)
-        cell.forked(pid, first)
-        self._cells[name] = cell
-        self._watch(cell.descriptors(), cell)
-        self._tell({"forked": name}, (cell.pidfd,))
+            become_instance(spare, folder, self._own, self._seal, self._kit)
+        spare.forked(pid, first)
+        self._watch(spare.cell.descriptors(), spare.cell)
+        return spare
 
     def _branch(self, modules: list[str], control_fd: int) -> None:
         pid = os.fork()
@@ -183,8 +208,10 @@ class Zygote:
     def _hear(self, cell: Any, descriptor: int, events: int) -> None:
         if descriptor == cell.pidfd:
             self._forget(cell.descriptors())
-            del self._cells[cell.name]
             code, has_run_out, left = cell.end()
+            if self._spares.lost(cell):
+                return
+            del self._cells[cell.name]
             self._tell({"ended": cell.name, "code": code, "oom": has_run_out, "left": left})
         elif not cell.is_listening:
             self._forget([descriptor])
@@ -198,11 +225,12 @@ class Zygote:
             self._forget([descriptor])  # nobody is left who could be refused anything
 
     def _end(self) -> None:
-        for cell in self._cells.values():
+        cells = [*self._cells.values(), *self._spares.cells()]
+        for cell in cells:
             cell.kill()
         for pid in self._branches.values():
             os.kill(pid, signal.SIGKILL)
-        for cell in self._cells.values():
+        for cell in cells:
             cell.end()
         for pid in self._branches.values():
             os.waitpid(pid, 0)
@@ -238,22 +266,30 @@ def become_branch(
         os._exit(0)
 
 
-def become_instance(
-    order: dict[str, Any], fds: list[int], parent: int, seal: Any, cell: Any, kit: Kit
-) -> NoReturn:
-    """Be the instance: put on the seal, load the function, serve calls."""
+def become_instance(spare: Any, folder: str, parent: int, seal: Any, kit: Kit) -> NoReturn:
+    """Put on the seal, wait for the order, load its function, serve calls."""
     try:
+        failure = None
+        try:
+            kit.sandbox.enter(
+                seal,
+                parent=parent,
+                group=spare.cell.group,
+                keep=(spare.theirs.fileno(),),
+                log=os.open(os.devnull, os.O_WRONLY),
+                folder=folder,
+                memory_mib=spare.size[0],
+                report=spare.cell.report,
+            )
+        except BaseException as error:  # who gets this process is told
+            failure = error
+        order, fds = kit.spare.wait_for_order(spare.theirs, FDS_PER_FORK)
         channel_fd, log_fd, progress_fd, code_fd, *network_fds = fds
-        kit.sandbox.enter(
-            seal,
-            parent=parent,
-            group=cell.group,
-            keep=(channel_fd, progress_fd, code_fd, *network_fds),
-            log=log_fd,
-            folder=order["folder"],
-            memory_mib=order["memory_mib"],
-            report=cell.report,
-        )
+        os.dup2(log_fd, 1)
+        os.dup2(log_fd, 2)
+        os.close(log_fd)
+        if failure is not None:
+            raise failure
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         for descriptor in network_fds:
             kit.dialing.install(descriptor)

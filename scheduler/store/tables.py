@@ -234,3 +234,26 @@ trial_blocks = Table(
     Column("missed_count", BigInteger, nullable=False),
     Column("cost_s", Float, nullable=False),  # summed
 )
+
+# Federated jobs, one of each name; how far they are is JSON, for people as much as for us.
+federated_jobs = Table(
+    "federated_jobs",
+    metadata,
+    Column("namespace", String(63), primary_key=True),
+    Column("job", String(63), primary_key=True),
+    Column("uid", String(32), nullable=False, unique=True),
+    Column("owner", String(200), nullable=False),
+    Column("spec", LargeBinary, nullable=False),
+    Column("state", Integer, nullable=False, index=True),
+    Column("progress", Text, nullable=False),
+    Column("created_unix_s", Float, nullable=False),
+    Column("ended_unix_s", Float, nullable=False),  # 0 while it goes on
+)
+
+federated_rounds = Table(
+    "federated_rounds",
+    metadata,
+    Column("uid", String(32), primary_key=True),
+    Column("round", Integer, primary_key=True),
+    Column("record", LargeBinary, nullable=False),
+)

@@ -29,16 +29,20 @@ from tierwise.domain.function import FunctionSpec
 from tierwise.domain.topology import NodeState
 from tierwise.domain.view import ClusterView
 
+REVISE_S = 5.0  # between looks for better aggregators: the search takes up to a second
+
 
 class RoundPlanner(JobPlanner):
     """Plans one round after the other."""
 
     _last: RoundRecord | None = None  # the newest that is done
+    _planned_cost_s = 0.0
+    _revise_at_s = float("-inf")
 
     def _start(self, view: ClusterView, now_s: float, out: list[Command]) -> None:
         spec, number = self._spec, self.progress.round + 1
         states = states_of(view)
-        busy = self._busy_clients()
+        busy = {client for client, _ in self._busy.values()}
         there = [
             each
             for each in spec.clients
@@ -56,10 +60,15 @@ class RoundPlanner(JobPlanner):
             return
         count = ceil(spec.wanted_count * (1.0 + spec.pace.over_commit))
         asked = sampled(able, count, spec.pace.seed, number)
-        sites = find_sites(spec, self._merge, self.progress, asked, view, self._attendance)
+        may_move = now_s >= self._revise_at_s
+        sites = find_sites(
+            spec, self._merge, self.progress, asked, view, self._attendance, may_move=may_move
+        )
         if isinstance(sites, str):
             self._wait(f"waiting: {sites}", now_s, out)
             return
+        if sites.cost_s:
+            self._planned_cost_s, self._revise_at_s = sites.cost_s, now_s + REVISE_S
         base_round = self.progress.base_round
         record = RoundRecord(
             round=number,
@@ -79,7 +88,7 @@ class RoundPlanner(JobPlanner):
             aggregators=sites.aggregators,
             wanted_count=min(spec.wanted_count, len(asked)),
             quorum=quorum,
-            planned_cost_s=sites.cost_s,
+            planned_cost_s=self._planned_cost_s,
             is_moved=sites.is_moved,
         )
         self.progress = replace(

@@ -205,5 +205,5 @@ class BufferPlanner(JobPlanner):
         """Return who can be asked in a round: each client once."""
         there = [each for each in self._spec.clients if each.node_id in self._ready]
         able = self._attendance.rested(there, number) or there
-        taken = taken | self._busy_clients()
+        taken = taken | {client for client, _ in self._busy.values()}
         return [each for each in able if each.client not in taken]

@@ -293,6 +293,7 @@ class Calls:
     ) -> Call:
         counted = counted_of(record.updates)
         facts: dict[str, object] = {
+            **self._spec.facts,
             "example_count": sum(each.example_count for each in counted),
             "client_count": len(counted),
             **mean_metrics(counted),

@@ -94,6 +94,11 @@ class JobPlanner(ABC):
         """Return the round under way as it stands."""
         return None if self._running is None else self._running.snapshot()
 
+    @property
+    def is_searching(self) -> bool:
+        """Return whether the next tick begins a round for which aggregators may be looked for."""
+        return self._running is None and self._spec.topology.is_hierarchical
+
     def step(self, event: Event, now_s: float) -> list[Command]:
         """Apply one event and return what the shell must do, in order.
 
@@ -339,8 +344,7 @@ class JobPlanner(ABC):
             running.updates[update.client] = replace(update, state=UpdateState.LATE)
         out.extend(Cancel(call_id=call_id) for call_id in sorted({*self._busy, *running.pending}))
         record = running.record
-        nodes = [each.node_id for each in record.aggregators]
-        opened = [node_id for node_id in nodes if node_id not in running.unopened]
+        opened = [s.node_id for s in record.aggregators if s.node_id not in running.unopened]
         out.extend(Submit(call=call) for call in self._calls.endings(record, opened))
         ended_unix_s = now_s + self._unix_offset_s
         return replace(running.snapshot(), state=state, ended_unix_s=ended_unix_s)
@@ -390,9 +394,6 @@ class JobPlanner(ABC):
             if call.call_id not in self._busy:
                 self._busy[call.call_id] = update.client, now_s
                 out.append(Submit(call=call))
-
-    def _busy_clients(self) -> set[str]:
-        return {client for client, _ in self._busy.values()}
 
     def _wake(self, running: Running, now_s: float) -> None:
         """Look at the nodes once a second, and at the deadline."""

@@ -56,7 +56,7 @@ class Sites:
     root: NodeId
     aggregators: tuple[AggregatorRecord, ...]
     association: Mapping[NodeId, NodeId] = field(default_factory=dict)
-    cost_s: float = 0.0
+    cost_s: float = 0.0  # second-equivalents; 0: not reckoned
     is_moved: bool = False  # others than before
 
 
@@ -83,6 +83,8 @@ def find_sites(
     clients: Sequence[FederatedClient],
     view: ClusterView,
     attendance: Attendance,
+    *,
+    may_move: bool = True,
 ) -> Sites | str:
     """Return where a round of these clients is merged, or why it cannot be now.
 
@@ -91,10 +93,16 @@ def find_sites(
         merge: Its aggregate function.
         progress: Where its root and aggregators were.
         clients: Who takes part.
-        view: The cluster; it knows every client's node.
+        view: The cluster.
         attendance: How long clients take.
+        may_move: Look for better aggregators; otherwise those of before stay if they can, and the
+            cost is not reckoned.
     """
-    wanted = _round(spec, merge, clients, attendance)
+    known = states_of(view)
+    there = [each for each in clients if each.node_id in known]
+    if not there:
+        return "no client's node has joined"
+    wanted = _round(spec, merge, there, attendance)
     root = progress.root or spec.topology.root or _best_root(view, wanted)
     if isinstance(root, NotPlaced):
         return f"no node may aggregate: {summary(root.reasons)}"
@@ -109,6 +117,9 @@ def find_sites(
     senders = [client.node_id for client in wanted.clients]
     before = progress.association
     current = [before.get(node, root) for node in senders] if before else []
+    is_able = all(known.get(node) is NodeState.READY for node in (root, *current))
+    if not may_move and is_able and all(node in before for node in senders):
+        return Sites(root=root, aggregators=_grouped(there, before, root), association=before)
     rounds_left = progress.round_count - progress.done_count
     revised = revise(view, wanted, current, rounds_left)
     if isinstance(revised, NotPlaced):
@@ -116,7 +127,7 @@ def find_sites(
     association = dict(zip(senders, revised.aggregators, strict=True))
     return Sites(
         root=root,
-        aggregators=_grouped(clients, association, root),
+        aggregators=_grouped(there, association, root),
         association={**before, **association},
         cost_s=revised.cost_s,
         is_moved=bool(before) and set(revised.aggregators) != set(current),

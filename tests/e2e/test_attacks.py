@@ -26,6 +26,7 @@ import pytest_asyncio
 
 from agent.runtime.environments import HOST, Environment
 from agent.runtime.runtime import InstanceStartError, ItemKind, RunReport, Runtime
+from tests.settling import settled
 from tierwise.wire import payload
 
 ISOLATION = os.environ.get("TIERWISE_TEST_ISOLATION", "strict" if os.geteuid() == 0 else "standard")
@@ -327,7 +328,7 @@ CYCLES = int(os.environ.get("TIERWISE_TEST_CYCLES", "50"))
 
 async def test_starting_and_killing_leaves_nothing_behind(node: Node) -> None:
     assert await node.is_healthy()  # the zygote is up
-    before = cells()
+    before = await settled(cells)
     for number in range(CYCLES):
         name = await node.start(hide)
         if number % 2:
@@ -339,7 +340,7 @@ async def test_starting_and_killing_leaves_nothing_behind(node: Node) -> None:
     for process in left:
         process.kill()
     assert not left
-    assert cells() == before
+    assert await settled(cells) == before
     assert await node.is_healthy()
 
 

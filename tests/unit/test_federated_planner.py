@@ -401,6 +401,22 @@ def _client(call: Call) -> str:
     return str(call.arguments.get("client"))
 
 
+def test_aggregators_are_looked_for_now_and_then_and_at_once_when_one_is_away() -> None:
+    spec = job(topology=Topology(root=CLOUD, is_hierarchical=True), round_count=9)
+    shell = Shell(spec)
+    sites = []
+    for now_s, cluster in ((0.0, view()), (1.0, view()), (2.0, view(fog_1=NodeState.DRAINING))):
+        shell.now_s, shell.view = now_s, cluster
+        made = shell.tick(0.0)
+        while made:
+            made = shell.do(made)
+        newest = shell.rounds[shell.planner.progress.round]
+        assert newest.planned_cost_s > 0.0
+        sites.append([site.node_id for site in newest.aggregators])
+    assert sites == [[FOG, CLOUD], [FOG, CLOUD], [CLOUD]]
+    assert shell.rounds[3].is_moved and not shell.rounds[2].is_moved
+
+
 def test_fedadam_keeps_its_moments_from_round_to_round() -> None:
     shell = Shell(job("fedadam", {"rate": 0.5}, round_count=2))
     shell.run()

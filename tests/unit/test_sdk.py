@@ -155,6 +155,33 @@ def test_code_is_shipped_by_value_and_runs_without_its_module(tmp_path: Path) ->
     assert done.stdout.strip() == b"10"
 
 
+def test_functions_that_remember_their_results_are_shipped_too(tmp_path: Path) -> None:
+    (tmp_path / "cached.py").write_text(
+        "import functools\n"
+        "@functools.lru_cache(maxsize=7)\n"
+        "def fib(n): return n if n < 2 else fib(n - 1) + fib(n - 2)\n"
+        "@functools.cache\n"
+        "def tenth(): return fib(10)\n"
+        "def info(): return tenth(), fib.cache_info().maxsize, fib.cache_info().misses\n"
+    )
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import cached; cached.info(); "
+        "from tierwise.sdk.code import pack; sys.stdout.buffer.write(pack(cached.info))"
+    )
+    blobs = [
+        subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path)], capture_output=True, check=True
+        ).stdout
+        for _ in range(2)
+    ]
+    assert blobs[0] == blobs[1]
+    load = "import pickle, sys; print(pickle.loads(sys.stdin.buffer.read())())"
+    done = subprocess.run(
+        [sys.executable, "-c", load], input=blobs[0], capture_output=True, check=True
+    )
+    assert done.stdout.strip() == b"(55, 7, 11)", "what was remembered here stays here"
+
+
 @pytest.mark.parametrize("name", ["predict", "gtg-shapley"])
 def test_platform_functions_are_shipped_by_value_with_the_same_bytes_wherever_they_lie(
     tmp_path: Path, name: str

@@ -15,6 +15,7 @@ import pytest
 from agent.runtime import nursery
 from agent.runtime.environments import HOST
 from agent.runtime.runtime import InstanceStartError, ItemKind, RunReport, Runtime
+from tests.settling import settled
 from tierwise.wire import memfd, payload
 
 
@@ -128,7 +129,7 @@ async def test_branches_are_bounded_and_go_when_their_instances_have(
     await bench.start("a", echo)
     digests = [f"{index:064}" for index in range(5)]
     names = ["wave", "sndhdr", "chunk", "colorsys", "netrc"]
-    before = len(psutil.Process().children(recursive=True))
+    before = await settled(lambda: len(psutil.Process().children(recursive=True)))
     for digest, name in zip(digests, names, strict=True):
         bench.runtime.nursery.learn(HOST, digest, [name])
         await bench.runtime.nursery.settled()

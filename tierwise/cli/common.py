@@ -45,3 +45,13 @@ def complete_nodes(incomplete: str) -> list[str]:
     except TierwiseError:
         return []
     return [name for name in names if name.startswith(incomplete)]
+
+
+def complete_jobs(incomplete: str) -> list[str]:
+    """Return names of federated jobs for the shell."""
+    try:
+        with operator() as ask:
+            names = [job["spec"]["job"] for job in ask.federated_jobs()]
+    except TierwiseError:
+        return []
+    return [name for name in names if name.startswith(incomplete)]

@@ -13,7 +13,20 @@ from typing import Annotated
 
 import typer
 
-from tierwise.cli import admin, bill, doctor, explain, get, memory, policy, system, top, up, work
+from tierwise.cli import (
+    admin,
+    bill,
+    doctor,
+    explain,
+    fl,
+    get,
+    memory,
+    policy,
+    system,
+    top,
+    up,
+    work,
+)
 from tierwise.cli.completion import print_completion
 from tierwise.cli.output import complain
 from tierwise.errors import (
@@ -37,6 +50,7 @@ app = typer.Typer(
 for verbs in (up, system, work, get, bill, explain, memory, top, admin, doctor):
     verbs.add_to(app)
 app.add_typer(policy.app, name="policy")
+app.add_typer(fl.app, name="fl")
 app.command(name="completion")(print_completion)
 
 

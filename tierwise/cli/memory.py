@@ -14,6 +14,7 @@ from tierwise.errors import InvalidArgument, NotFound, TierwiseError
 
 Name = Annotated[str, typer.Argument(help="function", autocompletion=complete_functions)]
 INPUTS_MAX = 10_000
+REPORTS_WAIT = 40  # looks for the last reports, four a second
 
 
 def add_to(app: typer.Typer) -> None:
@@ -68,6 +69,9 @@ def profile(
     The calls are on record like any other: `tierwise recommend FUNCTION` learns from them. Input
     after input is chosen to be as unlike those before as can be, so that few runs tell much.
     """
+    from rich.console import Console
+    from rich.progress import track
+
     from tierwise.clock import pause
     from tierwise.sdk.client import Client
     from tierwise.sdk.operator import Operator
@@ -82,15 +86,16 @@ def profile(
         remote = client.function(function).options(node=node, timeout="10m")
         known = {r["outcome"]["request_id"] for r in ask.calls(function, limit=10_000)}
         failed = 0
-        for _ in range(repetitions):
-            for index in order:
-                args, kwargs = chosen[index]
-                try:
-                    remote.remote(*args, **kwargs)
-                except TierwiseError as error:
-                    failed += 1
-                    say(f"input {index + 1}: {error}")
         wanted = len(order) * repetitions
+        for index in track(
+            order * repetitions, f"running {wanted} calls", console=Console(stderr=True)
+        ):
+            args, kwargs = chosen[index]
+            try:
+                remote.remote(*args, **kwargs)
+            except TierwiseError as error:
+                failed += 1
+                say(f"input {index + 1}: {error}")
         records: list[Record] = []
         for _ in range(REPORTS_WAIT):  # agents report with their heartbeat
             calls = ask.calls(function, limit=min(10_000, wanted + len(known)))
@@ -116,9 +121,6 @@ def profile(
     print_table(["input", "peak mib", "allotted", "run", "cold start", "error"], rows)
     if failed:
         say(f"{failed} of {wanted} runs failed")
-
-
-REPORTS_WAIT = 40
 
 
 def farthest_first(described: Sequence[dict[str, float]], count: int) -> list[int]:

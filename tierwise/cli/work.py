@@ -1,16 +1,14 @@
 """Work: deploy, invoke, submit."""
 
-import importlib
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tierwise.cli.common import complete_functions, complete_nodes
+from tierwise.cli.files import load_module
 from tierwise.cli.output import Format, Output, say, show_value
 from tierwise.clock import monotonic_s, pause
 from tierwise.errors import InvalidArgument, NotFound, StartFailed
@@ -206,7 +204,7 @@ def _apps(target: str) -> list[Any]:
         made = App(path.stem.lower().replace("_", "-"))
         made.wasm(path, name)
         return [made]
-    module = _load(path)
+    module = load_module(path)
     if name:
         app = getattr(module, name, None)
         if not isinstance(app, App):
@@ -216,19 +214,3 @@ def _apps(target: str) -> list[Any]:
     if not apps:
         raise NotFound(f"{file} makes no tierwise.App")
     return list(apps.values())
-
-
-def _load(path: Path) -> ModuleType:
-    name = path.stem if path.stem not in sys.modules else f"app_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise InvalidArgument(f"{path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    sys.path.insert(0, str(path.parent.resolve()))
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # the user's file may do anything
-        kind = type(error).__name__
-        raise InvalidArgument(f"{path} could not be imported: {kind}: {error}") from error
-    return module

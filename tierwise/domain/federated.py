@@ -136,6 +136,8 @@ class JobSpec:
         distance_max: An update further than this from the model is quarantined; 0: no bound.
         encoding: How updates travel: empty, fp16, int8 or auto.
         replica_nodes: Nodes that get a copy of what the root takes.
+        run: Tells it from a job of equal content that ran before.
+        facts: What goes with every aggregate, for those who ask about rounds: `layout`, settings.
     """
 
     namespace: str
@@ -154,6 +156,8 @@ class JobSpec:
     distance_max: float = 0.0
     encoding: str = ""
     replica_nodes: tuple[NodeId, ...] = ()
+    run: str = ""
+    facts: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def wanted_count(self) -> int:

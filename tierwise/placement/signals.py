@@ -35,6 +35,7 @@ AGE_S_MAX = 5.0
 OVERTAKEN_S_MAX = 2.0
 BOUND = GAP_MAX
 _POWER_MAX = 30.0
+_RUN_START_TWICE = np.array([3, 2, 3, 2])  # columns of terms
 
 
 def encode(view: ClusterView, request: Request, estimates: Estimates) -> Float:
@@ -53,21 +54,20 @@ def encode(view: ClusterView, request: Request, estimates: Estimates) -> Float:
         reading = row.reading
         cpus = row.node.capacity.cpus or 1.0
         overtaken_s = reading.overtaken_s
+        busy = 1.0 - reading.free.cpus / cpus
+        queued = reading.queued / max(1.0, cpus)
         flat += (
-            1.0 - reading.free.cpus / cpus,
-            reading.queued / max(1.0, cpus),
+            busy,
+            busy,
+            queued,
+            queued,
             row.pending_s,
             min(now_s - row.received_at_s, AGE_S_MAX),
             min(overtaken_s[level], OVERTAKEN_S_MAX) if overtaken_s else 0.0,
         )
-    k = len(estimates.candidates)
-    busy, queued, pending_s, age_s, before_s = (
-        np.fromiter(flat, np.float64, len(flat)).reshape(k, 5).T
-    )
     terms = estimates.terms
-    wait_s, cold_s, run_s = terms[:, 1], terms[:, 2], terms[:, 3]
     late_s = estimates.latency_s - deadline_s
-    out = np.empty((k, len(SIGNALS)))
+    out = np.empty((len(estimates.candidates), len(SIGNALS)))
     np.add(terms[:, 0], terms[:, 4], out=out[:, 0])
     out[:, 1:4] = terms[:, 1:4]
     out[:, 4:6] = terms[:, 5:7]
@@ -75,13 +75,9 @@ def encode(view: ClusterView, request: Request, estimates: Estimates) -> Float:
     np.multiply(np.maximum(late_s, 0.0), urgency, out=out[:, 6])
     power = np.minimum(late_s * (-1.0 / (MISS_WIDTH * deadline_s)), _POWER_MAX)
     np.divide(urgency, 1.0 + np.exp(power), out=out[:, 7])
-    np.multiply(busy, run_s, out=out[:, 8])
-    np.multiply(busy, cold_s, out=out[:, 9])
-    np.multiply(queued, run_s, out=out[:, 10])
-    np.multiply(queued, cold_s, out=out[:, 11])
-    out[:, 12] = pending_s
-    np.multiply(age_s, wait_s, out=out[:, 13])
-    np.multiply(before_s, run_s, out=out[:, 14])
+    out[:, 8:] = np.fromiter(flat, np.float64, len(flat)).reshape(-1, 7)
+    out[:, 8:12] *= terms[:, _RUN_START_TWICE]
+    out[:, 13:15] *= terms[:, 1:4:2]  # wait and run
     out *= 1.0 / deadline_s
     # fmin and fmax, unlike clip, also turn NaN into a bound.
     return np.fmin(np.fmax(out, 0.0, out=out), BOUND, out=out)

@@ -63,6 +63,13 @@ class Function(RemoteFunction):
         spec = await self._deploy()
         return spec.function_id, spec
 
+    def resolved(self) -> tuple[str, FunctionSpec | None] | None:
+        """Return the exact version if it is deployed, else None."""
+        if self._deployed is None or self._deployed[0] is not self.app.client():
+            return None
+        spec = self._deployed[1]
+        return spec.function_id, spec
+
     def forget(self) -> bool:
         """Forget the deployed version, so that the next call deploys again."""
         self.app.client().forget()

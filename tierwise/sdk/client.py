@@ -19,6 +19,7 @@ from tierwise.errors import FailedPrecondition, NotFound, Unavailable
 from tierwise.files import write_atomically
 from tierwise.sdk.connection import Connection
 from tierwise.sdk.handle import Handle
+from tierwise.sdk.lane import Lanes
 from tierwise.sdk.remote import RemoteFunction
 from tierwise.v1 import function_pb2, types_pb2
 from tierwise.wire import convert
@@ -82,6 +83,7 @@ class Client:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
+        self.lanes = Lanes()
 
     def __enter__(self) -> "Client":
         return self
@@ -126,7 +128,8 @@ class Client:
         if connection is None:
             for old in [old for old in self._connections if old.is_closed()]:
                 del self._connections[old]  # left by an asyncio.run that has ended
-            connection = Connection(self.folder, self.config, self._credentials)
+            lanes = self.lanes if loop is self._loop else None
+            connection = Connection(self.folder, self.config, self._credentials, lanes)
             self._connections[loop] = connection
         return connection
 
@@ -137,11 +140,7 @@ class Client:
             FailedPrecondition: This is the background loop's own thread, which must not wait.
         """
         loop = self._background()
-        if threading.current_thread() is self._thread:
-            raise FailedPrecondition(
-                "a blocking call inside the client's own loop would wait for itself: "
-                "use `await … .aio(…)` here"
-            )
+        self.check_thread()
         future = asyncio.run_coroutine_threadsafe(_deferred(make), loop)
         try:
             return future.result()
@@ -150,6 +149,18 @@ class Client:
             # Give the cancellation a moment to reach the agent before the process may end.
             asyncio.run_coroutine_threadsafe(asyncio.sleep(0.05), loop).result(1.0)
             raise
+
+    def check_thread(self) -> None:
+        """Raise FailedPrecondition in the background loop's own thread, which must not wait."""
+        if threading.current_thread() is self._thread:
+            raise FailedPrecondition(
+                "a blocking call inside the client's own loop would wait for itself: "
+                "use `await … .aio(…)` here"
+            )
+
+    def open_lane(self) -> None:
+        """Open one more lane for blocking calls, when the background loop comes to it."""
+        self.call_soon(lambda: self.connection().open_lane())
 
     def call_soon(self, callback: Callable[..., object], *args: Any) -> None:
         """Call a function on the background loop, before whatever is run there next."""

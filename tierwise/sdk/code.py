@@ -17,6 +17,7 @@ import cloudpickle
 from tierwise.errors import InvalidArgument, PayloadTooLarge
 
 CODE_BYTES_MAX = 32 << 20
+_Cached = type(functools.lru_cache(len))
 _packing = threading.Lock()  # cloudpickle's registry of modules is global
 
 
@@ -73,6 +74,8 @@ class _StablePickler(cloudpickle.Pickler):  # type: ignore[misc]
             consts = tuple(self._in_order(value) for value in obj.co_consts)
             shown = _shown(obj.co_filename)
             return self.dispatch_table[CodeType](obj.replace(co_consts=consts, co_filename=shown))
+        if isinstance(obj, _Cached) and not _is_elsewhere(obj):
+            return _reduce_cached(obj)
         if isinstance(obj, ModuleType) and _is_shipped(obj):
             reduce, (name, state) = self.dispatch_table[ModuleType](obj)
             return reduce, (name, {key: state[key] for key in state if key not in _OF_A_FILE})
@@ -110,6 +113,19 @@ class _Ordered:
         return type(self._members), (in_order,)
 
 
+def _is_elsewhere(cached: Any) -> bool:
+    """Return whether a function is found by its name in the worker, too."""
+    module = sys.modules.get(cached.__module__)
+    is_here = cached.__module__ == "__main__" or "<locals>" in cached.__qualname__
+    return not is_here and not _travels(module)
+
+
+def _reduce_cached(cached: Any) -> Any:
+    """Reduce a function with `functools.lru_cache` by value, without what it has cached."""
+    made = functools.lru_cache(**cached.cache_parameters())
+    return made, (cached.__wrapped__,), vars(cached)
+
+
 def _is_random_id(value: Any) -> bool:
     return isinstance(value, str) and len(value) == 32
 
@@ -128,7 +144,7 @@ _KERNEL = str(Path(__file__).parents[2]) + "/"
 _OF_A_FILE = frozenset({"__cached__", "__file__", "__loader__", "__path__", "__spec__"})
 
 
-def _travels(module: ModuleType) -> bool:
+def _travels(module: ModuleType | None) -> bool:
     """Return whether a module is shipped: the user's own file, or one of `tierwise.functions`."""
     if _is_shipped(module):
         return True
@@ -139,7 +155,7 @@ def _travels(module: ModuleType) -> bool:
     return _is_outside(file)
 
 
-def _is_shipped(module: ModuleType) -> bool:
+def _is_shipped(module: ModuleType | None) -> bool:
     name = getattr(module, "__name__", "")
     return name == _SHIPPED or name.startswith(f"{_SHIPPED}.")
 

@@ -26,12 +26,14 @@ from tierwise.errors import (
 from tierwise.files import write_atomically
 from tierwise.sdk.cached import CachedArray, CachedResult
 from tierwise.sdk.caches import Caches
+from tierwise.sdk.lane import Lane, Lanes
 from tierwise.v1 import (
     advisor_pb2_grpc,
     budget_pb2_grpc,
     call_pb2_grpc,
     cluster_pb2,
     cluster_pb2_grpc,
+    federated_pb2_grpc,
     function_pb2_grpc,
     policy_pb2_grpc,
     types_pb2,
@@ -40,7 +42,7 @@ from tierwise.v1 import (
 from tierwise.wire import memfd, payload
 from tierwise.wire.channel import diagnose, secure_channel
 from tierwise.wire.errors import error_from_rpc
-from tierwise.wire.handover import ATTACHMENT_LOST, Handover, socket_name
+from tierwise.wire.handover import ATTACHMENT_LOST, BOUND, Handover, socket_name
 from tierwise.wire.identity import Credentials, node_dns_name, scheduler_dns_name
 from tierwise.wire.memfd import Memfd
 from tierwise.wire.stream import CallStream
@@ -57,6 +59,7 @@ CALL_MARGIN_S = 5.0
 DEFAULT_TIMEOUT_S = 90.0  # of a call by name whose own timeout is not known here
 SWEEP_S = 0.1  # how exactly calls end on time
 DRAIN_S = 0.02
+LANE_TIMEOUT_S = 2.0
 ARGUMENTS_BYTES_MAX = 120 << 20  # one message holds 128 MiB
 
 
@@ -107,7 +110,23 @@ class _Entry:
 class Connection:
     """Everything that one event loop needs to reach one cluster."""
 
-    def __init__(self, folder: Path, config: ClientConfig, credentials: Credentials) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: ClientConfig,
+        credentials: Credentials,
+        lanes: Lanes | None = None,
+    ) -> None:
+        """Make a connection that opens with its first call.
+
+        Args:
+            folder: The context.
+            config: What the context says.
+            credentials: Of its user.
+            lanes: To be kept open for callers that block, if there may be some.
+        """
+        self._lanes = lanes
+        self._opening: asyncio.Task[None] | None = None
         self._folder = folder
         self._config = config
         self.credentials = self._credentials = credentials
@@ -118,6 +137,7 @@ class Connection:
         self.calls = call_pb2_grpc.CallServiceStub(self._scheduler)
         self.advisor = advisor_pb2_grpc.AdvisorServiceStub(self._scheduler)
         self.budgets = budget_pb2_grpc.BudgetServiceStub(self._scheduler)
+        self.federated = federated_pb2_grpc.FederatedServiceStub(self._scheduler)
         self.policies = policy_pb2_grpc.PolicyServiceStub(self._scheduler)
         self.cluster = cluster_pb2_grpc.ClusterServiceStub(self._scheduler)
         self._agents: list[Agent] = []
@@ -144,7 +164,7 @@ class Connection:
         if self._sweep is not None:
             self._sweep.cancel()
         if entry is not None:
-            await entry.close()
+            await self._leave(entry)
         await self.caches.close()
         await self._scheduler.close()
         # gRPC shares one queue among all loops of the process, and stumbles over events of a
@@ -239,7 +259,7 @@ class Connection:
         invocation = invocation_of(function, arguments, options, detached)
         if invocation.inputs:
             detached = ()  # they are in caches, and stay there
-        limit_s = (options.timeout_s or timeout_s or DEFAULT_TIMEOUT_S) + CALL_MARGIN_S
+        limit_s = limit_of(options, timeout_s)
         ends_s = monotonic_s() + limit_s
         entry = self._entry
         try:
@@ -262,10 +282,65 @@ class Connection:
             async with asyncio.timeout(ends_s - monotonic_s()):
                 return await self._send_again(entry, invocation, ends_s)
         except TimeoutError:
-            raise DeadlineExceeded(f"{function} gave no answer within {limit_s:.0f} s") from None
+            raise late(function, limit_s) from None
+
+    async def resend(
+        self, invocation: types_pb2.Invocation, ends_s: float, limit_s: float
+    ) -> types_pb2.InvocationResult:
+        """Send what was lost with its lane; the rest as for `invoke`."""
+        try:
+            async with asyncio.timeout(ends_s - monotonic_s()):
+                return await self._send_again(None, invocation, ends_s, was_sent=True)
+        except TimeoutError:
+            raise late(invocation.function, limit_s) from None
+
+    def open_lane(self) -> None:
+        """Begin to open one more lane, if the agent is on this machine."""
+        entry = self._entry
+        is_busy = self._opening is not None and not self._opening.done()
+        if entry is None or self._lanes is None or is_busy or not entry.stream.has_short_way:
+            return
+        self._opening = asyncio.get_running_loop().create_task(self._open_lane(entry, self._lanes))
+
+    async def _open_lane(self, entry: _Entry, lanes: Lanes) -> None:
+        handover = Handover.connect(socket_name(entry.agent.node_id, entry.agent.address))
+        if handover is None:
+            lanes.has_room = False
+            return
+        loop = asyncio.get_running_loop()
+        bound: asyncio.Future[None] = loop.create_future()
+
+        def readable() -> None:
+            handover.drain()
+            if not handover.is_open:
+                loop.remove_reader(fileno)
+
+        def came(message: bytes) -> None:
+            if message == BOUND and not bound.done():
+                bound.set_result(None)
+
+        fileno = handover.fileno()
+        handover.on_message = came
+        loop.add_reader(fileno, readable)
+        entry.stream.bind(handover.channel_id)
+        try:
+            async with asyncio.timeout(LANE_TIMEOUT_S):
+                await bound
+        except TimeoutError:
+            lanes.has_room = False  # the agent has its reasons
+        loop.remove_reader(fileno)
+        if bound.done() and not bound.cancelled() and self._entry is entry:
+            lanes.add(Lane(handover))
+        else:
+            handover.close()
 
     async def _send_again(
-        self, entry: _Entry | None, invocation: types_pb2.Invocation, ends_s: float
+        self,
+        entry: _Entry | None,
+        invocation: types_pb2.Invocation,
+        ends_s: float,
+        *,
+        was_sent: bool = False,
     ) -> types_pb2.InvocationResult:
         """Open a stream and send; again with growing pauses when streams break, bounded.
 
@@ -273,6 +348,7 @@ class Connection:
             entry: Whose stream broke while it held the invocation, if that was the beginning.
             invocation: What to send.
             ends_s: Monotonic time at which the caller gives up.
+            was_sent: Whether it was before, so that an agent may have cancelled it.
         """
         tried = [] if entry is None else [entry]
         is_broken = entry is not None
@@ -285,7 +361,8 @@ class Connection:
             tried.append(entry)
             result = await self._sent(entry, invocation, ends_s)
             is_broken = result is None
-            if result is not None and not (len(tried) > 1 and _is_cancelled(result)):
+            was_sent = was_sent or len(tried) > 1
+            if result is not None and not (was_sent and _is_cancelled(result)):
                 return result
             if result is not None:
                 # Not cancelled by us: agents cancel what a broken stream leaves behind. It has
@@ -354,6 +431,8 @@ class Connection:
                 name = socket_name(agent.node_id, agent.address)
                 handover = Handover.connect(name)
                 self._entry = _Entry(agent, channel, CallStream(channel, handover), handover)
+                if self._lanes is not None:
+                    self._lanes.has_room = handover is not None
             return self._entry
 
     def _choose(self, agents: Sequence[Agent]) -> Agent:
@@ -375,6 +454,11 @@ class Connection:
             ),
         )
 
+    async def _leave(self, entry: _Entry) -> None:
+        if self._lanes is not None:
+            self._lanes.close()
+        await entry.close()
+
     async def _lost(self, entry: _Entry) -> None:
         """Take note that a stream broke; the next call opens another.
 
@@ -389,11 +473,21 @@ class Connection:
             self._failure_counts[node_id] = count
             if count >= FAILURES_MAX:
                 self._avoided_until_s[node_id] = monotonic_s() + AVOID_S
-            await entry.close()
+            await self._leave(entry)
         if isinstance(error, grpc.RpcError):
             refusal = error_from_rpc(error)
             if isinstance(refusal, CallerError | Unauthenticated):
                 raise refusal from None
+
+
+def limit_of(options: Options, timeout_s: float | None) -> float:
+    """Return how many seconds a caller waits for a result."""
+    return (options.timeout_s or timeout_s or DEFAULT_TIMEOUT_S) + CALL_MARGIN_S
+
+
+def late(function: str, limit_s: float) -> DeadlineExceeded:
+    """Return the error of a call that had no result in that time."""
+    return DeadlineExceeded(f"{function} gave no answer within {limit_s:.0f} s")
 
 
 def _hand_over(

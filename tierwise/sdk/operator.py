@@ -14,6 +14,7 @@ from tierwise.v1 import (
     cache_pb2,
     call_pb2,
     cluster_pb2,
+    federated_pb2,
     function_pb2,
     policy_pb2,
     work_pb2,
@@ -22,6 +23,9 @@ from tierwise.v1 import (
 Record = dict[str, Any]
 _PREFIXES = (
     "BUDGET_ACTION_",
+    "FEDERATED_JOB_STATE_",
+    "FEDERATED_ROUND_STATE_",
+    "FEDERATED_UPDATE_STATE_",
     "NODE_STATE_",
     "OUTCOME_STATE_",
     "WORK_STATE_",
@@ -210,6 +214,26 @@ class Operator:
         """Let a policy decide in a share of all time blocks; an empty id ends that."""
         request = policy_pb2.CanaryPolicyRequest(policy_id=policy_id, share=share, block_s=block_s)
         return dict(self._one("policies", "CanaryPolicy", request)["policy"])
+
+    def federated_jobs(self, namespace: str = "", limit: int = 100) -> list[Record]:
+        """Return federated jobs, newest first."""
+        request = federated_pb2.ListJobsRequest(namespace=namespace, limit=limit)
+        return self._list("federated", "ListJobs", request, "jobs")
+
+    def federated_job(self, job: str, namespace: str = "default", limit: int = 100) -> Record:
+        """Return a federated `job` and its newest `rounds`."""
+        request = federated_pb2.GetJobRequest(namespace=namespace, job=job, round_limit=limit)
+        return self._one("federated", "GetJob", request)
+
+    def stop_federated(self, job: str, namespace: str = "default") -> Record:
+        """Stop a federated job; return it."""
+        request = federated_pb2.StopJobRequest(namespace=namespace, job=job)
+        return dict(self._one("federated", "StopJob", request)["job"])
+
+    def resume_federated(self, job: str, namespace: str = "default", rounds: int = 0) -> Record:
+        """Have a federated job go on, to so many rounds in all; return it."""
+        request = federated_pb2.ResumeJobRequest(namespace=namespace, job=job, round_count=rounds)
+        return dict(self._one("federated", "ResumeJob", request)["job"])
 
     def drain(self, node: str, *, is_on: bool) -> Record:
         """Drain a node, or take it back."""

@@ -6,16 +6,19 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from tierwise.clock import monotonic_s
 from tierwise.config import parse_duration_s
 from tierwise.domain.function import FunctionSpec, Priority
 from tierwise.domain.topology import Tier, parse_tier
 from tierwise.errors import InvalidArgument, NotFound, TierwiseError, Unavailable
 from tierwise.sdk.cached import CachedResult
-from tierwise.sdk.connection import Options, invocation_of
+from tierwise.sdk.connection import Options, invocation_of, late, limit_of
 from tierwise.sdk.handle import Handle
+from tierwise.sdk.lane import Lane, LaneLost
 from tierwise.sdk.mapping import Mapping, Target, encode, take, value_of
 from tierwise.sdk.verb import Verb
 from tierwise.v1 import work_pb2
+from tierwise.wire.handover import SHORT_BYTES_MAX
 from tierwise.wire.memfd import Memfd
 
 if TYPE_CHECKING:
@@ -114,7 +117,7 @@ class RemoteFunction:
         self.client = client
         self.name = name
         self._options = options or Options()
-        self.remote = Verb(client, self._remote)
+        self.remote = Verb(client, self._remote, self._remote_blocking)
         self.spawn = Verb(client, self._spawn)
         self.spawn_map = Verb(client, self._spawn_map)
         self.map = MapVerb(self)
@@ -174,6 +177,10 @@ class RemoteFunction:
         """Return the name to call, and the declaration if it is known here."""
         return self.name, None
 
+    def resolved(self) -> tuple[str, FunctionSpec | None] | None:
+        """Return what `resolve` would, if that is known without asking anybody."""
+        return self.name, None
+
     def forget(self) -> bool:
         """Forget what is known of the deployed version; return whether another try may help."""
         return False
@@ -197,13 +204,57 @@ class RemoteFunction:
 
     async def _remote(self, *args: Any, **kwargs: Any) -> Any:
         detached: list[Any] = []
-        blob = encode(args, kwargs, detached)
+        return await self._answer(encode(args, kwargs, detached), detached)
+
+    async def _answer(self, blob: bytes, detached: list[Any]) -> Any:
         value = await self._call(blob, detached)
         if isinstance(value, NotFound) and self.forget():
             value = await self._call(blob, detached)  # it was deleted: deploy it again
         if isinstance(value, TierwiseError):
             raise value
         return value
+
+    def _remote_blocking(self, *args: Any, **kwargs: Any) -> Any:
+        """Call by a lane if one is idle and the call is small, else through the client's loop."""
+        detached: list[Any] = []
+        blob = encode(args, kwargs, detached)
+        client, known = self.client(), self.resolved()
+        is_small = not detached and len(blob) <= SHORT_BYTES_MAX
+        lane = client.lanes.take() if is_small and known is not None else None
+        if lane is None or known is None:
+            value = client.run(lambda: self._answer(blob, detached))
+            if is_small and client.lanes.has_room:
+                client.open_lane()
+            return value
+        try:
+            value = self._call_by(lane, client, known, blob)
+        finally:
+            client.lanes.give_back(lane)
+        if isinstance(value, NotFound) and self.forget():
+            return client.run(lambda: self._answer(blob, detached))
+        if isinstance(value, TierwiseError):
+            raise value
+        return value
+
+    def _call_by(
+        self, lane: Lane, client: "Client", known: tuple[str, FunctionSpec | None], blob: bytes
+    ) -> Any:
+        client.check_thread()
+        name, spec = known
+        limit_s = limit_of(self._options, spec.timeout_s + QUEUE_S if spec is not None else None)
+        ends_s = monotonic_s() + limit_s
+        invocation = invocation_of(name, [blob], self._options)
+        invocation.channel_id = lane.channel_id
+        files: dict[int, Memfd] = {}
+        try:
+            result = lane.call(invocation, ends_s, files)
+        except TimeoutError:
+            raise late(name, limit_s) from None
+        except LaneLost:
+            client.lanes.drop(lane)
+            invocation.ClearField("channel_id")
+            result = client.run(lambda: client.connection().resend(invocation, ends_s, limit_s))
+        return value_of(result.items[0], files)
 
     async def _call(self, blob: bytes, detached: list[Any]) -> Any:
         name, spec = await self.resolve()

@@ -1,5 +1,6 @@
 """Arrays in shared memory, which calls on the same machine are given without a copy."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from tierwise.errors import InvalidArgument
@@ -27,6 +28,17 @@ class SharedArray:
         self.file = memfd.make([found.reshape(-1).view(np.uint8).data])
         self.array = np.frombuffer(self.file.view(), dtype=found.dtype).reshape(np.shape(array))
         self.nbytes = self.file.nbytes
+
+    @classmethod
+    def joined(cls, parts: Iterable[Any]) -> "SharedArray":
+        """Return the bytes of `parts`, one after the other, as one array of uint8; copied once."""
+        import numpy as np
+
+        made = cls.__new__(cls)
+        made.file = memfd.make(parts)
+        made.array = np.frombuffer(made.file.view(), dtype=np.uint8)
+        made.nbytes = made.file.nbytes
+        return made
 
     @property
     def __tierwise_array__(self) -> Any:

@@ -126,6 +126,7 @@ class RoundManifest(_message.Message):
     REPLICA_NODES_FIELD_NUMBER: _builtins.int
     OWNER_FIELD_NUMBER: _builtins.int
     HOME_FIELD_NUMBER: _builtins.int
+    BASE_NODE_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     job: _builtins.str
     round: _builtins.int
@@ -137,6 +138,10 @@ class RoundManifest(_message.Message):
     """Identity (URI) that opened the round; set by the server."""
     home: _builtins.str
     """Node that opened it, whose copies the others have; set by the server."""
+    base_node: _builtins.str
+    """Where the base is, if the sender knows: a node that lacks it fetches it there. No part of what
+    makes two manifests equal.
+    """
     @_builtins.property
     def clients(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoundClient]: ...
     @_builtins.property
@@ -162,10 +167,11 @@ class RoundManifest(_message.Message):
         replica_nodes: _abc.Iterable[_builtins.str] | None = ...,
         owner: _builtins.str = ...,
         home: _builtins.str = ...,
+        base_node: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "clients", b"clients", "distance_max", b"distance_max", "home", b"home", "job", b"job", "namespace", b"namespace", "owner", b"owner", "parameter_count", b"parameter_count", "replica_nodes", b"replica_nodes", "round", b"round"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "base_node", b"base_node", "clients", b"clients", "distance_max", b"distance_max", "home", b"home", "job", b"job", "namespace", b"namespace", "owner", b"owner", "parameter_count", b"parameter_count", "replica_nodes", b"replica_nodes", "round", b"round"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

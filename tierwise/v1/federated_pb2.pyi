@@ -120,6 +120,8 @@ class FederatedJobSpec(_message.Message):
     DISTANCE_MAX_FIELD_NUMBER: _builtins.int
     ENCODING_FIELD_NUMBER: _builtins.int
     REPLICA_NODES_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
+    FACTS_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     job: _builtins.str
     client_function: _builtins.str
@@ -138,6 +140,10 @@ class FederatedJobSpec(_message.Message):
     """An update further than this from the model is quarantined; 0: no bound."""
     encoding: _builtins.str
     """How updates travel: empty, fp16, int8 or auto."""
+    run: _builtins.str
+    """Tells a job from one of equal content that ran before."""
+    facts: _builtins.bytes
+    """Payload-encoded dict that goes with every aggregate, for those who ask about rounds."""
     @_builtins.property
     def clients(self) -> _containers.RepeatedCompositeFieldContainer[Global___FederatedClient]: ...
     @_builtins.property
@@ -169,10 +175,12 @@ class FederatedJobSpec(_message.Message):
         distance_max: _builtins.float = ...,
         encoding: _builtins.str = ...,
         replica_nodes: _abc.Iterable[_builtins.str] | None = ...,
+        run: _builtins.str = ...,
+        facts: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pace", b"pace", "strategy", b"strategy", "topology", b"topology"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregate_function", b"aggregate_function", "client_function", b"client_function", "clients", b"clients", "config", b"config", "distance_max", b"distance_max", "encoding", b"encoding", "evaluate_function", b"evaluate_function", "initial_node", b"initial_node", "job", b"job", "namespace", b"namespace", "pace", b"pace", "parameter_count", b"parameter_count", "replica_nodes", b"replica_nodes", "round_count", b"round_count", "strategy", b"strategy", "topology", b"topology"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregate_function", b"aggregate_function", "client_function", b"client_function", "clients", b"clients", "config", b"config", "distance_max", b"distance_max", "encoding", b"encoding", "evaluate_function", b"evaluate_function", "facts", b"facts", "initial_node", b"initial_node", "job", b"job", "namespace", b"namespace", "pace", b"pace", "parameter_count", b"parameter_count", "replica_nodes", b"replica_nodes", "round_count", b"round_count", "run", b"run", "strategy", b"strategy", "topology", b"topology"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -70,6 +70,8 @@ def job_spec_to_pb(spec: JobSpec) -> federated_pb2.FederatedJobSpec:
         distance_max=spec.distance_max,
         encoding=spec.encoding,
         replica_nodes=spec.replica_nodes,
+        run=spec.run,
+        facts=payload.encode(dict(spec.facts), "facts"),
     )
 
 
@@ -118,13 +120,15 @@ def job_spec_from_pb(pb: federated_pb2.FederatedJobSpec) -> JobSpec:
         strategy=strategy,
         pace=_pace_from_pb(pb.pace, len(clients)),
         topology=topology,
-        config=_config_from_pb(pb.config),
+        config=_dict_from_pb(pb.config, "config"),
         initial_node=(
             NodeId(checks.name(pb.initial_node, "initial_node")) if pb.initial_node else None
         ),
         distance_max=checks.number(pb.distance_max, "distance_max", 0.0, 1e30),
         encoding=pb.encoding,
         replica_nodes=tuple(NodeId(checks.name(n, "replica_nodes")) for n in pb.replica_nodes),
+        run=checks.text(pb.run, "run", 64),
+        facts=_dict_from_pb(pb.facts, "facts"),
     )
 
 
@@ -274,10 +278,10 @@ def _pace_from_pb(pb: federated_pb2.FederatedPace, client_count: int) -> Pace:
     )
 
 
-def _config_from_pb(blob: bytes) -> dict[str, object]:
-    value = _value(blob, "config") if blob else {}
+def _dict_from_pb(blob: bytes, field: str) -> dict[str, object]:
+    value = _value(blob, field) if blob else {}
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise InvalidArgument("config: use a dict with text as keys")
+        raise InvalidArgument(f"{field}: use a dict with text as keys")
     return value
 
 

@@ -16,7 +16,7 @@ import struct
 from collections import OrderedDict
 from collections.abc import Callable
 
-from tierwise.wire.memfd import Memfd, descriptors
+from tierwise.wire.memfd import Memfd, descriptors, make
 
 CHANNEL_ID_BYTES = 16
 UNCLAIMED_MAX = 64  # files that came and were not asked for; the oldest go
@@ -24,6 +24,7 @@ READS_MAX = 256  # in one go
 MESSAGE_BYTES_MAX = 64 << 10  # of what goes this way; a socket holds about three times as much
 SHORT_BYTES_MAX = 48 << 10  # of the arguments of a call, or the values of a result, in a message
 BOUND = b"\1"  # what the agent says when the channel belongs to a stream
+IN_FILE = b"\2\2\2\2"  # then the number of the file that holds a message; no message begins so
 ATTACHMENT_LOST = "an array that was handed over beside this call is not here; send it again"
 _U64 = struct.Struct("<Q")
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
@@ -97,6 +98,21 @@ class Handover:
         except OSError:
             return False
 
+    def post_large(self, message: bytes) -> bool:
+        """Send a message of any size, in a file if it must be; return whether that worked."""
+        if self.post(message):
+            return True
+        try:
+            number = self.send(make([message]))
+        except OSError:  # no memory for it
+            return False
+        return number is not None and self.post(IN_FILE + _U64.pack(number))
+
+    def detach(self) -> socket.socket:
+        """Return the socket, which is the caller's from now on; this object is closed."""
+        self.is_open = False
+        return self._channel
+
     def drain(self) -> None:
         """Take in what has come: keep files, give messages to `on_message`."""
         for _ in range(READS_MAX):
@@ -127,6 +143,11 @@ class Handover:
                 self._unclaimed[_U64.unpack(message)[0]] = file
         while len(self._unclaimed) > UNCLAIMED_MAX:
             self._unclaimed.popitem(last=False)
+
+    def shut_down(self) -> None:
+        """Let both ends read that the socket is closed; whoever watches it then closes it."""
+        with contextlib.suppress(OSError):
+            self._channel.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the socket and what nobody has claimed. Safe to call twice."""

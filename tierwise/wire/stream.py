@@ -37,6 +37,7 @@ class CallStream:
         self._waiting: dict[str, OnResult] = {}
         self._outgoing: list[types_pb2.Invocation] = []
         self._cancels: list[str] = []
+        self._channels: list[bytes] = []  # that are to be bound to this stream
         self._wake: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._is_closed = False
@@ -63,6 +64,16 @@ class CallStream:
         if request_id in self._waiting:
             self._cancels.append(request_id)
             self._wake_writer()
+
+    @property
+    def has_short_way(self) -> bool:
+        """Return whether the agent is on this machine, and takes calls by a socket."""
+        return self._is_lane_bound
+
+    def bind(self, channel_id: bytes) -> None:
+        """Have the agent bind one more socket to this stream; it says there when it has."""
+        self._channels.append(channel_id)
+        self._wake_writer()
 
     async def close(self) -> None:
         """End the stream; what is in flight gets None."""
@@ -149,6 +160,9 @@ class CallStream:
             channel_id = self._lane.channel_id
             await call.write(invocation_pb2.InvokeStreamRequest(channel_id=channel_id))
         while True:
+            while self._channels:
+                channel_id = self._channels.pop()
+                await call.write(invocation_pb2.InvokeStreamRequest(channel_id=channel_id))
             while self._outgoing or self._cancels:
                 request = invocation_pb2.InvokeStreamRequest(cancels=self._cancels)
                 self._cancels = []
@@ -163,6 +177,7 @@ class CallStream:
         self.last_error = error
         self._outgoing = []
         self._cancels = []
+        self._channels = []
         waiting, self._waiting = self._waiting, {}
         for on_result in waiting.values():
             on_result(None)
