@@ -120,19 +120,18 @@ def ingest(ours: Ours, made: Rounds, rounds: int) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     with plain_server(folder, made.matrix.shape) as port:
         for way, rate, count in (("loopback", 0.0, rounds), ("uplinks", UPLINK_BYTES_PER_S, 3)):
-            pairs = []
-            for _ in range(count):
+            taken: dict[str, list[float]] = {"tierwise_s": [], "plain_s": []}
+            for turn in range(count):
                 end = made.make()
                 number = made.number + 1
                 ours.rounds.open(number, made.clients, made.matrix.shape[1], base=number - 1)
-                pairs.append((_sent(ours, made, rate, 0), _sent(ours, made, rate, port)))
+                ports = {"tierwise_s": 0, "plain_s": port}
+                for name in sorted(ports, reverse=bool(turn % 2)):
+                    taken[name].append(_sent(ours, made, rate, ports[name]))
                 ours.rounds.put_aggregate(number, end)
                 made.base = end
                 ours.settle()
-            figures[way] = {
-                "tierwise_s": [pair[0] for pair in pairs],
-                "plain_s": [pair[1] for pair in pairs],
-            }
+            figures[way] = taken
     return figures
 
 
@@ -154,16 +153,15 @@ def _sent(ours: Ours, made: Rounds, rate: float, port: int) -> float:
         try:
             await channel.channel_ready()
             start_s = precise_s()
-            puts = [
-                put(_messages(ours.rounds.key(number, "update", client), row, facts, rate))
+            updates = [
+                _messages(ours.rounds.key(number, "update", client), row, facts, rate)
                 for client, row, facts in zip(made.clients, made.matrix, made.metadata, strict=True)
-                if rate
             ]
-            await asyncio.gather(*puts)
-            for client, row, facts in zip(made.clients, made.matrix, made.metadata, strict=True):
-                if not rate:
-                    key = ours.rounds.key(number, "update", client)
-                    await put(_messages(key, row, facts, rate))
+            if rate:
+                await asyncio.gather(*(put(update) for update in updates))
+            else:
+                for update in updates:
+                    await put(update)
             if not port:
                 await ours.rounds.ask.aio("similarity", round=number)
             return precise_s() - start_s
