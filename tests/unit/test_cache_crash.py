@@ -200,7 +200,8 @@ async def test_a_node_that_lost_its_disk_takes_rounds_up_from_the_store(tmp_path
     async with running(tmp_path / "b", node_id="b", store=str(archive)) as store:
         found = await store.statistics("default", "job")
         assert found.round == 1
-        assert np.array_equal(found.gram, known.gram)
+        # The rows may have come in other groups: their sums differ in the last bits.
+        assert np.allclose(found.gram, known.gram, rtol=1e-12, atol=1e-12)
         assert found.round_metadata["accuracy"] == 0.5
         for client, value in sent.items():
             assert np.array_equal(await value_of(store, update(1, client)), value)

@@ -24,6 +24,7 @@ from tierwise.v1 import cluster_pb2, types_pb2
 from tierwise.wire.daemon import PARENT_VARIABLE
 from tierwise.wire.identity import Credentials
 
+VIEW_S = 0.6  # within which agents know whom the scheduler knows
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 5.0
 
@@ -360,6 +361,7 @@ class LocalCluster:
             if text != told:
                 self._on_progress(told := text)
             pause(0.05)
+        pause(VIEW_S)  # the last ones are news to the others, which hear of it five times a second
 
     def _wait_for(self, path: Path, name: str) -> None:
         ends_s = monotonic_s() + START_TIMEOUT_S
