@@ -49,7 +49,7 @@ class Change:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:+.1%} [{self.low:+.1%} … {self.high:+.1%}]"
+        return f"{self.value:+.1%} [{self.low:+.0%}…{self.high:+.0%}]"
 
 
 def latency(samples: Sequence[Sample]) -> dict[str, float]:
