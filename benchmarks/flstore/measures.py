@@ -11,13 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.flstore.ours import CLASSES, HOME, INPUT_WIDTH, Ours, layout_of, parameters_of
-from benchmarks.flstore.replay import mean, scratch
+from benchmarks.flstore.replay import scratch
 from benchmarks.flstore.rivals import drawn_inputs
 from benchmarks.flstore.servers import ROOT
 from benchmarks.flstore.trace import PER_ROUND, Vectors, make_trace
 from tierwise.clock import pause, precise_s
 from tierwise.domain.cache import ObjectKey
 from tierwise.errors import TierwiseError
+from tierwise.functions.fl.blocks import mean
 from tierwise.v1 import cache_pb2, cache_pb2_grpc
 from tierwise.wire import payload
 from tierwise.wire.channel import secure_channel
@@ -68,7 +69,8 @@ class Rounds:
         for row, client in zip(self.matrix, self.clients, strict=True):
             self._vectors.fill(row, self.base, client, self.number)
         self.metadata = [self._vectors.metadata(x, self.number) for x in self.clients]
-        return mean(self.matrix, [each["example_count"] for each in self.metadata])
+        counts = [each["example_count"] for each in self.metadata]
+        return mean(self.matrix, range(PER_ROUND), counts)
 
     def put(self, ours: Ours) -> None:
         """Draw the next round and put it."""

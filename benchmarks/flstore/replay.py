@@ -17,13 +17,13 @@ from benchmarks.flstore.rivals import (
     NAIVE,
     STORES,
     Aggregators,
-    aggregate,
     drawn_inputs,
-    update,
     vectors_of,
 )
+from benchmarks.flstore.stores import aggregate, update
 from benchmarks.flstore.trace import Query, Trace, Vectors, make_trace, warm_up
 from tierwise.clock import precise_s
+from tierwise.functions.fl.blocks import mean
 
 RIVALS_WARM = ("inference", "cosine similarity", "scheduling by use")
 INPUTS = 16  # test inputs of a query
@@ -109,7 +109,8 @@ def _run(
         for row, client in enumerate(clients):
             vectors.fill(matrix[row], base, client, number)
         metadata = [vectors.metadata(client, number) for client in clients]
-        base = mean(matrix[: len(clients)], [facts["example_count"] for facts in metadata])
+        counts = [facts["example_count"] for facts in metadata]
+        base = mean(matrix, range(len(clients)), counts)
         matrix[len(clients)] = base
         facts = {"layout": layout_of(len(base))}
         found.ingest_s.append(
@@ -209,12 +210,6 @@ def without(answer: Any) -> Any:
     if isinstance(answer, list | tuple):
         return [without(value) for value in answer]
     return answer
-
-
-def mean(matrix: NDArray[np.float32], counts: list[float]) -> NDArray[np.float32]:
-    """Return FedAvg's mean, shape (P,), float32."""
-    weights = (np.array(counts) / sum(counts)).astype(np.float32)
-    return np.asarray(weights @ matrix, dtype=np.float32)
 
 
 @contextmanager
