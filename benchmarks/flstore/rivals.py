@@ -110,7 +110,6 @@ class Process:
     """An aggregator's process."""
 
     def __init__(self, process: "subprocess.Popen[str]", log: Path) -> None:
-        self.pid = process.pid
         self._process = process
         self._log = log
 
