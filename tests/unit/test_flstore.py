@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from agent.cache.rivals import policy
+from benchmarks.bench_cache_policies import Ingested, Memory
 from benchmarks.flstore.aggregator import Aggregator, put_record
 from benchmarks.flstore.ours import layout_of, parameters_of
-from benchmarks.flstore.policies import Cache
 from benchmarks.flstore.prices import Holding, Use, break_even, cost
 from benchmarks.flstore.results import change, is_same
 from benchmarks.flstore.rivals import drawn_inputs, reading
@@ -273,17 +274,16 @@ def test_a_change_is_a_ratio_of_means_within_its_interval() -> None:
 
 
 def test_the_replayed_cache_never_holds_more_than_it_has_room_for() -> None:
-    cache = Cache("lru", 3)
+    memory = Memory(policy("lru"), 3)
     keys = [
         ObjectKey(namespace="n", job="j", round=number, kind=ObjectKind.UPDATE, client="c")
         for number in range(5)
     ]
     for key in keys:
-        cache.ingest(key)
-        assert len(cache.held) <= 3
-    cache.read(keys[4], [keys[4]])
-    cache.read(keys[0], [keys[0]])
-    assert (cache.read_count, cache.hit_count) == (2, 1)
+        memory.ingest(Ingested(key, 1))
+        assert len(memory.held) <= 3
+    found = [memory.ask((keys[4],)), memory.ask((keys[0],))]
+    assert (sum(read for _, read in found), sum(hit for hit, _ in found)) == (2, 1)
 
 
 def test_the_relay_delays_and_paces_and_changes_no_byte() -> None:
