@@ -2,9 +2,9 @@
 
 The policies are the agent's (`agent/cache/policies.py`, `rivals.py`), the memory around them is
 that of `bench_cache_policies`. Objects are a round's updates and aggregate, all of one size;
-metadata has none. Hits are counted in bytes. Two ways to read: `vectors`, where every question about
-a round reads its updates, as in FLStore; and `statistics`, where those that need no vectors read
-none.
+metadata has none. Hits are counted in bytes. Two ways to read: `vectors`, where every question
+about a round reads its updates, as in FLStore; and `statistics`, where those that need no vectors
+read none.
 """
 
 from agent.cache.rivals import policy
