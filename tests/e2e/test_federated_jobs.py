@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import tierwise
+from benchmarks.functions.digits import write_shares
 from tests.e2e import digits_builders as digits
 from tierwise.sdk.operator import Operator
 from tierwise.v1 import cache_pb2
@@ -33,7 +34,7 @@ def client(cluster: tierwise.LocalCluster) -> Iterator[tierwise.Client]:
 
 @pytest.fixture(scope="module")
 def files(cluster: tierwise.LocalCluster) -> list[str]:
-    return digits.write_shares(cluster.state / "data", 10)
+    return write_shares(cluster.state / "data", 10, alpha=1.0, seed=0)[0]
 
 
 def job_of(
