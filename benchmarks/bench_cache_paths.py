@@ -1,13 +1,12 @@
 """What does each way into, out of and around the caches cost a client?
 
-Real daemons on this machine (1 cloud, 1 fog, 1 edge, no emulated links), a 47 MB model and a round
-of ten updates: `python benchmarks/bench_cache_paths.py`. Medians with quartiles; what is compared
-with one another takes turns.
+    python -m benchmarks.bench_cache_paths [--size-mb 47] [--clients 10] [--repeats 5]
+
+Real daemons on this machine (1 cloud, 1 fog, 1 edge, no emulated links), a model and a round of
+updates. What is compared with one another takes turns.
 """
 
 import argparse
-import platform
-import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 import tierwise
+from benchmarks.report import make_table, show, spread
 from tierwise.clock import pause, precise_s
 
 app = tierwise.App("paths")
@@ -45,18 +45,18 @@ def measure(
             started_s = precise_s()
             way(index)
             seconds[name].append(precise_s() - started_s)
-    print(f"\n{title}, {repeats} times")
+    table = make_table(title, ("way", "ms", "MB/s"), f"{repeats} times in turns.")
     for name, taken_s in seconds.items():
-        low, median, high = statistics.quantiles(taken_s, n=4)
-        rate = f"{size_bytes / median / 1e6:8.0f} MB/s" if size_bytes else ""
-        print(f"  {name:34} {median * 1e3:8.2f} ms  {low * 1e3:.2f} to {high * 1e3:.2f}  {rate}")
+        ms = 1e3 * np.array(taken_s)
+        rate = f"{size_bytes / np.median(ms) / 1e3:,.0f}" if size_bytes else ""
+        table.add_row(name, spread(ms), rate)
+    show(table)
 
 
 def run(count: int, clients: int, repeats: int, folder: Path) -> None:
     names = [f"c{index}" for index in range(clients)]
     base = np.random.default_rng(0).normal(size=count).astype(np.float32)
     size_bytes = base.nbytes
-    print(f"{platform.platform()}, {clients} × {size_bytes / 1e6:g} MB")
     with (
         tierwise.LocalCluster(folder, "1c,1f,1e", policy="ect", emulate=False) as cluster,
         tierwise.Client(cluster.context) as client,
@@ -77,9 +77,15 @@ def run(count: int, clients: int, repeats: int, folder: Path) -> None:
                 number, names[index % clients], base + np.float32(index), durability=durability
             )
 
-        measure("put", clients, size_bytes, ("disk", put(1, "disk")), ("memory", put(2, "memory")))
         measure(
-            "get",
+            f"put {size_bytes / 1e6:g} MB",
+            clients,
+            size_bytes,
+            ("disk", put(1, "disk")),
+            ("memory", put(2, "memory")),
+        )
+        measure(
+            f"get {size_bytes / 1e6:g} MB",
             repeats,
             size_bytes,
             ("from the holder", lambda index: rounds.get(1, "update", names[index % clients])),

@@ -225,7 +225,9 @@ def accuracy(seeds: int) -> Figures:
                 )
             found.setdefault(f"{alpha:g}", {})[str(seed)] = judged
             print(f"alpha {alpha:g}, seed {seed}: {judged[-1]:.4f}")
-    settings = {**project.run_config, "clients": TRAINERS, "rounds": TRAINING_ROUNDS}
+    shared = ("local-epochs", "batch-size", "learning-rate")
+    settings = {name: project.run_config[name] for name in shared}
+    settings |= {"clients": TRAINERS, "rounds": TRAINING_ROUNDS}
     return {"settings": settings, "accuracy": found}
 
 

@@ -1,4 +1,4 @@
-"""Which memory does a call get, and what does that cost? tierwise beside seven ways to size.
+"""Which memory does a call get, and what does that cost? tierwise beside eight ways to size.
 
     python -m benchmarks.bench_memory_sizing [--seeds 10] [--out docs/results]
 
@@ -207,7 +207,7 @@ def figures(found: dict[str, dict[str, np.ndarray]], split: str, way: str) -> di
 
 
 def main() -> None:
-    """Print the tables and write them as JSON and Markdown."""
+    """Print the tables; with --out, write them as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--profiles", type=Path, default=PROFILES)

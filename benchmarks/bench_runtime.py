@@ -45,7 +45,6 @@ COLD_ROUNDS = 15
 REST_S = 0.15
 INSTANCES = 100
 SERVICE_S, PEAK_S, FLOOD_S, DEADLINE_S = 0.02, 3.0, 6.0, 1.0
-STARTUP_S = 120.0
 
 app = tierwise.App("bench")
 Figures = dict[str, dict[str, list[float]]]

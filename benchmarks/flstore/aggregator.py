@@ -20,13 +20,22 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.flstore.stores import RedisOverS3, RedisTuned, S3Naive, S3Tuned, Store
+from benchmarks.flstore.stores import (
+    RedisOverS3,
+    RedisTuned,
+    S3Naive,
+    S3Tuned,
+    Store,
+    aggregate,
+    metadata,
+    update,
+)
 from tierwise.clock import precise_s
 from tierwise.functions.fl.answers.facts import facts
 from tierwise.functions.fl.questions import find
@@ -91,7 +100,7 @@ class Aggregator:
             )
         if record:
             text = json.dumps(record).encode()
-            put_record(some, f"{record['round']:04d}/metadata", text)
+            put_record(some, metadata(record["round"] - 1), text)
 
     def ask(self, store: str, query: Mapping[str, Any]) -> dict[str, Any]:
         """Fetch and answer."""
@@ -156,7 +165,7 @@ class Aggregator:
         start_s = precise_s()
         if len(names) > len(self._memory):
             raise ValueError(f"{len(names)} vectors at a time; there is room for {ROWS}")
-        wanted = [f"{number + 1:04d}/metadata" for number in rounds]
+        wanted = [metadata(number) for number in rounds]
         rows = self._memory[: len(names)]
         if isinstance(store, S3Tuned | RedisOverS3) and names:
             later = self._threads.submit(store.fetch_small, wanted)
@@ -182,9 +191,8 @@ class Aggregator:
         found = []
         for place in range(0, len(rounds), HISTORY_CHUNK):
             some = rounds[place : place + HISTORY_CHUNK]
-            updates = [f"{number:04d}/update/{client}" for number in some]
             ends = sorted({end for number in some for end in (number, number - 1)})
-            names = updates + [f"{end + 1:04d}/aggregate" for end in ends]
+            names = [update(number, client) for number in some] + [aggregate(end) for end in ends]
             records, rows = self._fetch(store, some, names, fetched)
             at = {end: rows[len(some) + index] for index, end in enumerate(ends)}
             for index, number in enumerate(some):
@@ -277,10 +285,7 @@ def _of_client(
         "clients": [client, "others"],
         "metadata": [record["metadata"][row], {**other, "example_count": total - own}],
     }
-    found = _statistics(small, None, None)
-    object.__setattr__(found, "gram", both)
-    object.__setattr__(found, "norms", np.sqrt(np.diagonal(both)))
-    return found
+    return replace(_statistics(small, None, None), gram=both, norms=np.sqrt(np.diagonal(both)))
 
 
 def _facts(record: Mapping[str, Any]) -> dict[str, Any]:

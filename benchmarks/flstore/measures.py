@@ -1,7 +1,6 @@
 """What a trace does not show: answers from statistics, the price of ingest, and a killed node."""
 
 import asyncio
-import hashlib
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -12,14 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.flstore.ours import CLASSES, HOME, INPUT_WIDTH, Ours, layout_of, parameters_of
-from benchmarks.flstore.replay import mean, scratch
+from benchmarks.flstore.replay import scratch
 from benchmarks.flstore.rivals import drawn_inputs
 from benchmarks.flstore.servers import ROOT
 from benchmarks.flstore.trace import PER_ROUND, Vectors, make_trace
-from tierwise.clock import precise_s
+from tierwise.clock import pause, precise_s
 from tierwise.domain.cache import ObjectKey
 from tierwise.errors import TierwiseError
-from tierwise.v1 import cache_pb2
+from tierwise.functions.fl.blocks import mean
+from tierwise.v1 import cache_pb2, cache_pb2_grpc
 from tierwise.wire import payload
 from tierwise.wire.channel import secure_channel
 from tierwise.wire.convert_cache import key_to_pb, metadata_to_bytes
@@ -29,7 +29,6 @@ QUESTIONS = ("similarity", "malicious", "clusters", "leave-one-out", "payments")
 ARGUMENTS: dict[str, dict[str, Any]] = {"clusters": {"k": 3}, "payments": {"budget": 10_000}}
 UPLINK_BYTES_PER_S = 72e6 / 8  # median 5G low-band uplink (SIGCOMM'21)
 CHUNK_BYTES = 1 << 20
-METHOD = "/tierwise.v1.CacheService/Put"
 Vector = NDArray[np.float32]
 
 
@@ -70,7 +69,8 @@ class Rounds:
         for row, client in zip(self.matrix, self.clients, strict=True):
             self._vectors.fill(row, self.base, client, self.number)
         self.metadata = [self._vectors.metadata(x, self.number) for x in self.clients]
-        return mean(self.matrix, [each["example_count"] for each in self.metadata])
+        counts = [each["example_count"] for each in self.metadata]
+        return mean(self.matrix, range(PER_ROUND), counts)
 
     def put(self, ours: Ours) -> None:
         """Draw the next round and put it."""
@@ -120,19 +120,18 @@ def ingest(ours: Ours, made: Rounds, rounds: int) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     with plain_server(folder, made.matrix.shape) as port:
         for way, rate, count in (("loopback", 0.0, rounds), ("uplinks", UPLINK_BYTES_PER_S, 3)):
-            pairs = []
-            for _ in range(count):
+            taken: dict[str, list[float]] = {"tierwise_s": [], "plain_s": []}
+            for turn in range(count):
                 end = made.make()
                 number = made.number + 1
                 ours.rounds.open(number, made.clients, made.matrix.shape[1], base=number - 1)
-                pairs.append((_sent(ours, made, rate, 0), _sent(ours, made, rate, port)))
+                ports = {"tierwise_s": 0, "plain_s": port}
+                for name in sorted(ports, reverse=bool(turn % 2)):
+                    taken[name].append(_sent(ours, made, rate, ports[name]))
                 ours.rounds.put_aggregate(number, end)
                 made.base = end
                 ours.settle()
-            figures[way] = {
-                "tierwise_s": [pair[0] for pair in pairs],
-                "plain_s": [pair[1] for pair in pairs],
-            }
+            figures[way] = taken
     return figures
 
 
@@ -146,24 +145,19 @@ def _sent(ours: Ours, made: Rounds, rate: float, port: int) -> float:
         address = f"127.0.0.1:{port}" if port else agents[HOME]
         credentials = Credentials.load(ours.cluster.context)
         channel = secure_channel(address, credentials, node_dns_name(HOME))
-        put = channel.stream_unary(
-            METHOD,
-            request_serializer=cache_pb2.PutRequest.SerializeToString,
-            response_deserializer=cache_pb2.PutResponse.FromString,
-        )
+        put: Any = cache_pb2_grpc.CacheServiceStub(channel).Put
         try:
             await channel.channel_ready()
             start_s = precise_s()
-            puts = [
-                put(_messages(ours.rounds.key(number, "update", client), row, facts, rate))
+            updates = [
+                _messages(ours.rounds.key(number, "update", client), row, facts, rate)
                 for client, row, facts in zip(made.clients, made.matrix, made.metadata, strict=True)
-                if rate
             ]
-            await asyncio.gather(*puts)
-            for client, row, facts in zip(made.clients, made.matrix, made.metadata, strict=True):
-                if not rate:
-                    key = ours.rounds.key(number, "update", client)
-                    await put(_messages(key, row, facts, rate))
+            if rate:
+                await asyncio.gather(*(put(update) for update in updates))
+            else:
+                for update in updates:
+                    await put(update)
             if not port:
                 await ours.rounds.ask.aio("similarity", round=number)
             return precise_s() - start_s
@@ -225,13 +219,13 @@ def kill(ours: Ours, made: Rounds) -> dict[str, Any]:
     """
     made.make()
     number = made.number + 1
-    acknowledged: dict[str, str] = {}
+    acknowledged: set[str] = set()
 
     async def put_all() -> None:
         await ours.rounds.open.aio(number, made.clients, made.matrix.shape[1], base=number - 1)
         for client, vector, facts in zip(made.clients, made.matrix, made.metadata, strict=True):
-            info = await ours.rounds.put_update.aio(number, client, vector, facts)
-            acknowledged[client] = info.digest
+            await ours.rounds.put_update.aio(number, client, vector, facts)
+            acknowledged.add(client)
             if len(acknowledged) == PER_ROUND // 2:
                 ours.cluster.kill(HOME)  # with the next one about to be sent
                 return
@@ -253,8 +247,7 @@ def kill(ours: Ours, made: Rounds) -> dict[str, Any]:
         except TierwiseError:
             lost.append(client)
             continue
-        expected = hashlib.blake2b(row.data, digest_size=32).hexdigest()
-        if hashlib.blake2b(held.data, digest_size=32).hexdigest() != expected:
+        if not np.array_equal(held.view(np.uint8), row.view(np.uint8)):
             lost.append(client)
     for row, client, facts in zip(made.matrix, made.clients, made.metadata, strict=True):
         ours.rounds.put_update(number, client, row, facts)  # the round goes on where it was
@@ -277,4 +270,4 @@ def _until(ask: Any, start_s: float, timeout_s: float = 120.0) -> float:
         except TierwiseError:
             if precise_s() - start_s > timeout_s:
                 raise
-            asyncio.run(asyncio.sleep(0.02))
+            pause(0.02)

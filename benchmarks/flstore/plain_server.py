@@ -11,29 +11,26 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import grpc
 import numpy as np
 import uvloop
 
-from tierwise.v1 import cache_pb2
-from tierwise.wire.channel import channel_options, server_credentials
+from tierwise.v1 import cache_pb2, cache_pb2_grpc
+from tierwise.wire.channel import new_server, server_credentials
 from tierwise.wire.identity import Credentials
 
-METHOD = "/tierwise.v1.CacheService/Put"
 
+class Taker(cache_pb2_grpc.CacheServiceServicer):
+    """Takes updates into rows that are there already, one after the other."""
 
-async def main() -> None:
-    folder, rows, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    memory = np.zeros((rows, size), dtype=np.uint8)
-    memory += 1
-    taken = 0
+    def __init__(self, rows: int, size: int) -> None:
+        self._memory = np.ones((rows, size), dtype=np.uint8)
+        self._taken = 0
 
-    async def put(
-        requests: AsyncIterator[cache_pb2.PutRequest], context: object
+    async def Put(  # noqa: N802
+        self, requests: AsyncIterator[cache_pb2.PutRequest], context: object
     ) -> cache_pb2.PutResponse:
-        nonlocal taken
-        row, place = memory[taken % rows], 0
-        taken += 1
+        row, place = self._memory[self._taken % len(self._memory)], 0
+        self._taken += 1
         info = cache_pb2.ObjectInfo()
         async for request in requests:
             if request.WhichOneof("body") == "head":
@@ -45,16 +42,11 @@ async def main() -> None:
         info.durability = cache_pb2.DURABILITY_MEMORY
         return cache_pb2.PutResponse(object=info)
 
-    server = grpc.aio.server(options=channel_options())
-    handler = grpc.stream_unary_rpc_method_handler(
-        put,
-        request_deserializer=cache_pb2.PutRequest.FromString,
-        response_serializer=cache_pb2.PutResponse.SerializeToString,
-    )
-    _, service, name = METHOD.split("/")
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler(service, {name: handler}),)
-    )
+
+async def main() -> None:
+    folder, rows, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    server = new_server([])
+    cache_pb2_grpc.add_CacheServiceServicer_to_server(Taker(rows, size), server)
     port = server.add_secure_port("127.0.0.1:0", server_credentials(Credentials.load(folder)))
     await server.start()
     print(port, flush=True)

@@ -8,10 +8,10 @@
 Busy seconds are what the query took, in whole milliseconds; GB is BASE_GB for the process plus the
 bytes of the objects that it reads, the same formula for everybody. Prices per GB-second, per call
 and per idle GB-second are tierwise's (docs/prices.toml); the others are AWS' list prices,
-us-east-1: S3 Standard 0.023 USD per GB-month, 0.0004 per 1,000 GET and 0.005 per 1,000 PUT;
-ElastiCache cache.r6g.xlarge 0.411 USD per hour for 26.32 GiB, taken by the byte (whole nodes cost
-more); SageMaker ml.m5.4xlarge, 64 GiB, 0.922 USD per hour. Bytes within a region and zone are free
-there, for every system alike, and are listed, not billed.
+us-east-1: S3 Standard 0.023 USD per GB-month and 0.0004 per 1,000 GET (writing is billed to
+nobody); ElastiCache cache.r6g.xlarge 0.411 USD per hour for 26.32 GiB, taken by the byte (whole
+nodes cost more); SageMaker ml.m5.4xlarge, 64 GiB, 0.922 USD per hour. Bytes within a region and
+zone are free there, for every system alike, and are listed, not billed.
 
 What memory that waits costs decides much, so each way to bill is a table of its own:
 
@@ -35,7 +35,6 @@ GIB = 1.073741824  # GB
 HOUR_S = 3600.0
 MONTH_S = 30 * 24 * HOUR_S
 S3_USD_PER_GET = 0.0004 / 1000
-S3_USD_PER_PUT = 0.005 / 1000
 S3_USD_PER_GB_S = 0.023 / MONTH_S
 REDIS_USD_PER_GB_S = 0.411 / (26.32 * GIB) / HOUR_S
 SERVER_USD_PER_S = 0.922 / HOUR_S

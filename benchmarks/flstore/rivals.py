@@ -36,6 +36,7 @@ from benchmarks.flstore.servers import (
     start_redis,
     start_s3,
 )
+from benchmarks.flstore.stores import aggregate, update
 from benchmarks.flstore.trace import Query, Trace
 
 S3_LINE = Line(first_byte_ms=30.0, connection_mb_per_s=87.5, total_mb_per_s=1250.0)
@@ -109,7 +110,6 @@ class Process:
     """An aggregator's process."""
 
     def __init__(self, process: "subprocess.Popen[str]", log: Path) -> None:
-        self.pid = process.pid
         self._process = process
         self._log = log
 
@@ -185,16 +185,6 @@ def vectors_of(trace: Trace, query: Query) -> list[str]:
             return found + ([aggregate(query.round - 1)] if workload.with_base else [])
         case _:
             return []
-
-
-def update(round_number: int, client: str) -> str:
-    """Return the key of an update."""
-    return f"{round_number:04d}/update/{client}"
-
-
-def aggregate(round_number: int) -> str:
-    """Return the key of what a round ended with; −1: what the first one started from."""
-    return f"{round_number + 1:04d}/aggregate"
 
 
 def drawn_inputs(width: int, classes: int, *, count: int, seed: int) -> dict[str, Any]:

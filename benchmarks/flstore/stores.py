@@ -47,6 +47,21 @@ class Store(Protocol):
         """Do what can wait until a query has been answered."""
 
 
+def update(round_number: int, client: str) -> str:
+    """Return the key of an update, by the round's number in the trace."""
+    return f"{round_number:04d}/update/{client}"
+
+
+def aggregate(round_number: int) -> str:
+    """Return the key of what a round ended with; −1: what the first one started from."""
+    return f"{round_number + 1:04d}/aggregate"
+
+
+def metadata(round_number: int) -> str:
+    """Return the key of a round's record."""
+    return f"{round_number + 1:04d}/metadata"
+
+
 def s3_client(port: int, key: str, secret: str) -> Any:
     """Return a boto3 client that keeps connections open, once per request and no more."""
     import boto3

@@ -152,7 +152,6 @@ class Query:
 class Trace:
     """Who took part in which round, and what is asked after it."""
 
-    seed: int
     members: tuple[tuple[str, ...], ...]
     queries: tuple[Query, ...]
 
@@ -173,13 +172,7 @@ class Trace:
                 return [query.round]
 
 
-def make_trace(
-    *,
-    rounds: int,
-    query_count: int,
-    seed: int = SEED,
-    workloads: Sequence[Workload] = WORKLOADS,
-) -> Trace:
+def make_trace(*, rounds: int, query_count: int, seed: int = SEED) -> Trace:
     """Return a trace. The workloads of a class are equally likely."""
     members_rng, queries_rng = (
         np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(2)
@@ -194,20 +187,19 @@ def make_trace(
         for _ in range(rounds)
     )
     by_class = {
-        name: [workload for workload in workloads if workload.query_class == name] for name in MIX
+        name: [workload for workload in WORKLOADS if workload.query_class == name] for name in MIX
     }
-    names = [name for name, found in by_class.items() if found]
-    shares = np.array([MIX[name] for name in names])
+    names, shares = list(MIX), np.array(list(MIX.values()))
     after = np.sort(queries_rng.integers(rounds, size=query_count))
     queries = []
     for number, last in enumerate(after):
         choices = by_class[names[int(queries_rng.choice(len(names), p=shares / shares.sum()))]]
         workload = choices[int(queries_rng.integers(len(choices)))]
         queries.append(_query(number, int(last), workload, members, queries_rng))
-    return Trace(seed=seed, members=members, queries=tuple(queries))
+    return Trace(members=members, queries=tuple(queries))
 
 
-def warm_up(trace: Trace, workloads: Sequence[Workload] = WORKLOADS) -> list[Query]:
+def warm_up(trace: Trace) -> list[Query]:
     """Return every workload once, after the first round; they are timed apart from the trace."""
     client = trace.members[0][0]
     return [
@@ -218,7 +210,7 @@ def warm_up(trace: Trace, workloads: Sequence[Workload] = WORKLOADS) -> list[Que
             round=0,
             client=client if workload.is_of_client or workload.reads in OF_HISTORY else "",
         )
-        for number, workload in enumerate(workloads)
+        for number, workload in enumerate(WORKLOADS)
     ]
 
 

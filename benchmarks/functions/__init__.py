@@ -1,1 +1,1 @@
-"""Workloads whose memory follows their input, written for the memory benchmark."""
+"""What benchmarks run: workloads whose memory follows their input, and federated clients."""

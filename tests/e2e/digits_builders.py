@@ -1,44 +1,11 @@
-"""Digits on the nodes of a cluster, and what clients do with them. It runs in workers."""
+"""What clients do with digits, in small. It runs in workers."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-HELD = 360
 Arrays = list[NDArray[Any]]
-
-
-def write_shares(folder: Path, count: int, alpha: float = 1.0, seed: int = 0) -> list[str]:
-    """Write one file of digits per client, labels drawn from a Dirichlet distribution.
-
-    Hsu et al., "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
-    Classification" (2019): the smaller alpha, the fewer kinds of digits each client has. The file
-    held.npz has the pictures that no client has.
-    """
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(digits.data))
-    held, rest = order[:HELD], order[HELD:]
-    owner = np.empty(len(rest), dtype=np.int64)
-    for label in range(10):
-        rows = np.flatnonzero(digits.target[rest] == label)
-        shares = rng.dirichlet([alpha] * count)
-        owner[rows] = rng.choice(count, size=len(rows), p=shares)
-    owner[rng.permutation(len(rest))[:count]] = np.arange(count)  # nobody has nothing
-    files = []
-    for name, rows in [("held", held), *((f"c{i}", rest[owner == i]) for i in range(count))]:
-        path = (folder / f"{name}.npz").resolve()
-        np.savez(
-            path,
-            pictures=(digits.data[rows] / 16.0).astype(np.float32),
-            labels=digits.target[rows],
-        )
-        files.append(str(path))
-    return files[1:]
 
 
 def initial() -> Arrays:

@@ -29,4 +29,4 @@ def test_the_benchmark_runs_and_all_systems_answer_alike(tmp_path: Path) -> None
         assert systems == {"tierwise"}
     else:
         assert {"tierwise", "s3", "redis", "redis over s3 (emulated)"} <= systems
-        assert found["trace"]["answers"]["compared"] > 100
+        assert found["trace"]["answers"]["compared"] >= 60

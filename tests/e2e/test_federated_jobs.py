@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import tierwise
+from benchmarks.functions.digits import write_shares
 from tests.e2e import digits_builders as digits
 from tests.e2e.waiting import until
 from tierwise.sdk.operator import Operator
@@ -20,7 +21,7 @@ NODES = ("cloud-1", "fog-1", "edge-1", "edge-2")
 
 @pytest.fixture(scope="module")
 def files(cluster: tierwise.LocalCluster) -> list[str]:
-    return digits.write_shares(cluster.state / "data", 10)
+    return write_shares(cluster.state / "data", 10, alpha=1.0, seed=0)[0]
 
 
 def job_of(

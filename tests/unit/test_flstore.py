@@ -13,17 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from agent.cache.rivals import policy
+from benchmarks.bench_cache_policies import Ingested, Memory
 from benchmarks.flstore.aggregator import Aggregator, put_record
 from benchmarks.flstore.ours import layout_of, parameters_of
-from benchmarks.flstore.policies import Cache
 from benchmarks.flstore.prices import Holding, Use, break_even, cost
-from benchmarks.flstore.replay import mean
 from benchmarks.flstore.results import change, is_same
-from benchmarks.flstore.rivals import aggregate, drawn_inputs, reading, update
-from benchmarks.flstore.stores import S3_CONNECTIONS, cut, layers
+from benchmarks.flstore.rivals import drawn_inputs, reading
+from benchmarks.flstore.stores import S3_CONNECTIONS, aggregate, cut, layers, metadata, update
 from benchmarks.flstore.trace import MIX, WORKLOADS, Query, Vectors, make_trace, warm_up
 from tierwise.domain.cache import ObjectKey, ObjectKind
 from tierwise.functions.fl.answers.facts import facts as facts_of
+from tierwise.functions.fl.blocks import mean
 from tierwise.functions.fl.questions import find
 from tierwise.functions.fl.statistics import RoundStatistics
 
@@ -74,7 +75,8 @@ class World:
             known = [vectors.metadata(client, number) for client in clients]
             self.matrices.append(matrix)
             self.metadata.append(known)
-            self.ends.append(mean(matrix, [each["example_count"] for each in known]))
+            counts = [each["example_count"] for each in known]
+            self.ends.append(mean(matrix, range(len(matrix)), counts))
             shelf.put(aggregate(number), memoryview(self.ends[-1]).cast("B"))
             record = {
                 "round": number + 1,
@@ -83,7 +85,7 @@ class World:
                 "parameter_count": P,
                 "round_metadata": {"layout": layout_of(P)},
             }
-            put_record(shelf, f"{number + 1:04d}/metadata", json.dumps(record).encode())
+            put_record(shelf, metadata(number), json.dumps(record).encode())
 
     def statistics(self, number: int) -> RoundStatistics:
         """Return them by the definition, in float64."""
@@ -272,17 +274,16 @@ def test_a_change_is_a_ratio_of_means_within_its_interval() -> None:
 
 
 def test_the_replayed_cache_never_holds_more_than_it_has_room_for() -> None:
-    cache = Cache("lru", 3)
+    memory = Memory(policy("lru"), 3)
     keys = [
         ObjectKey(namespace="n", job="j", round=number, kind=ObjectKind.UPDATE, client="c")
         for number in range(5)
     ]
     for key in keys:
-        cache.ingest(key)
-        assert len(cache.held) <= 3
-    cache.read(keys[4], [keys[4]])
-    cache.read(keys[0], [keys[0]])
-    assert (cache.read_count, cache.hit_count) == (2, 1)
+        memory.ingest(Ingested(key, 1))
+        assert len(memory.held) <= 3
+    found = [memory.ask((keys[4],)), memory.ask((keys[0],))]
+    assert (sum(read for _, read in found), sum(hit for hit, _ in found)) == (2, 1)
 
 
 def test_the_relay_delays_and_paces_and_changes_no_byte() -> None:
